@@ -1,0 +1,178 @@
+"""`torchrun --nproc_per_node=N -m dist_train [--config FILE] [--key value ...]`, or `python -m dist_train ...` for one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dist_train.checkpoint import CheckpointError, Store
+from dist_train.config import Config, ConfigError, as_dict, default_name, dump, parse
+from dist_train.distributed import DIVERGED, STOPPED, USAGE, Watch, World, join, rank_of_launcher
+from dist_train.monitor import Monitor, draw_curves, read_records
+from dist_train.train import Diverged, State, Stopped, Trainer
+from pipelines.pack import Options, pack
+from pipelines.shards import ShardError, ShardSet, write_atomically
+from pipelines.sources import SourceError, Torchvision
+
+
+class Superseded(Exception):
+    """Another process has taken over the run directory."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 75 stopped, 70 diverged, 2 usage; under a launcher all of these are 0, since there
+    non-zero means "restart me", and `status.json` tells them apart."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    try:
+        config, file = parse(sys.argv[1:] if argv is None else argv)
+        world = join(config.train.device)
+    except ValueError as error:
+        if rank_of_launcher() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 0 if launched else USAGE
+    watch = Watch(config.run.start_timeout, config.run.stop_timeout)
+    try:
+        code = _run(config, file, world, watch)
+        dist.barrier()  # leave together
+    finally:
+        dist.destroy_process_group()
+    return 0 if launched else code
+
+
+def _run(config: Config, file: str, world: World, watch: Watch) -> int:
+    refused: Exception | None = None
+    try:
+        data = _open(config, world)
+    except (ShardError, SourceError, ConfigError) as error:
+        refused = error
+    if message := world.first_error(refused):
+        if world.rank == 0:
+            print(f"error: {message}", file=sys.stderr)
+        return USAGE
+    name = world.share(config.run.name or default_name(file))
+    directory = Path(config.run.dir or Path(config.run.root) / name)
+    config = replace(config, run=replace(config.run, name=name, dir=str(directory)))
+    _reproducible(config)
+    mine = _take(directory) if world.rank == 0 else lambda: None
+    monitor = Monitor(directory, config.monitor, speaks=world.rank == 0, mine=mine)
+    store = Store(directory / "checkpoints", config.checkpoint.keep, mine)
+    watch.last_words = lambda why: monitor.status("failed", why)
+    try:
+        trainer = Trainer(config, world, watch, monitor, store, data)
+        size = trainer.restore()
+    except (CheckpointError, ValueError) as error:
+        monitor.say(f"error: {error}")
+        return USAGE
+    state = trainer.state
+    if world.rank == 0:
+        write_atomically(directory / "config.yaml", dump(config).encode())
+    monitor.open(size, as_dict(config))
+    if trainer.changed:
+        monitor.say("changed since the checkpoint: " + ", ".join(f"{k} = {v}" for k, v in trainer.changed.items()))
+        monitor.record("changed", step=state.step, **trainer.changed)
+    where = {"step": state.step, "epoch": state.epoch}
+    monitor.status("running", **where)
+    monitor.say(f"{directory}: {world.size} x {world.device.type}, {len(data[0])} images, epoch {state.epoch + 1}")
+    try:
+        trainer.fit()
+        code, outcome, reason = 0, "done", ""
+    except Stopped:
+        code, outcome, reason = STOPPED, "stopped", "a stop signal; the same command continues"
+    except Diverged as error:
+        code, outcome, reason = DIVERGED, "diverged", str(error)
+    except Superseded as error:
+        print(f"rank {world.rank}: {error}", file=sys.stderr)
+        return 0
+    except BaseException as error:
+        monitor.status("failed", f"{type(error).__name__}: {error}")
+        raise
+    monitor.status(outcome, reason, step=state.step, epoch=state.epoch)
+    monitor.publish(monitor.size())
+    monitor.close()
+    if world.rank == 0:
+        print(_summary(directory, outcome, reason, state))
+    return code
+
+
+def _open(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
+    """The training and the validation set. Packs them first where the configuration names a source; rank 0 does."""
+    data, batch = config.data, config.train.global_batch
+    missing = [path for path in (data.train, data.val) if not (Path(path) / "manifest.json").exists()]
+    if data.source and missing:
+        error: Exception | None = None
+        try:
+            if world.rank == 0:
+                for path, train in ((data.train, True), (data.val, False)):
+                    source = Torchvision(data.source, train, Path(data.train).parent / "raw")
+                    workers = len(os.sched_getaffinity(0))
+                    pack(source, Path(path), Options(shorter_side=0), split=Path(path).name, workers=workers)
+        except (SourceError, ShardError, OSError) as failure:
+            error = failure
+        if message := world.first_error(error):
+            raise SourceError(message)
+    train, val = ShardSet(data.train), ShardSet(data.val)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))[:3]
+        raise ShardError(
+            f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ"
+            f"{' in ' + ', '.join(odd) if odd else ' in their order'}: labels would not mean the same, pack both from folders "
+            f"of the same names"
+        )
+    if batch < world.size * config.train.accumulate:
+        raise ConfigError(
+            f"train.global_batch {batch} is smaller than {world.size} ranks x train.accumulate {config.train.accumulate}: "
+            f"raise it, or start fewer ranks"
+        )
+    if batch > len(train):
+        raise ConfigError(f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it")
+    return train, val
+
+
+def _take(directory: Path) -> object:
+    """Claim the run directory for this start; returns a check that raises Superseded once another start has claimed it."""
+    token = uuid.uuid4().hex
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "owner", token.encode())
+
+    def mine() -> None:
+        if (directory / "owner").read_text() != token:
+            raise Superseded(f"another start has taken over {directory}: leaving it alone")
+
+    return mine
+
+
+def _reproducible(config: Config) -> None:
+    torch.backends.cudnn.benchmark = not config.train.deterministic
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _summary(directory: Path, outcome: str, reason: str, state: State) -> str:
+    """What a person wants to know at the end."""
+    records = read_records(directory)
+    checks = [r for r in records if r["kind"] == "validation"]
+    rates = [r["images_per_s"] for r in records if r["kind"] == "step"]
+    rows = [("outcome", f"{outcome}{': ' + reason if reason else ''}"), ("epochs", f"{state.epoch} ({state.step} steps)")]
+    if checks:
+        best = min(checks, key=lambda r: r["top1_error"])
+        for label, r in (("best", best), ("last", checks[-1])):
+            accuracy = f"top-1 {1 - r['top1_error']:.2%}, top-5 {1 - r['top5_error']:.2%} (epoch {r['epoch'] + 1})"
+            rows.append((f"{label} accuracy", accuracy))
+    if rates:
+        rows.append(("images/s", f"{sorted(rates)[len(rates) // 2]:.0f} (median)"))
+    if picture := draw_curves(directory):
+        rows.append(("curves", str(picture)))
+    rows.append(("run", str(directory)))
+    return "\n".join(f"{label:>14}  {text}" for label, text in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The configuration: one frozen dataclass a concern. The defaults are the paper's.
+
+Precedence: these defaults < a YAML file < `--optim.lr 0.02` on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from pipelines.augment import Augment
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEFAULT = CONFIGS / "quickstart.yaml"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and the remedy."""
+
+
+@dataclass(frozen=True)
+class Data(Augment):
+    """Where images come from and how they become inputs."""
+
+    train: str = "data/imagenet/train"
+    """Shard set to train on."""
+    val: str = "data/imagenet/val"
+    """Shard set for the validation error."""
+    source: str = ""
+    """Name of a torchvision data set that is packed first where the shard sets do not exist."""
+    divide_by_std: bool = False
+    """Divide inputs by the standard deviation too. The paper only subtracts the mean, and its weights N(0, 0.01) need
+    inputs of that size."""
+    shuffle_shards: int = 16
+    """Samples are shuffled inside blocks of this many shards."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes; auto: with the model."""
+    threads: int = 0
+    """DALI's decoding threads a rank; 0: the CPUs of the process divided by the ranks of the node."""
+    readers: int = 32
+    """Threads a rank that read files ahead."""
+    ahead: int = 4
+    """Batches that are read ahead."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The net."""
+
+    name: str = "alexnet"
+    """alexnet, or torchvision:<name>."""
+    hidden: int = 4096
+    """Units of each hidden dense layer (alexnet)."""
+    dropout: float = 0.5
+    """Probability that a unit of the first two dense layers is set to zero (alexnet)."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Section 5: stochastic gradient descent with momentum 0.9 and weight decay 0.0005."""
+
+    name: Literal["sgd", "adam"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    """For sgd."""
+    weight_decay: float = 0.0005
+    """Added to the gradient, lr-scaled, for every parameter."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Section 5: "divide the learning rate by 10 when the validation error rate stopped improving with the current
+    learning rate"; "reduced three times prior to termination"."""
+
+    name: Literal["plateau", "milestones"] = "plateau"
+    factor: float = 10.0
+    """What the learning rate is divided by."""
+    patience: int = 5
+    """Epochs without improvement that are waited for (plateau)."""
+    min_improvement: float = 0.001
+    """Least fall of the top-1 validation error, as a fraction of 1, that counts (plateau)."""
+    max_divisions: int = 3
+    """Divisions at most (plateau)."""
+    stop_early: bool = False
+    """Stop when the error stops improving after the last division (plateau)."""
+    milestones: tuple[int, ...] = ()
+    """Epochs before which the learning rate is divided (milestones)."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises linearly to its value. They do not count for the plateau."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop."""
+
+    epochs: int = 90
+    """ "roughly 90 cycles through the training set" (section 5)."""
+    global_batch: int = 128
+    """Samples an update, over all ranks."""
+    accumulate: int = 1
+    """Parts into which each rank cuts its share of a batch, to save memory."""
+    seed: int = 0
+    """Of weights, order, augmentation and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision; auto: bf16 on a GPU that has it, otherwise fp16, and off on the CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: where a compiler works."""
+    deterministic: bool = True
+    """Resuming gives the same bits as never having stopped. On the GPU this costs some speed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state is saved, besides at the end of each epoch."""
+
+    minutes: float = 10.0
+    """0: not by time."""
+    steps: int = 0
+    """0: not by steps."""
+    keep: int = 2
+    """Newest checkpoints that are kept, besides the best."""
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What is recorded and shown."""
+
+    log_every: int = 20
+    """Steps between two records in metrics.jsonl."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "dist_train"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the run lies."""
+
+    name: str = ""
+    """Default: the name of the configuration, date and time. A run of this name is continued."""
+    root: str = "runs"
+    dir: str = ""
+    """Default: root/name."""
+    start_timeout: float = 1800.0
+    """Seconds without a sign of life, until the first step, after which a process ends itself."""
+    step_timeout: float = 300.0
+    """The same, afterwards."""
+    stop_timeout: float = 120.0
+    """Seconds that a stop, with its save, may take."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run follows from."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    monitor: Monitor = field(default_factory=Monitor)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values. Raises ConfigError."""
+        _at_least(self, 1, "train.epochs train.global_batch train.accumulate data.shuffle_shards data.readers data.ahead")
+        _at_least(self, 1, "data.crop data.resize model.hidden monitor.log_every checkpoint.keep schedule.patience")
+        _at_least(self, 0, "train.seed data.lighting data.threads optim.momentum optim.weight_decay checkpoint.minutes")
+        _at_least(self, 0, "checkpoint.steps schedule.max_divisions schedule.warmup_epochs schedule.min_improvement")
+        if not self.optim.lr > 0:
+            raise ConfigError(f"optim.lr is {self.optim.lr}: it must be above 0")
+        if not self.schedule.factor > 1:
+            raise ConfigError(f"schedule.factor is {self.schedule.factor}: the learning rate is divided by it, so above 1")
+        if not 0 <= self.model.dropout < 1:
+            raise ConfigError(f"model.dropout is {self.model.dropout}: it must lie in [0, 1)")
+        if self.data.crop > self.data.resize:
+            raise ConfigError(
+                f"data.crop {self.data.crop} is larger than data.resize {self.data.resize}, the shorter side that it is cut "
+                f"from: raise data.resize"
+            )
+        if self.checkpoint.keep < 2:
+            raise ConfigError("checkpoint.keep is 1: keep at least 2, so that a damaged one costs little")
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, str]:
+    """The configuration of a command line and the name of the YAML file it came from. Without `--config` the embedded
+    default, `configs/quickstart.yaml`, is used. Raises ConfigError; exits for --help and --print_config."""
+    parser = ArgumentParser(
+        prog="dist_train",
+        description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST).",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file")
+    parser.add_class_arguments(Config, None, as_group=False)
+    argv = list(argv)
+    if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
+        argv = ["--config", str(DEFAULT), *argv]
+    try:
+        namespace = parser.parse_args(argv)
+        groups = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error))) from error
+    return Config(**{f.name: groups[f.name] for f in fields(Config)}), Path(str(namespace.config[-1])).stem
+
+
+def dump(config: Config) -> str:
+    """As YAML that `parse` reads."""
+    return str(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Flat {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        flat |= {f"{f.name}.{k}": v for k, v in as_dict(value).items()} if is_dataclass(value) else {f.name: value}
+    return flat
+
+
+def default_name(file: str) -> str:
+    """The name of the YAML file and the time at which the launcher of this process began, which a restart by the
+    launcher does not change."""
+    began = datetime.now()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        boot = next(int(line.split()[1]) for line in open("/proc/stat") if line.startswith("btime"))
+        ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
+        began = datetime.fromtimestamp(boot + ticks // os.sysconf("SC_CLK_TCK"))
+    return f"{file}-{began:%Y%m%d-%H%M%S}"
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's message as one sentence that names the key and the remedy."""
+    for pattern in (r"unrecognized arguments: --([\w.-]+)", r"Option '([\w.-]+)' is not accepted"):
+        if found := re.search(pattern, message):
+            return _unknown(found[1])
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        return _unknown(f"{found[1]}.{found[2]}")
+    if found := re.search(r"Parser key \"([\w.]+)\":\s+Expected an? (.+?)\. Got value: (.*)", message):
+        kind = re.sub(r"<class '(\w+)'>", r"\1", found[2])
+        if choices := re.fullmatch(r"typing.Literal\[(.*)\]", kind):
+            kind = "one of " + choices[1].replace("'", "")
+        return f"{found[1]} is {found[3]}: it must be {kind}"
+    return " ".join(message.split())
+
+
+def _unknown(key: str) -> str:
+    nearest = difflib.get_close_matches(key, as_dict(Config()), 1, cutoff=0)[0]
+    return f"unknown configuration key {key}: did you mean {nearest}?"
+
+
+def _at_least(config: Config, least: int, keys: str) -> None:
+    for key in keys.split():
+        group, name = key.split(".")
+        if (value := getattr(getattr(config, group), name)) < least:
+            raise ConfigError(f"{key} is {value}: it must be at least {least}")

@@ -1,0 +1,62 @@
+"""Dropout whose masks follow from (seed, step, position, unit)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+_LOW = 0xFFFFFFFF
+
+
+def mask_keys(seed: int, step: int, positions: NDArray[np.int64]) -> Tensor:
+    """A 32-bit key for each sample of a batch, int64 [n], hashed from (seed, step, position) by SplitMix64."""
+    with np.errstate(over="ignore"):
+        key = _splitmix(_splitmix(np.uint64(seed)) ^ np.uint64(step))
+        keys = _splitmix(key ^ positions.astype(np.uint64)) >> np.uint64(32)
+    return torch.from_numpy(keys.astype(np.int64))
+
+
+def _splitmix(x: np.uint64 | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014)."""
+    z = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def mix(h: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers in int64 with little bias (hash-prospector's 16-21f0aaad-15-735a2d97-15); the
+    factors are below 2^31, so no product overflows int64."""
+    h = ((h ^ (h >> 16)) * 0x21F0AAAD) & _LOW
+    h = ((h ^ (h >> 15)) * 0x735A2D97) & _LOW
+    return h ^ (h >> 15)
+
+
+class Dropout(nn.Module):
+    """ "setting to zero the output of each hidden neuron with probability 0.5"; "at test time, we use all the neurons but
+    multiply their outputs by 0.5" (section 4.2).
+
+    A sample meets the same mask at any world size and after any restart.
+
+    Args:
+        units: number of units of one sample.
+        p: probability of zero.
+        layer: number of this layer, so that layers have independent masks.
+    """
+
+    units: Tensor
+
+    def __init__(self, units: int, p: float, layer: int) -> None:
+        super().__init__()
+        self.p = p
+        self.register_buffer("units", mix(torch.arange(units) + (layer << 24)), persistent=False)
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """x: [n, units]; keys: of `mask_keys`, int64 [n], needed in training."""
+        if not self.training or self.p == 0:
+            return x * (1 - self.p)
+        assert keys is not None
+        kept = mix(self.units ^ keys[:, None]) >= int(self.p * 2**32)
+        return x * kept

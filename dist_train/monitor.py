@@ -1,0 +1,202 @@
+"""What a run records and shows: metrics.jsonl, status.json, a progress bar or plain lines, wandb, the curves.
+
+`metrics.jsonl` is the record: one line a logged step, one a validation. All else reads the same records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dist_train.config import Monitor as MonitorConfig
+from pipelines.shards import write_atomically
+
+METRICS, STATUS = "metrics.jsonl", "status.json"
+HEARTBEAT = 10.0  # seconds between two updates of status.json
+
+
+class Monitor:
+    """Records and shows a run; on ranks other than 0 it is silent and writes nothing.
+
+    Args:
+        directory: of the run.
+        speaks: whether this is rank 0.
+        mine: raises where another process has taken over the run; called before every write.
+    """
+
+    def __init__(self, directory: Path, config: MonitorConfig, *, speaks: bool, mine: Callable[[], None]) -> None:
+        self.directory, self.config, self.speaks, self.mine = directory, config, speaks, mine
+        self._records: Any = None
+        self._bar: tqdm[Any] | None = None
+        self._wandb: Any = None
+        self._told = self._heartbeat = 0.0
+        self._where: dict[str, int] = {}
+
+    def open(self, size: int, settings: dict[str, Any]) -> None:
+        """Begin or continue the record: what lies behind byte `size`, the restored state's, is cut off."""
+        if not self.speaks:
+            return
+        self._records = open(self.directory / METRICS, "ab")
+        self._records.truncate(min(size, self._records.tell()))
+        self._records.seek(0, os.SEEK_END)
+        if self.config.wandb != "disabled":
+            self._wandb = _start_wandb(self.directory, self.config, settings)
+            self.publish(self.size())
+
+    def size(self) -> int:
+        """Bytes of the record that are on the disk."""
+        if self._records is None:
+            return 0
+        self._records.flush()
+        os.fsync(self._records.fileno())
+        return int(self._records.tell())
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Append one line: {"kind": step | validation | changed, "step": ..., ...}."""
+        if self.speaks:
+            self.mine()
+            self._records.write((json.dumps({"kind": kind, **values}) + "\n").encode())
+
+    def publish(self, size: int) -> None:
+        """Send to wandb what a checkpoint covers: the records up to byte `size`."""
+        if not self._wandb:
+            return
+        mark = self.directory / "wandb" / "sent"
+        sent = int(mark.read_text()) if mark.exists() else 0
+        with open(self.directory / METRICS, "rb") as file:
+            file.seek(sent)
+            for line in file.read(max(0, size - sent)).splitlines():
+                values = json.loads(line)
+                if (kind := values.pop("kind")) != "changed":
+                    self._wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=values["step"])
+        write_atomically(mark, str(max(sent, size)).encode())
+
+    def begin_epoch(self, epoch: int, epochs: int, start: int, steps: int) -> None:
+        if self.speaks and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=start, desc=f"epoch {epoch + 1}/{epochs}", unit="step", dynamic_ncols=True)
+
+    def end_epoch(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def progress(self, step: int, epoch: int, line: Callable[[], str]) -> None:
+        """Show the state of training: in the bar, or as a line every half minute where the output is not a terminal."""
+        if not self.speaks:
+            return
+        self._where = {"step": step, "epoch": epoch}
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update()
+            if now - self._told > 0.5:
+                self._bar.set_postfix_str(line())
+                self._told = now
+        elif now - self._told > 30:
+            self.say(f"epoch {epoch + 1} step {step}: {line()}")
+            self._told = now
+        if now - self._heartbeat > HEARTBEAT:
+            self.status("running")
+
+    def say(self, text: str) -> None:
+        """One line for the user, from rank 0 only."""
+        if self.speaks:
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
+
+    def status(self, state: str, reason: str = "", **where: Any) -> None:
+        """state: running, stopped, done, diverged or failed."""
+        if not self.speaks:
+            return
+        self.mine()
+        self._where |= where
+        self._heartbeat = time.monotonic()
+        body = {"state": state, "reason": reason, **self._where, "heartbeat": time.time(), "pid": os.getpid()}
+        write_atomically(self.directory / STATUS, (json.dumps(body, indent=1) + "\n").encode())
+
+    def close(self) -> None:
+        self.end_epoch()
+        if self._records is not None:
+            self._records.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_records(directory: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl."""
+    path = directory / METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def draw_curves(directory: Path) -> Path | None:
+    """Write `curves.png`: training loss, validation errors, and where the learning rate was divided."""
+    records = read_records(directory)
+    steps = [r for r in records if r["kind"] == "step"]
+    checks = [r for r in records if r["kind"] == "validation"]
+    if not steps:
+        return None
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot([r["progress"] for r in steps], [r["loss"] for r in steps], lw=0.8)
+    left.set(xlabel="epoch", ylabel="training loss (nats)", ylim=(0, None))
+    for name, style in (("top1_error", "o-"), ("top5_error", "s-")):
+        right.plot([r["epoch"] + 1 for r in checks], [100 * r[name] for r in checks], style, label=name.replace("_", " "))
+    right.set(xlabel="epoch", ylabel="validation error (%)", ylim=(0, None))
+    right.xaxis.get_major_locator().set_params(integer=True)
+    for before, after in zip(checks, checks[1:], strict=False):
+        if after["lr"] < before["lr"]:
+            for axes in (left, right):
+                axes.axvline(before["epoch"] + 1, color="grey", ls=":", lw=1)
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(directory.name)
+    path = directory / "curves.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def _start_wandb(directory: Path, config: MonitorConfig, settings: dict[str, Any]) -> Any:
+    """The run's one wandb run over all restarts: its id is kept in the run directory. Falls back to offline, then to nothing,
+    with a word: showing a run must never end it."""
+    (directory / "wandb").mkdir(exist_ok=True)
+    mark = directory / "wandb" / "id"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import wandb
+
+            if not mark.exists():
+                write_atomically(mark, wandb.util.generate_id().encode())
+            for mode in (config.wandb, "offline"):
+                try:
+                    run = wandb.init(
+                        project=config.wandb_project,
+                        id=mark.read_text(),
+                        name=directory.name,
+                        dir=str(directory),
+                        mode=mode,  # type: ignore[arg-type]
+                        resume="allow" if mode == "online" else None,
+                        config=settings,
+                        settings=wandb.Settings(init_timeout=60, console="off", silent=True),
+                    )
+                    run.define_metric("*", step_metric="step/images")
+                    return run
+                except Exception as error:  # no network, no key, a server that answers nonsense
+                    print(f"wandb {mode}: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"wandb is left out: {error}", file=sys.stderr)
+    return None

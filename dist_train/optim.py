@@ -1,0 +1,99 @@
+"""Optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import Optim
+from dist_train.config import Schedule as ScheduleConfig
+
+
+def build(config: Optim, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum as in section 5, or Adam (Kingma and Ba, 2014). Fused, so that `update` can skip on the device.
+
+    torch keeps the velocity free of the learning rate, the paper multiplies it in: the two are equal while the learning rate
+    stays, and differ for the few steps after it is divided.
+    """
+    if config.name == "adam":
+        return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
+    """Step, except where a gradient is not finite: then weights and state stay as they are, decided on the device.
+
+    Returns 1.0 where the step was refused for that reason, else 0.0: float32, no dimensions, on the device. With a scaler that is
+    always 0: there an overflow is ordinary, skipped by the scaler, which lowers its scale.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+        return torch.zeros((), device=next(iter(optimizer.param_groups[0]["params"])).device)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    refused = (~torch.isfinite(nn.utils.get_total_norm(gradients))).float()
+    optimizer.found_inf = refused  # type: ignore[attr-defined]  # how GradScaler tells a fused optimizer to skip
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.step()
+    return refused
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over moments, not options: learning rate, momentum and decay are the configuration's."""
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@dataclass
+class Schedule:
+    """The learning rate as a function of the configuration and of this small state.
+
+    Attributes:
+        best: lowest validation error so far.
+        bad_epochs: epochs since, at the current learning rate.
+        divisions: how often the learning rate was divided.
+        exhausted: the error stopped improving after the last division.
+    """
+
+    config: ScheduleConfig
+    base: float
+    best: float = float("inf")
+    bad_epochs: int = 0
+    divisions: int = 0
+    exhausted: bool = field(default=False)
+
+    def lr(self, epoch: int, step: int, steps: int) -> float:
+        """The learning rate of step `step` of `steps` of an epoch. Warm-up rises linearly from lr / warm-up steps."""
+        divisions = self.divisions
+        if self.config.name == "milestones":
+            divisions = sum(epoch >= milestone for milestone in self.config.milestones)
+        warmup = self.config.warmup_epochs * steps
+        share = min(1.0, (epoch * steps + step + 1) / warmup) if warmup >= 1 else 1.0
+        return self.base * share / self.config.factor**divisions
+
+    def step(self, error: float, epoch: int) -> bool:
+        """Take the validation error (0..1) of a finished epoch. Returns whether the learning rate was divided."""
+        if self.config.name != "plateau" or epoch + 1 <= self.config.warmup_epochs:
+            return False
+        if error < self.best - self.config.min_improvement:
+            self.best, self.bad_epochs = error, 0
+            return False
+        self.bad_epochs += 1
+        if self.bad_epochs < self.config.patience:
+            return False
+        self.bad_epochs = 0
+        if self.divisions == self.config.max_divisions:
+            self.exhausted = True
+            return False
+        self.divisions += 1
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("config", "base")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

@@ -1,0 +1,1 @@
+"""The data: pack images into shards, order them, augment them, decode them with DALI."""

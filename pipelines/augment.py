@@ -1,0 +1,109 @@
+"""The random parameters of a position, and the reference maths in numpy and Pillow.
+
+Crop place, reflection and lighting of a sample follow from (seed, epoch, position) and from nothing else, so any world
+size, any restart and any number of threads show the net the same pixels. DALI receives them as tensors and
+holds no random state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.order import VIEWS, philox
+
+WORDS = 8  # raw 64-bit words a position: x, y, reflection, four for two Box-Muller pairs, one spare
+BLOCKS = WORDS // 4  # Philox4x64 makes four words a block, and `advance` counts blocks
+
+
+@dataclass(frozen=True)
+class Views:
+    """How each sample of a batch is shown to the net.
+
+    Attributes:
+        size: width and height after the resize, int32 [n, 2].
+        corner: left and top edge of the crop in the resized image, int32 [n, 2].
+        mirror: horizontal reflection, bool [n].
+        shift: what lighting adds to each channel, in levels of 0..255, float32 [n, 3].
+    """
+
+    size: NDArray[np.int32]
+    corner: NDArray[np.int32]
+    mirror: NDArray[np.bool_]
+    shift: NDArray[np.float32]
+
+
+def resized(size: NDArray[np.int64], shorter_side: int) -> NDArray[np.int32]:
+    """Width and height [n, 2] after "the shorter side was of length 256" (section 2); the longer side is cut to an
+    integer as torchvision does."""
+    return (shorter_side * size // size.min(axis=1, keepdims=True)).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How images become inputs of the net (section 4.1). Lengths are in pixels."""
+
+    resize: int = 256
+    """Shorter side that crops are cut from."""
+    crop: int = 227
+    """Side of the square input. The paper says 224; its layers' arithmetic needs 227."""
+    center_square: bool = False
+    """First cut the central resize x resize square, as the paper did."""
+    mirror: bool = True
+    """Reflect half of the training samples horizontally."""
+    lighting: float = 0.1
+    """Standard deviation of the factors of PCA lighting; 0: none."""
+
+
+def centre_views(size: NDArray[np.int64], augment: Augment) -> Views:
+    """The central crop, without reflection or lighting. `size`: original width and height, [n, 2]."""
+    now = resized(size, augment.resize)
+    n = len(size)
+    return Views(now, (now - augment.crop) // 2, np.zeros(n, np.bool_), np.zeros((n, 3), np.float32))
+
+
+def random_views(
+    size: NDArray[np.int64],
+    augment: Augment,
+    components: NDArray[np.float64],
+    *,
+    seed: int,
+    epoch: int,
+    start: int,
+) -> Views:
+    """The augmentation of positions start .. start + n of an epoch (section 4.1 of the paper).
+
+    Crop: uniform over all places. Reflection: every second sample. Lighting: the paper adds
+    "[p1, p2, p3][a1 l1, a2 l2, a3 l3]^T" with a ~ N(0, 0.1), where p and l are the eigenvectors and eigenvalues of the
+    covariance of RGB values; with these scaled to [0, 1], the shift in levels is 255 times that product.
+
+    Args:
+        size: original width and height, [n, 2].
+        components: the products l_i p_i as columns, [3, 3].
+    """
+    n = len(size)
+    bits = philox(seed, epoch, VIEWS)
+    bits.advance(BLOCKS * start)
+    uniform = (bits.random_raw(WORDS * n).reshape(n, WORDS) >> np.uint64(11)) * 2.0**-53  # [0, 1)
+    now = resized(size, augment.resize)
+    room = np.full_like(now, augment.resize) if augment.center_square else now
+    corner = (now - room) // 2 + np.floor(uniform[:, :2] * (room - augment.crop + 1)).astype(np.int32)
+    radius = np.sqrt(-2 * np.log1p(-uniform[:, 3:5]))
+    angle = 2 * np.pi * uniform[:, 5:7]
+    normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)
+    shift = 255 * augment.lighting * normal @ components.T
+    flipped = (uniform[:, 2] < 0.5) & augment.mirror
+    return Views(now, corner, flipped, shift.astype(np.float32))
+
+
+def reference_crop(image: Image.Image, views: Views, i: int, crop: int) -> NDArray[np.uint8]:
+    """What DALI must make of sample `i`: uint8 [crop, crop, 3], by Pillow's bilinear resize of the whole image."""
+    width, height = (int(v) for v in views.size[i])
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (int(v) for v in views.corner[i])
+    pixels = np.asarray(image)[top : top + crop, left : left + crop]
+    return pixels[:, ::-1] if views.mirror[i] else pixels

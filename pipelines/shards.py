@@ -1,0 +1,245 @@
+"""A shard set on disk: plain WebDataset tars, a manifest and a memory-mapped index that is bound to them.
+
+    DIR/shard-000000.tar ...   `<key>.jpg` (or .jpeg .png .webp) and `<key>.cls`, the class number in ASCII
+    DIR/index.npy              one SAMPLE record a sample
+    DIR/manifest.json          what the set is; written last, so a directory without one is an unfinished pack
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from io import FileIO
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+IMAGES = ("jpg", "jpeg", "png", "webp")
+HEADER = tarfile.BLOCKSIZE  # the ustar header directly before each member's data
+NAME = 100  # its first field: the name
+
+# Where a sample's image lies in its shard, what it is, and the CRC-32 of its member name, which binds it to the tar.
+SAMPLE = np.dtype(
+    [("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2"), ("label", "<i4"), ("name", "<u4")]
+)
+
+
+class ShardError(ValueError):
+    """A shard set that cannot be used; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard set is.
+
+    Attributes:
+        classes: class names; the place in the list is the label.
+        shards: for each shard its `name`, number of `samples`, `bytes` and `sha256`.
+        index_sha256: of `index.npy`.
+        mean, std: per RGB channel, pixels scaled to [0, 1].
+        eigenvalues, eigenvectors: of the 3x3 covariance of RGB values scaled to [0, 1], largest first;
+            eigenvectors are columns.
+        stored: how the images were stored (shorter side, quality, seed).
+        source: fingerprint of what was packed, so that a repeated pack knows its own work.
+    """
+
+    split: str
+    samples: int
+    classes: list[str]
+    shards: list[dict[str, Any]]
+    index_sha256: str
+    mean: list[float]
+    std: list[float]
+    eigenvalues: list[float]
+    eigenvectors: list[list[float]]
+    stored: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    version: int = VERSION
+
+    def write(self, directory: Path) -> None:
+        """Write atomically, with a checksum over everything else."""
+        body = asdict(self)
+        body["checksum"] = _checksum(body)
+        write_atomically(directory / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False).encode())
+
+    @staticmethod
+    def read(directory: Path) -> Manifest:
+        """Raises ShardError with the remedy where there is no usable manifest."""
+        path = directory / MANIFEST
+        if not path.exists():
+            if not any(directory.glob("*.tar")):
+                raise ShardError(f"no shards in {directory}: make them with `python -m pipelines pack ... {directory}`")
+            raise ShardError(
+                f"{directory} has shards but no {MANIFEST}: repeat the pack command to finish an interrupted pack, "
+                f"or run `python -m pipelines index {directory}` on shards of another tool"
+            )
+        try:
+            body = json.loads(path.read_bytes())
+            if body.pop("checksum") != _checksum(body):
+                raise ValueError("its checksum does not match")
+            manifest = Manifest(**body)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            remedy = f"run `python -m pipelines index {directory}` to make it anew"
+            raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
+        if manifest.version != VERSION:
+            raise ShardError(f"{path} has format version {manifest.version}, this program reads {VERSION}: pack anew")
+        return manifest
+
+
+class ShardSet:
+    """A shard set opened for reading. Raises ShardError where tars, index and manifest do not belong together."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.manifest = Manifest.read(self.directory)
+        self.names: list[str] = [shard["name"] for shard in self.manifest.shards]
+        self.shard_samples = np.array([shard["samples"] for shard in self.manifest.shards], np.int64)
+        self._ends = np.cumsum(self.shard_samples)
+        self.index = self._open_index()
+        self._check_tars()
+        self._file = lru_cache(256)(self._open_file)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.manifest.classes
+
+    @cached_property
+    def sizes(self) -> NDArray[np.uint16]:
+        """Width and height of each sample, uint16 [n, 2]."""
+        return np.stack([self.index["width"], self.index["height"]], axis=1)
+
+    @cached_property
+    def shorter_side(self) -> int | None:
+        """The shorter side that all samples share, in pixels, or None."""
+        low, high = int(self.sizes.min(axis=1).min()), int(self.sizes.min(axis=1).max())
+        return low if low == high else None
+
+    def read(self, sample: int) -> NDArray[np.uint8]:
+        """The encoded image of a sample, uint8 [size].
+
+        The tar header before the data is read with it and compared with the index, so a tar that was exchanged
+        after the set was opened is an error as well.
+        """
+        row = self.index[sample]
+        shard = self.shard_of(sample)
+        file = self._file(shard)  # held, since another thread may drop it from the cache and so close it
+        raw = os.pread(file.fileno(), HEADER + int(row["size"]), int(row["offset"]) - HEADER)
+        if not is_header(raw[:HEADER], row) or len(raw) != HEADER + row["size"]:
+            raise self._mismatch(shard)
+        return np.frombuffer(raw, np.uint8)[HEADER:]
+
+    def shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self._ends, sample, side="right"))
+
+    def name(self, sample: int) -> str:
+        """`shard-000000.tar/<key>.jpg`: where a person finds the sample."""
+        shard = self.shard_of(sample)
+        file = self._file(shard)
+        raw = os.pread(file.fileno(), NAME, int(self.index[sample]["offset"]) - HEADER)
+        return f"{self.names[shard]}/{raw.rstrip(bytes(1)).decode(errors='replace')}"
+
+    def _open_file(self, shard: int) -> FileIO:
+        return open(self.directory / self.names[shard], "rb", buffering=0)
+
+    def _open_index(self) -> NDArray[Any]:
+        path = self.directory / INDEX
+        remedy = f"run `python -m pipelines index {self.directory}`"
+        if not path.exists():
+            raise ShardError(f"{path} is missing: {remedy}")
+        if sha256(path) != self.manifest.index_sha256:
+            raise ShardError(f"{path} is damaged or of another shard set (sha256 differs): {remedy}")
+        index: NDArray[Any] = np.load(path, mmap_mode="r")
+        if not len(index):
+            raise ShardError(f"{self.directory} holds no samples: pack it from a source that has images")
+        top = int(index["label"].max())
+        if top >= len(self.classes):
+            raise ShardError(f"{self.directory}: label {top} is out of range for {len(self.classes)} classes: {remedy}")
+        return index
+
+    def _check_tars(self) -> None:
+        """Compare each tar's size, and the headers of its first and last sample, with the index."""
+        starts = self._ends - self.shard_samples
+        for i, shard in enumerate(self.manifest.shards):
+            path = self.directory / shard["name"]
+            if not path.exists():
+                raise ShardError(f"{path} is missing: put it back or pack {self.directory} anew")
+            if path.stat().st_size != shard["bytes"]:
+                raise self._mismatch(i)
+            with open(path, "rb", buffering=0) as file:
+                for row in self.index[[starts[i], self._ends[i] - 1]] if shard["samples"] else []:
+                    if not is_header(os.pread(file.fileno(), HEADER, int(row["offset"]) - HEADER), row):
+                        raise self._mismatch(i)
+
+    def _mismatch(self, shard: int) -> ShardError:
+        return ShardError(
+            f"{self.directory / self.names[shard]} is not the tar that was indexed: put the right one back, or run "
+            f"`python -m pipelines index {self.directory}`"
+        )
+
+
+def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Samples of a tar, grouped as WebDataset does: neighbouring members whose names agree up to the first dot of the last
+    path component. Yields (key, {extension: member}). Raises ShardError where the tar is truncated or compressed."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            key, members = "", dict[str, tarfile.TarInfo]()
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                if not member.isreg() or not extension:
+                    continue
+                if (name := f"{folder}/{stem}" if folder else stem) != key:
+                    if members:
+                        yield key, members
+                    key, members = name, {}
+                members[extension.lower()] = member
+            if members:
+                yield key, members
+    except tarfile.TarError as error:
+        raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
+
+
+def is_header(header: bytes, row: Any) -> bool:
+    """Whether a tar header is that of the indexed sample: its name field and its size."""
+    if len(header) != HEADER or crc32(header[:NAME]) != row["name"]:
+        return False
+    try:
+        return int(header[124:136].strip(b" \0"), 8) == row["size"]
+    except ValueError:
+        return False
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside, flush to the disk, rename: after a crash the file is the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,206 @@
+"""Where images come from: folders and torchvision data sets, as (name, reference, label) and a way to load each."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
+
+
+class SourceError(ValueError):
+    """A source that cannot be packed; the message names it and the remedy."""
+
+
+class Item(NamedTuple):
+    """One image of a source: a readable name, what `load` needs, and its class number."""
+
+    name: str
+    reference: Any
+    label: int
+
+
+class Source(Protocol):
+    """What `pack` needs of a source. Sources are pickled to worker processes, so they hold little."""
+
+    @property
+    def classes(self) -> list[str]: ...
+    @property
+    def items(self) -> list[Item]: ...
+    @property
+    def rejected(self) -> list[dict[str, str]]: ...
+    def load(self, reference: Any) -> bytes | Image.Image: ...
+
+
+class _Light:
+    """Pickles as its fields alone: what was read from the disk is read again where it is needed."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass
+class ImageFolder(_Light):
+    """`root/<class>/**/<image>`: classes are the sub-folders, sorted."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise SourceError(f"{self.root} is not a folder: give the one whose sub-folders are the classes")
+
+    @cached_property
+    def classes(self) -> list[str]:
+        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
+
+    @cached_property
+    def items(self) -> list[Item]:
+        items = []
+        for label, name in enumerate(self.classes):
+            for folder, folders, files in os.walk(self.root / name):
+                folders.sort()
+                paths = (os.path.relpath(os.path.join(folder, file), self.root) for file in sorted(files))
+                items += [Item(path, path, label) for path in paths]
+        return items
+
+    @property
+    def rejected(self) -> list[dict[str, str]]:
+        loose = sorted(entry.name for entry in os.scandir(self.root) if not entry.is_dir())
+        return [{"file": name, "reason": "no label: it lies outside the class folders"} for name in loose]
+
+    def load(self, reference: str) -> bytes:
+        return (self.root / reference).read_bytes()
+
+
+@dataclass
+class Torchvision(_Light):
+    """A labelled image data set of `torchvision.datasets`, by class name: `FashionMNIST`, `STL10`, `CIFAR10`, ...
+
+    Args:
+        name: the class in `torchvision.datasets`, spelled in any case, with or without dashes.
+        train: the training split, otherwise the test split.
+        root: where torchvision keeps (and downloads) its files.
+    """
+
+    name: str
+    train: bool
+    root: Path
+    rejected: list[dict[str, str]] = field(default_factory=list)
+
+    @cached_property
+    def data(self) -> Any:
+        from torchvision import datasets
+
+        known = {name.lower(): name for name in datasets.__all__}
+        plain = re.sub(r"[^a-z0-9]", "", self.name.lower())
+        if plain not in known:
+            raise SourceError(f"torchvision has no data set {self.name!r}; it has {', '.join(sorted(known.values()))}")
+        factory = getattr(datasets, known[plain])
+        options = inspect.signature(factory).parameters
+        if "train" in options:
+            split: dict[str, Any] = {"train": self.train}
+        elif "split" in options:
+            split = {"split": "train" if self.train else "test"}
+        else:
+            raise SourceError(f"{known[plain]} has no train and test split: save it as folders and pack those")
+        if known[plain] == "FashionMNIST":
+            _fashion_mnist_from_debian(self.root)
+        download: dict[str, Any] = {"download": True} if "download" in options else {}
+        try:
+            return factory(str(self.root), **split, **download)
+        except (RuntimeError, OSError, ValueError) as error:
+            remedy = f"fetch it where there is a network and put it under {self.root}"
+            if known[plain] == "FashionMNIST":
+                remedy += ", or install Debian's package dataset-fashion-mnist"
+            raise SourceError(f"{known[plain]} could not be downloaded ({_line(error)}): {remedy}") from error
+
+    @cached_property
+    def classes(self) -> list[str]:
+        return [str(name) for name in self.data.classes]
+
+    @cached_property
+    def items(self) -> list[Item]:
+        labels = next((getattr(self.data, a) for a in ("targets", "labels", "_labels") if hasattr(self.data, a)), None)
+        if labels is None:
+            labels = [label for _, label in self.data]
+        return [Item(self.classes[int(k)], i, int(k)) for i, k in enumerate(labels)]
+
+    def load(self, reference: int) -> Image.Image:
+        image: Image.Image = self.data[reference][0]
+        return image
+
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB with the EXIF rotation applied; 16-bit levels are scaled, alpha is dropped."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int) -> bytes:
+    """The bytes to store: an upright RGB JPEG whose shorter side is at most `shorter_side` (0: as it is).
+
+    An upright RGB JPEG that is small enough keeps its bytes. Raises OSError, ValueError or Pillow's errors
+    where `data` is not a whole image.
+    """
+    if isinstance(data, Image.Image):
+        image = data
+    else:
+        image = Image.open(BytesIO(data))
+        image.load()
+        fits = not shorter_side or min(image.size) <= shorter_side
+        if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1 and fits:
+            return data
+    image = upright_rgb(image)
+    if shorter_side and min(image.size) > shorter_side:
+        width, height = image.size
+        scale = min(image.size)
+        image = image.resize((shorter_side * width // scale, shorter_side * height // scale), Image.Resampling.BILINEAR)
+    out = BytesIO()
+    image.save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def _fashion_mnist_from_debian(root: Path) -> None:
+    """Put the files of Debian's dataset-fashion-mnist where torchvision looks: from the installed package, or fetched with
+    apt into a folder of our own, which needs no root. Does nothing where that is not possible."""
+    raw = root / "FashionMNIST" / "raw"
+    if raw.exists():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        files = Path("usr/share/datasets/fashion-mnist")
+        source = Path("/") / files
+        if not source.exists() and shutil.which("apt-get") and shutil.which("dpkg-deb"):
+            lists = Path(scratch) / "lists"
+            lists.mkdir()
+            own = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={scratch}"]
+            commands = (
+                ["apt-get", *own, "update"],
+                ["apt-get", *own, "-o", "APT::Sandbox::User=root", "download", "dataset-fashion-mnist"],
+                ["sh", "-c", "dpkg-deb -x dataset-fashion-mnist_*.deb ."],
+            )
+            done = all(subprocess.run(c, cwd=scratch, capture_output=True).returncode == 0 for c in commands)
+            source = Path(scratch) / files if done else source
+        if not source.exists():
+            return
+        raw.mkdir(parents=True)
+        for packed in source.glob("*.gz"):
+            (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
