@@ -1,11 +1,11 @@
-"""`torchrun --nproc_per_node=N -m dist_train [--config FILE] [--key value ...]`, or `python -m dist_train ...` for one process."""
+"""`torchrun --nproc_per_node=N -m dist_train [--config FILE] [--key value ...]`; `python -m dist_train` for one."""
 
 from __future__ import annotations
 
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def _run(config: Config, file: str, world: World, watch: Watch) -> int:
         if world.rank == 0:
             print(f"error: {message}", file=sys.stderr)
         return USAGE
-    name = world.share(config.run.name or default_name(file))
+    name = world.share(config.run.name or Path(config.run.dir).name or default_name(file))
     directory = Path(config.run.dir or Path(config.run.root) / name)
     config = replace(config, run=replace(config.run, name=name, dir=str(directory)))
     _reproducible(config)
@@ -77,8 +77,7 @@ def _run(config: Config, file: str, world: World, watch: Watch) -> int:
     if trainer.changed:
         monitor.say("changed since the checkpoint: " + ", ".join(f"{k} = {v}" for k, v in trainer.changed.items()))
         monitor.record("changed", step=state.step, **trainer.changed)
-    where = {"step": state.step, "epoch": state.epoch}
-    monitor.status("running", **where)
+    monitor.status("running", step=state.step, epoch=state.epoch)
     monitor.say(f"{directory}: {world.size} x {world.device.type}, {len(data[0])} images, epoch {state.epoch + 1}")
     try:
         trainer.fit()
@@ -109,8 +108,8 @@ def _open(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
         error: Exception | None = None
         try:
             if world.rank == 0:
-                for path, train in ((data.train, True), (data.val, False)):
-                    source = Torchvision(data.source, train, Path(data.train).parent / "raw")
+                for path, training in ((data.train, True), (data.val, False)):
+                    source = Torchvision(data.source, training, Path(data.train).parent / "raw")
                     workers = len(os.sched_getaffinity(0))
                     pack(source, Path(path), Options(shorter_side=0), split=Path(path).name, workers=workers)
         except (SourceError, ShardError, OSError) as failure:
@@ -122,21 +121,23 @@ def _open(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
         odd = sorted(set(train.classes) ^ set(val.classes))[:3]
         raise ShardError(
             f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ"
-            f"{' in ' + ', '.join(odd) if odd else ' in their order'}: labels would not mean the same, pack both from folders "
-            f"of the same names"
+            f"{' in ' + ', '.join(odd) if odd else ' in their order'}: labels would not mean the same, pack both from "
+            f"folders of the same names"
         )
     if batch < world.size * config.train.accumulate:
         raise ConfigError(
-            f"train.global_batch {batch} is smaller than {world.size} ranks x train.accumulate {config.train.accumulate}: "
-            f"raise it, or start fewer ranks"
+            f"train.global_batch {batch} is smaller than {world.size} ranks x train.accumulate "
+            f"{config.train.accumulate}: raise it, or start fewer ranks"
         )
     if batch > len(train):
-        raise ConfigError(f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it")
+        raise ConfigError(
+            f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it"
+        )
     return train, val
 
 
-def _take(directory: Path) -> object:
-    """Claim the run directory for this start; returns a check that raises Superseded once another start has claimed it."""
+def _take(directory: Path) -> Callable[[], None]:
+    """Claim the run directory. Returns a check that raises Superseded once another start has claimed it."""
     token = uuid.uuid4().hex
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "owner", token.encode())
@@ -160,7 +161,10 @@ def _summary(directory: Path, outcome: str, reason: str, state: State) -> str:
     records = read_records(directory)
     checks = [r for r in records if r["kind"] == "validation"]
     rates = [r["images_per_s"] for r in records if r["kind"] == "step"]
-    rows = [("outcome", f"{outcome}{': ' + reason if reason else ''}"), ("epochs", f"{state.epoch} ({state.step} steps)")]
+    rows = [
+        ("outcome", f"{outcome}{': ' + reason if reason else ''}"),
+        ("epochs", f"{state.epoch} ({state.step} steps)"),
+    ]
     if checks:
         best = min(checks, key=lambda r: r["top1_error"])
         for label, r in (("best", best), ("last", checks[-1])):

@@ -35,23 +35,16 @@ class Store:
         directory: `checkpoints/` of the run.
         keep: how many of the newest stay, besides the best.
         mine: raises where another process has taken over the run; called before every rename.
-        phase: called with the name of each phase of a save, to inject faults.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        keep: int,
-        mine: Callable[[], None] = lambda: None,
-        phase: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self.directory, self.keep, self.mine, self.phase = directory, keep, mine, phase
+    def __init__(self, directory: Path, keep: int, mine: Callable[[], None] = lambda: None) -> None:
+        self.directory, self.keep, self.mine = directory, keep, mine
         self.error: Exception | None = None  # of the last save, until one succeeds
         self._writer: Thread | None = None
 
     def save(self, state: dict[str, Any], meta: dict[str, Any], *, best: bool) -> None:
-        """Copy `state` to host memory and write it beside training. At most one save is in flight. A save that fails sets
-        `error`; the older checkpoints stand.
+        """Copy `state` to host memory and write it beside training. At most one save is in flight. A save that fails
+        sets `error`; the older checkpoints stand.
 
         Args:
             meta: `step`, `epoch` and `validated` order the checkpoints; the rest is for `newest` to show.
@@ -69,7 +62,7 @@ class Store:
             self._writer = None
 
     def newest(self, complain: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose hash matches, and its meta. Bad ones are set aside as `bad-*`, with a word on why."""
+        """The newest checkpoint whose hash matches, and its meta. Bad ones are set aside as `bad-*` and named."""
         for stale in self.directory.glob(".*.tmp"):
             shutil.rmtree(stale)
         for path in sorted(self.directory.glob("step-*"), reverse=True):
@@ -92,20 +85,17 @@ class Store:
             with open(temporary / STATE, "wb") as file:
                 hashed = _Hashed(file)
                 torch.save(state, hashed)  # type: ignore[arg-type]
-                self.phase("written")
                 _flush(file)
             meta = meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}
             with open(temporary / META, "w") as text:
                 json.dump(meta, text, indent=1)
                 _flush(text)
-            self.phase("flushed")
             self.mine()
             if final.exists():  # the same state, saved for two reasons
                 shutil.rmtree(temporary)
             else:
                 os.rename(temporary, final)
             _flush_directory(self.directory)
-            self.phase("renamed")
             if best:
                 link = self.directory / "best.new"
                 link.unlink(missing_ok=True)
@@ -121,7 +111,6 @@ class Store:
         best = os.path.realpath(self.directory / "best")
         for path in sorted(self.directory.glob("step-*"))[: -self.keep]:
             if os.path.realpath(path) != best:
-                self.phase("pruning")
                 hidden = self.directory / f".{path.name}.tmp"
                 os.rename(path, hidden)  # never a half-deleted directory under a good name
                 shutil.rmtree(hidden)

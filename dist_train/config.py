@@ -175,20 +175,24 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse impossible values. Raises ConfigError."""
-        _at_least(self, 1, "train.epochs train.global_batch train.accumulate data.shuffle_shards data.readers data.ahead")
+        _at_least(
+            self, 1, "train.epochs train.global_batch train.accumulate data.shuffle_shards data.readers data.ahead"
+        )
         _at_least(self, 1, "data.crop data.resize model.hidden monitor.log_every checkpoint.keep schedule.patience")
         _at_least(self, 0, "train.seed data.lighting data.threads optim.momentum optim.weight_decay checkpoint.minutes")
         _at_least(self, 0, "checkpoint.steps schedule.max_divisions schedule.warmup_epochs schedule.min_improvement")
         if not self.optim.lr > 0:
             raise ConfigError(f"optim.lr is {self.optim.lr}: it must be above 0")
         if not self.schedule.factor > 1:
-            raise ConfigError(f"schedule.factor is {self.schedule.factor}: the learning rate is divided by it, so above 1")
+            raise ConfigError(
+                f"schedule.factor is {self.schedule.factor}: the learning rate is divided by it, so above 1"
+            )
         if not 0 <= self.model.dropout < 1:
             raise ConfigError(f"model.dropout is {self.model.dropout}: it must lie in [0, 1)")
         if self.data.crop > self.data.resize:
             raise ConfigError(
-                f"data.crop {self.data.crop} is larger than data.resize {self.data.resize}, the shorter side that it is cut "
-                f"from: raise data.resize"
+                f"data.crop {self.data.crop} is larger than data.resize {self.data.resize}, the shorter side that "
+                f"it is cut from: raise data.resize"
             )
         if self.checkpoint.keep < 2:
             raise ConfigError("checkpoint.keep is 1: keep at least 2, so that a damaged one costs little")
@@ -234,7 +238,8 @@ def default_name(file: str) -> str:
     launcher does not change."""
     began = datetime.now()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        boot = next(int(line.split()[1]) for line in open("/proc/stat") if line.startswith("btime"))
+        stat = Path("/proc/stat").read_text().splitlines()
+        boot = next(int(line.split()[1]) for line in stat if line.startswith("btime"))
         ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
         began = datetime.fromtimestamp(boot + ticks // os.sysconf("SC_CLK_TCK"))
     return f"{file}-{began:%Y%m%d-%H%M%S}"

@@ -61,16 +61,16 @@ def rank_of_launcher() -> int:
 def join(device: str) -> World:
     """Join the process group of torchrun's (or submitit's) environment; a group of one without a launcher.
 
-    `device`: auto, cpu or cuda. Backend: nccl on the GPU, gloo on the CPU. A collective that hangs is ended by `Watch`, long
-    before the group's own time-out. Raises ValueError where there is no such device.
+    `device`: auto, cpu or cuda. Backend: nccl on the GPU, gloo on the CPU. A collective that hangs is ended by `Watch`,
+    long before the group's own time-out. Raises ValueError where there is no such device.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and torch.cuda.device_count() <= local_rank:
         raise ValueError(
-            f"train.device is {device}, but this node has {torch.cuda.device_count()} GPUs for {local_size} processes: start "
-            f"fewer, or set train.device to cpu"
+            f"train.device is {device}, but this node has {torch.cuda.device_count()} GPUs for {local_size} processes: "
+            f"start fewer, or set train.device to cpu"
         )
     place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -78,7 +78,8 @@ def join(device: str) -> World:
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone = {"store": torch._C._distributed_c10d.HashStore(), "rank": 0, "world_size": 1}
+    store = {} if "MASTER_ADDR" in os.environ else alone
     dist.init_process_group(backend, timeout=timedelta(hours=1), **store)  # type: ignore[arg-type]
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, place)
 
@@ -87,8 +88,8 @@ class Watch:
     """A thread that receives signals and misses heartbeats.
 
     A Python signal handler does not run while the main thread is inside a collective, so the thread reads signals from
-    `signal.set_wakeup_fd`. The first stop signal sets `stop`, which the ranks agree on at a step boundary. A second one, a stop that
-    takes longer than `grace`, or silence of the main thread for `patience` ends the process.
+    `signal.set_wakeup_fd`. The first stop signal sets `stop`, which the ranks agree on at a step boundary. A second
+    one, a stop that takes longer than `grace`, or silence of the main thread for `patience` ends the process.
 
     Args:
         patience: seconds between two heartbeats, until the first step; `beat` then sets the shorter one.

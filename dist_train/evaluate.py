@@ -15,12 +15,12 @@ from pipelines.dali import Loader
 
 @dataclass(frozen=True)
 class Scores:
-    """Errors as fractions of 1, mean cross-entropy in nats, and how many images were seen."""
+    """Errors as fractions of 1, mean cross-entropy in nats, and of how many samples."""
 
     top1_error: float
     top5_error: float
     loss: float
-    images: int
+    samples: int
 
 
 def validate(

@@ -9,8 +9,10 @@ import json
 import os
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ class Monitor:
         """Begin or continue the record: what lies behind byte `size`, the restored state's, is cut off."""
         if not self.speaks:
             return
-        self._records = open(self.directory / METRICS, "ab")
+        self._records = open(self.directory / METRICS, "ab")  # noqa: SIM115  (open as long as the run)
         self._records.truncate(min(size, self._records.tell()))
         self._records.seek(0, os.SEEK_END)
         if self.config.wandb != "disabled":
@@ -76,12 +78,15 @@ class Monitor:
             for line in file.read(max(0, size - sent)).splitlines():
                 values = json.loads(line)
                 if (kind := values.pop("kind")) != "changed":
-                    self._wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=values["step"])
+                    named = {f"{kind}/{k}": v for k, v in values.items()}
+                    self._wandb.log(named | {"images": values["images"]}, step=values["step"])
         write_atomically(mark, str(max(sent, size)).encode())
 
     def begin_epoch(self, epoch: int, epochs: int, start: int, steps: int) -> None:
         if self.speaks and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=start, desc=f"epoch {epoch + 1}/{epochs}", unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=steps, initial=start, desc=f"epoch {epoch + 1}/{epochs}", unit="step", dynamic_ncols=True
+            )
 
     def end_epoch(self) -> None:
         if self._bar is not None:
@@ -151,10 +156,12 @@ def draw_curves(directory: Path) -> Path | None:
     left.plot([r["progress"] for r in steps], [r["loss"] for r in steps], lw=0.8)
     left.set(xlabel="epoch", ylabel="training loss (nats)", ylim=(0, None))
     for name, style in (("top1_error", "o-"), ("top5_error", "s-")):
-        right.plot([r["epoch"] + 1 for r in checks], [100 * r[name] for r in checks], style, label=name.replace("_", " "))
+        right.plot(
+            [r["epoch"] + 1 for r in checks], [100 * r[name] for r in checks], style, label=name.replace("_", " ")
+        )
     right.set(xlabel="epoch", ylabel="validation error (%)", ylim=(0, None))
     right.xaxis.get_major_locator().set_params(integer=True)
-    for before, after in zip(checks, checks[1:], strict=False):
+    for before, after in pairwise(checks):
         if after["lr"] < before["lr"]:
             for axes in (left, right):
                 axes.axvline(before["epoch"] + 1, color="grey", ls=":", lw=1)
@@ -170,33 +177,32 @@ def draw_curves(directory: Path) -> Path | None:
 
 
 def _start_wandb(directory: Path, config: MonitorConfig, settings: dict[str, Any]) -> Any:
-    """The run's one wandb run over all restarts: its id is kept in the run directory. Falls back to offline, then to nothing,
-    with a word: showing a run must never end it."""
+    """The run's one wandb run over all restarts: its id is kept in the run directory. Falls back to offline, then to
+    nothing, and says so: showing a run must never end it."""
     (directory / "wandb").mkdir(exist_ok=True)
     mark = directory / "wandb" / "id"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import wandb
-
+    mode = config.wandb
+    while mode != "disabled":
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # wandb's, of its own dependencies
+                import wandb
             if not mark.exists():
-                write_atomically(mark, wandb.util.generate_id().encode())
-            for mode in (config.wandb, "offline"):
-                try:
-                    run = wandb.init(
-                        project=config.wandb_project,
-                        id=mark.read_text(),
-                        name=directory.name,
-                        dir=str(directory),
-                        mode=mode,  # type: ignore[arg-type]
-                        resume="allow" if mode == "online" else None,
-                        config=settings,
-                        settings=wandb.Settings(init_timeout=60, console="off", silent=True),
-                    )
-                    run.define_metric("*", step_metric="step/images")
-                    return run
-                except Exception as error:  # no network, no key, a server that answers nonsense
-                    print(f"wandb {mode}: {error}", file=sys.stderr)
-    except Exception as error:
-        print(f"wandb is left out: {error}", file=sys.stderr)
+                write_atomically(mark, uuid.uuid4().hex[:8].encode())
+            run = wandb.init(
+                project=config.wandb_project,
+                id=mark.read_text(),
+                name=directory.name,
+                dir=str(directory),
+                mode=mode,
+                resume="allow" if mode == "online" else None,
+                config=settings,
+                settings=wandb.Settings(init_timeout=60, console="off", silent=True),
+            )
+            run.define_metric("*", step_metric="images")
+            return run
+        except Exception as error:  # no network, no key, a server that answers nonsense
+            fallback: Any = "offline" if mode == "online" else "disabled"
+            print(f"wandb {mode} does not work ({error}): {fallback} instead", file=sys.stderr)
+            mode = fallback
     return None

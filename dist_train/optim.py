@@ -15,21 +15,19 @@ from dist_train.config import Schedule as ScheduleConfig
 def build(config: Optim, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with momentum as in section 5, or Adam (Kingma and Ba, 2014). Fused, so that `update` can skip on the device.
 
-    torch keeps the velocity free of the learning rate, the paper multiplies it in: the two are equal while the learning rate
-    stays, and differ for the few steps after it is divided.
+    torch keeps the velocity free of the learning rate, the paper multiplies it in: the two are equal while the learning
+    rate stays, and differ for the few steps after it is divided.
     """
     if config.name == "adam":
         return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
 
 
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
     """Step, except where a gradient is not finite: then weights and state stay as they are, decided on the device.
 
-    Returns 1.0 where the step was refused for that reason, else 0.0: float32, no dimensions, on the device. With a scaler that is
-    always 0: there an overflow is ordinary, skipped by the scaler, which lowers its scale.
+    Returns 1.0 where the step was refused for that reason, else 0.0: a float32 scalar on the device. With a scaler
+    that is always 0: there an overflow is ordinary, skipped by the scaler, which lowers its scale.
     """
     if scaler.is_enabled():
         scaler.step(optimizer)

@@ -86,7 +86,13 @@ class Trainer:
     """One rank of a run. `fit` is the loop; the rest is what it is made of."""
 
     def __init__(
-        self, config: Config, world: World, watch: Watch, monitor: Monitor, store: Store, data: tuple[ShardSet, ShardSet]
+        self,
+        config: Config,
+        world: World,
+        watch: Watch,
+        monitor: Monitor,
+        store: Store,
+        data: tuple[ShardSet, ShardSet],
     ) -> None:
         self.config, self.world, self.watch, self.monitor, self.store = config, world, watch, monitor, store
         self.shards = data[0]
@@ -104,10 +110,7 @@ class Trainer:
             dropout=config.model.dropout,
         )
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        precision = config.train.precision
-        if precision == "auto":
-            on_gpu = "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
-            precision = on_gpu if world.device.type == "cuda" else "off"
+        precision = _precision(config, world)
         self.autocast = torch.autocast(world.device.type, PRECISIONS[precision], enabled=precision != "off")
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         if _compiles(config, monitor):
@@ -128,7 +131,7 @@ class Trainer:
     def fit(self) -> State:
         """Train from the state that is there to the last epoch. Raises Stopped and Diverged."""
         state, config, steps = self.state, self.config, self.train_loader.steps
-        while state.epoch < config.train.epochs and not self.schedule.exhausted:
+        while state.epoch < config.train.epochs and not self.exhausted():
             self.monitor.begin_epoch(state.epoch, config.train.epochs, state.step_in_epoch, steps)
             self._began, self._images, self.train_loader.waited = time.monotonic(), 0, 0.0
             for batch in self.train_loader.epoch(state.epoch, start=state.step_in_epoch):
@@ -139,20 +142,20 @@ class Trainer:
                 self.settle(before)  # a step late, so that the device is never waited for
             self.settle(self._drain())
             error = self.validate()
-            divided = self.schedule.step(error, state.epoch)  # "divide ... by 10 when ... stopped improving"
-            if divided:
-                self.monitor.say(f"validation error stopped improving: learning rate divided by {config.schedule.factor:g}")
+            if self.schedule.step(error, state.epoch):
+                self.monitor.say(f"the error stopped improving: learning rate divided by {config.schedule.factor:g}")
             best = state.next_epoch(error)  # before the save: a restart must not repeat the epoch
-            exhausted = self.schedule.exhausted and config.schedule.stop_early
             self.save(best=best)
-            if exhausted:
-                break
         self.store.join()
         return state
 
+    def exhausted(self) -> bool:
+        """Whether the error stopped improving after the last division, and the run is to stop then."""
+        return self.config.schedule.stop_early and self.schedule.exhausted
+
     def train_step(self, batch: Batch, lr: float) -> Flags:
-        """Forward, backward, update. The rank's loss is its sum times ranks / global batch, so that DDP's average over ranks is
-        the mean over the global batch, however the samples are spread."""
+        """Forward, backward, update. The rank's loss is its sum times ranks / global batch, so that DDP's average over
+        ranks is the mean over the global batch, however the samples are spread."""
         config, world, state = self.config, self.world, self.state
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -170,7 +173,8 @@ class Trainer:
                 with self.autocast:
                     logits = self.net(inputs[low:high], keys[low:high])
                 loss = F.cross_entropy(logits.float(), labels[low:high], reduction="sum")
-                self.scaler.scale(loss * (world.size / config.train.global_batch)).backward()  # type: ignore[no-untyped-call]
+                scaled = self.scaler.scale(loss * (world.size / config.train.global_batch))
+                scaled.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         refused = optim.update(self.optimizer, self.scaler)
         due = world.rank == 0 and self._due()
@@ -228,10 +232,10 @@ class Trainer:
         lr = self.schedule.lr(state.epoch, self.train_loader.steps - 1, self.train_loader.steps)
         self.monitor.end_epoch()
         images = state.step * self.config.train.global_batch
-        self.monitor.record("validation", step=state.step, epoch=state.epoch, images_seen=images, lr=lr, **asdict(scores))
+        self.monitor.record("validation", step=state.step, epoch=state.epoch, images=images, lr=lr, **asdict(scores))
         self.monitor.say(
-            f"epoch {state.epoch + 1}/{self.config.train.epochs}: top-1 error {scores.top1_error:.2%}, top-5 error "
-            f"{scores.top5_error:.2%} on {scores.images} images, lr {lr:g}, {self._rates()['images_per_s']:.0f} images/s"
+            f"epoch {state.epoch + 1}/{self.config.train.epochs}: top-1 error {scores.top1_error:.2%}, "
+            f"top-5 error {scores.top5_error:.2%} on {scores.samples} images, lr {lr:g}"
         )
         return scores.top1_error
 
@@ -261,18 +265,21 @@ class Trainer:
         self._covered = size
 
     def restore(self) -> int:
-        """Take over the newest good checkpoint, if there is one. Rank 0 chooses. Returns how many bytes of the record it
-        covers. Raises CheckpointError where it is of another model, data set, seed or batch."""
+        """Take over the newest good checkpoint, if there is one. Rank 0 chooses.
+
+        Returns how many bytes of the record it covers. Raises CheckpointError where it is of another model, data set,
+        seed or batch.
+        """
         found = self.store.newest(self.monitor.say) if self.world.rank == 0 else None
-        path, meta = self.world.share(found) or (None, {})
-        if path is None:
+        if (chosen := self.world.share(found)) is None:
             return 0
+        path, meta = chosen
         identity = json.loads(json.dumps(self._identity()))
         different = [f"{k} {meta.get(k)!r} -> {v!r}" for k, v in identity.items() if meta.get(k) != v]
         if different:
             raise CheckpointError(
-                f"{path.parent.parent} was begun with other settings ({'; '.join(different)}): restore them, or choose another "
-                f"run.name"
+                f"{path.parent.parent} was begun with other settings ({'; '.join(different)}): restore them, or choose "
+                f"another run.name"
             )
         saved = load(path, self.world.device)
         self.model.load_state_dict(saved["model"])
@@ -281,7 +288,8 @@ class Trainer:
         self.schedule.load_state_dict(saved["schedule"])
         vars(self.state).update(saved["state"])
         self.monitor.say(f"continuing from {path.name}: epoch {self.state.epoch + 1}, step {self.state.step}")
-        self.changed = {k: v for k, v in as_dict(self.config).items() if meta["config"].get(k) != json.loads(json.dumps(v))}
+        told = {k: v for k, v in as_dict(self.config).items() if k.startswith(("optim.", "schedule.", "train.epochs"))}
+        self.changed = {k: v for k, v in json.loads(json.dumps(told)).items() if meta["config"].get(k) != v}
         return int(saved["record"])
 
     def _identity(self) -> dict[str, Any]:
@@ -301,10 +309,13 @@ class Trainer:
         return flags
 
     def _settle_buckets(self) -> None:
-        """DDP rebuilds its buckets after its first step, and gloo then sums in another order. Two throw-away steps put that
-        behind us, so that a resumed run sums as one that never stopped."""
+        """DDP rebuilds its buckets after its first step, and gloo then sums in another order. Two throw-away steps put
+        that behind us, so that a resumed run sums as one that never stopped."""
         before = {k: v.clone() for k, v in self.model.state_dict().items()}
-        side, (low, high) = self.config.data.crop, part(self.config.train.global_batch, self.world.rank, self.world.size)
+        side, (low, high) = (
+            self.config.data.crop,
+            part(self.config.train.global_batch, self.world.rank, self.world.size),
+        )
         low, high = part(high - low, 0, self.config.train.accumulate)
         inputs = torch.zeros(high - low, 3, side, side, device=self.world.device).to(memory_format=torch.channels_last)
         keys = torch.zeros(high - low, dtype=torch.int64, device=self.world.device)
@@ -324,8 +335,8 @@ class Trainer:
         left = (self.config.train.epochs * steps - flags.step) * self.config.train.global_batch / rates["images_per_s"]
         clock = f"{int(left // 3600)}:{int(left // 60 % 60):02d}:{int(left % 60):02d}"
         return (
-            f"loss {loss:.3f}, lr {flags.lr:g}, {rates['images_per_s']:.0f} images/s, data wait {rates['data_wait']:.0%}, "
-            f"{clock} left"
+            f"loss {loss:.3f}, lr {flags.lr:g}, {rates['images_per_s']:.0f} images/s, "
+            f"data wait {rates['data_wait']:.0%}, {clock} left"
         )
 
     def _post_mortem(self, flags: Flags, loss: float) -> str:
@@ -338,12 +349,14 @@ class Trainer:
             (self.monitor.directory / "diverged.json").write_text(json.dumps(report, indent=1))
         what = "loss" if not math.isfinite(loss) else "gradient"
         return (
-            f"the {what} is not finite at step {flags.step + 1} (epoch {flags.epoch + 1}, lr {flags.lr:g}, batch {names[0]} ... "
-            f"{names[-1]}, all in diverged.json): lower optim.lr; the last checkpoint is good"
+            f"the {what} is not finite at step {flags.step + 1} (epoch {flags.epoch + 1}, lr {flags.lr:g}, batch "
+            f"{names[0]} ... {names[-1]}, all in diverged.json): lower optim.lr; the last checkpoint is good"
         )
 
 
-def _loader(config: Config, world: World, shards: ShardSet, statistics: ShardSet, *, batch: int, training: bool) -> Loader:
+def _loader(
+    config: Config, world: World, shards: ShardSet, statistics: ShardSet, *, batch: int, training: bool
+) -> Loader:
     data = config.data
     on_gpu = data.device == "gpu" or (data.device == "auto" and world.device.type == "cuda")
     return Loader(
@@ -365,6 +378,15 @@ def _loader(config: Config, world: World, shards: ShardSet, statistics: ShardSet
     )
 
 
+def _precision(config: Config, world: World) -> str:
+    """`auto`: off on the CPU, where bfloat16 was measured to be slower; on a GPU bf16 where it has it, else fp16."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    if world.device.type == "cpu":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
 def _torch_seed(seed: int, step: int, rank: int) -> int:
     return int(mask_keys(seed, step, np.array([rank]))[0])
 
@@ -379,4 +401,3 @@ def _compiles(config: Config, monitor: Monitor) -> bool:
     except Exception as error:
         monitor.say(f"torch.compile is off: no working compiler ({str(error).splitlines()[0][:100]})")
         return False
-

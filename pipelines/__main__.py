@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from pipelines.shards import Manifest, ShardError
@@ -70,7 +70,7 @@ def _tell(manifest: Manifest, directory: Path) -> None:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m pipelines", description="Make shard sets and look at them.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    workers = {"type": int, "default": len(os.sched_getaffinity(0)), "help": "processes"}
+    cpus = len(os.sched_getaffinity(0))
 
     verb = verbs.add_parser("pack", help="labelled images into WebDataset shards", usage=PACK)
     verb.add_argument("source", help="imagefolder, or the name of a torchvision data set")
@@ -78,14 +78,14 @@ def _parser() -> ArgumentParser:
     verb.add_argument("--shorter-side", type=int, metavar="PX", help="scale larger images down to it; 0: keep them")
     verb.add_argument("--quality", type=int, default=90, help="of JPEGs that are written anew, 1 to 95 (90)")
     verb.add_argument("--shard-mb", type=float, default=64, help="aimed size of a shard in 10^6 bytes (64)")
-    verb.add_argument("--workers", **workers)
+    verb.add_argument("--workers", type=_positive, default=cpus, help=f"processes ({cpus})")
     verb.add_argument("--seed", type=int, default=0, help="of the order of the samples in the shards (0)")
     verb.set_defaults(run=pack)
 
     verb = verbs.add_parser("index", help="manifest and index for shards that another tool made")
     verb.add_argument("directory", type=Path, help="holds *.tar with jpg, jpeg, png or webp, and cls")
     verb.add_argument("--classes", type=Path, help="text file: one class name a line, in the order of the labels")
-    verb.add_argument("--workers", **workers)
+    verb.add_argument("--workers", type=_positive, default=cpus, help=f"processes ({cpus})")
     verb.set_defaults(run=index)
 
     for name, run, text in (
@@ -94,21 +94,32 @@ def _parser() -> ArgumentParser:
     ):
         verb = verbs.add_parser(name, help=text, formatter_class=ArgumentDefaultsHelpFormatter)
         verb.add_argument("directory", type=Path, help="a shard set")
-        verb.add_argument("--resize", type=int, default=256, help="shorter side that the crop is cut from, in pixels")
-        verb.add_argument("--crop", type=int, default=227, help="side of the net's input, in pixels")
+        verb.add_argument(
+            "--resize", type=_positive, default=256, help="shorter side that the crop is cut from, in pixels"
+        )
+        verb.add_argument("--crop", type=_positive, default=227, help="side of the net's input, in pixels")
         verb.set_defaults(run=run)
         if run is preview:
             verb.add_argument("out", type=Path, help="the PNG to write")
-            verb.add_argument("--rows", type=int, default=6, help="samples to draw")
+            verb.add_argument("--rows", type=_positive, default=6, help="samples to draw")
             verb.add_argument("--seed", type=int, default=0, help="of order and augmentation")
         else:
-            verb.add_argument("--batch", type=int, default=128, help="images a batch")
+            verb.add_argument("--batch", type=_positive, default=128, help="images a batch")
             verb.add_argument("--read-ms", type=float, default=0.0, help="added to each read, as a slow disk would")
     return parser
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
 def main() -> int:
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.run in (preview, bench) and args.crop > args.resize:
+        parser.error(f"--crop {args.crop} is larger than --resize {args.resize}: it is cut from that")
     try:
         args.run(args)
     except (ShardError, SourceError, OSError) as error:

@@ -39,7 +39,8 @@ class Views:
 def resized(size: NDArray[np.int64], shorter_side: int) -> NDArray[np.int32]:
     """Width and height [n, 2] after "the shorter side was of length 256" (section 2); the longer side is cut to an
     integer as torchvision does."""
-    return (shorter_side * size // size.min(axis=1, keepdims=True)).astype(np.int32)
+    now: NDArray[np.int64] = shorter_side * size // size.min(axis=1, keepdims=True)
+    return now.astype(np.int32)
 
 
 @dataclass(frozen=True)

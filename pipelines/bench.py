@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from pipelines.augment import Augment
 from pipelines.dali import Loader
-from pipelines.shards import ShardSet
+from pipelines.shards import ShardError, ShardSet
+
+WARM_UP = 8  # batches: as many as the loader is ahead by, so that the pace is steady when the clock starts
 
 
 def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: float) -> str:
-    """Run one epoch of at most 4,096 images after a warm-up. Returns a line with images/s and CPU us/image."""
+    """Run the last 4,096 images or less of an epoch after a warm-up. Returns a line with images/s and CPU us/image."""
     shards = ShardSet(directory)
 
     def read(sample: int) -> NDArray[np.uint8]:
@@ -22,11 +24,14 @@ def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: flo
         return shards.read(sample)
 
     loader = Loader(shards, Augment(resize, crop), shards.manifest, batch=batch, training=True, read=read)
-    first = max(0, loader.steps - 4096 // batch - 4)
-    images, wall, cpu = 0, 0.0, 0.0
-    for i, data in enumerate(loader.epoch(0, first)):
-        if i == 3:
-            images, wall, cpu = 0, time.perf_counter(), time.process_time()
-        images += len(data.labels)
+    if loader.steps < 2 * WARM_UP:
+        raise ShardError(
+            f"{directory} has {len(shards)} samples, not {2 * WARM_UP} batches of {batch}: give a smaller --batch"
+        )
+    batches = loader.epoch(0, max(0, loader.steps - max(4096 // batch, WARM_UP) - WARM_UP))
+    for _ in range(WARM_UP):
+        next(batches)
+    wall, cpu = time.perf_counter(), time.process_time()
+    images = sum(len(data.labels) for data in batches)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return f"{images / wall:.0f} images/s, {cpu / images * 1e6:.0f} CPU us/image, {read_ms:g} ms added to each read"

@@ -12,8 +12,9 @@ import queue
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from threading import Event, Thread
 from typing import Any, Literal, NamedTuple
 
@@ -63,9 +64,9 @@ def graph(
 ) -> Pipeline:
     """decode -> resize of the region that the crop needs (or crop alone) -> mirror and normalise.
 
-    `source` returns, for the n <= `batch` samples of a step: encoded images; where the region begins and where it ends as
-    (y, x) in the original image, float32 [n, 2] (with `resize`), or the left top corner and the size as (x, y), int32
-    [n, 2] (without); mirror, int32 [n]; what to subtract from each channel, float32 [n, 3].
+    `source` returns, for the n <= `batch` samples of a step: encoded images; where the region begins and where it ends
+    as (y, x) in the original image, float32 [n, 2] (with `resize`), or the left top corner and the size as (x, y),
+    int32 [n, 2] (without); mirror, int32 [n]; what to subtract from each channel, float32 [n, 3].
 
     Output: float32 NHWC. On the GPU the whole image is decoded: decoders of a region were seen to crash there
     (nvImageCodec issue 55).
@@ -100,8 +101,8 @@ def graph(
 class Loader:
     """One rank's batches of a shard set.
 
-    Training visits each sample at most once an epoch, in the order of `order.py`, and drops the incomplete tail. Otherwise
-    every sample comes exactly once, in the order of the index, in equal numbers of batches on all ranks, some
+    Training visits each sample at most once an epoch, in the order of `order.py`, and drops the incomplete tail.
+    Otherwise every sample comes exactly once, in the order of the index, in equal numbers of batches on all ranks, some
     of them short or empty.
 
     Args:
@@ -161,6 +162,7 @@ class Loader:
         return np.arange(first + low, first + high), first + low
 
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
+        """How these samples are shown at positions `start` ... of an epoch."""
         sizes = self.shards.sizes[samples].astype(np.int64)
         if self.training:
             return random_views(sizes, self.augment, self.components, seed=self.seed, epoch=epoch, start=start)
@@ -185,10 +187,8 @@ class Loader:
         finally:
             stop.set()
             while driver.is_alive():  # it may stand at a full queue
-                try:
+                with suppress(queue.Empty):
                     ready.get(timeout=0.01)
-                except queue.Empty:
-                    pass
             driver.join()
 
     def _drive(self, epoch: int, start: int, ready: queue.Queue[Batch | Exception | None], stop: Event) -> None:
@@ -222,7 +222,7 @@ class Loader:
         pipeline.build()
         return pipeline
 
-    def _feed(self, epoch: int, steps: range) -> Iterator[Feed]:
+    def _feed(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
         """What DALI's external source returns at each step, with the files of the next steps already being read."""
         with ThreadPoolExecutor(self.readers, "read") as pool:
             ahead: deque[tuple[Ints, int, list[Future[list[NDArray[np.uint8]]]]]] = deque()
@@ -247,7 +247,8 @@ class Loader:
         return [self.read(int(sample)) for sample in samples]
 
     def _arguments(self, encoded: list[NDArray[np.uint8]], samples: Ints, views: Views) -> Feed:
-        begin, end = views.corner, np.full_like(views.corner, self.augment.crop)
+        begin: NDArray[Any] = views.corner
+        end: NDArray[Any] = np.full_like(begin, self.augment.crop)
         if self.resizing:
             scale = self.shards.sizes[samples] / views.size.astype(np.float64)
             begin, end = (
@@ -257,9 +258,9 @@ class Loader:
 
     def _collect(self, pipeline: Pipeline) -> Tensor:
         (output,) = pipeline.run()
-        pixels: Tensor = torch.from_dlpack(output.as_tensor())
+        pixels: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
         if pixels.is_cuda:  # DALI reuses its memory on its own stream; a copy of ours outlives that
-            with torch.cuda.stream(torch.cuda.Stream(pixels.device)):
+            with torch.cuda.stream(torch.cuda.Stream(pixels.device)):  # type: ignore[no-untyped-call]
                 pixels = pixels.clone()
                 torch.cuda.current_stream().synchronize()
             pixels.record_stream(torch.cuda.default_stream(pixels.device))

@@ -25,9 +25,7 @@ def philox(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Phil
     `random_raw` and `advance` of Philox4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3") are stable
     across numpy versions, which the distributions of `Generator` are not (numpy's NEP 19).
     """
-    return np.random.Philox(
-        key=np.array([seed, epoch], np.uint64), counter=np.array([0, index, stream, 0], np.uint64)
-    )
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, index, stream, 0], np.uint64))
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int, index: int = 0) -> Ints:

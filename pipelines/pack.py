@@ -40,6 +40,13 @@ from pipelines.sources import Item, Source, SourceError, to_jpeg, upright_rgb
 
 WORK = ".pack"  # inside a set while it is being made: the plan, and what is known of each finished shard
 REJECTED = "rejected.jsonl"
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "BMP",
+)  # that DALI decodes on the CPU and on the GPU, whatever the extension says
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
     fingerprint = hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
     if (directory / MANIFEST).exists():
         if (manifest := Manifest.read(directory)).source == fingerprint:
+            shutil.rmtree(directory / WORK, ignore_errors=True)  # of a run that was killed after its last write
             return manifest
         raise ShardError(f"{directory} already holds another shard set: choose another directory or delete it")
     with _unfinished(directory, fingerprint):
@@ -95,15 +103,17 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
 
 
 def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers: int) -> Manifest:
-    """Make manifest and index for tars that another tool made.
+    """Make manifest and index for tars that another tool made, or anew for a set of ours.
 
     Args:
-        classes: the class names in the order of their labels; the numbers themselves where None.
+        classes: the class names in the order of their labels; where None, those of the manifest that is there, or the
+            numbers themselves.
     """
     tars = sorted(directory.glob("*.tar"))
     if not tars:
         raise ShardError(f"no shards in {directory}: expected uncompressed *.tar files of WebDataset samples")
-    (directory / MANIFEST).unlink(missing_ok=True)
+    if classes is None:
+        classes = _known_names(directory)
     plan = json.dumps([[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
     with _unfinished(directory, hashlib.sha256(plan.encode()).hexdigest(), foreign=True):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
@@ -165,7 +175,7 @@ def _write_part(path: Path, rejected: list[dict[str, str]], *, count: bool) -> N
                 products += flat.T @ flat
             if count:
                 tick()
-    np.save(path.parent / WORK / f"{path.name}.npy", np.array(rows, SAMPLE))
+    _save(path.parent / WORK / f"{path.name}.npy", np.array(rows, SAMPLE))
     part = {
         "shard": {"name": path.name, "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)},
         "pixels": pixels,
@@ -183,11 +193,15 @@ def _sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Image.
         raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
     file.seek(members["cls"].offset_data)
     label = int(file.read(members["cls"].size))
-    if label < 0:
-        raise ValueError(f"label {label} is negative")
+    if not 0 <= label < 1 << 31:
+        raise ValueError(f"label {label} is not a class number")
     file.seek(member.offset_data - HEADER)
     header, data = file.read(HEADER), file.read(member.size)
     image = Image.open(BytesIO(data))
+    if image.format not in FORMATS:
+        raise ValueError(f"is a {image.format} image: pack it from a folder, or write it as JPEG, PNG or WebP")
+    if max(image.size) > 65535:
+        raise ValueError(f"is {image.width}x{image.height} pixels: at most 65535 a side")
     image.load()
     return (member.offset_data, member.size, *image.size, label, crc32(header[:NAME])), upright_rgb(image)
 
@@ -211,13 +225,11 @@ def _finish(
     top = int(rows["label"].max())
     names = list(classes) if classes is not None else [str(k) for k in range(top + 1)]
     if top >= len(names):
-        raise ShardError(f"{directory}: label {top} is out of range for {len(names)} classes: give the right class list")
+        raise ShardError(
+            f"{directory}: label {top} is out of range for {len(names)} classes: name all of them in --classes"
+        )
     mean, std, values, vectors = _statistics(parts)
-    with open(directory / WORK / INDEX, "wb") as file:
-        np.save(file, rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(directory / WORK / INDEX, directory / INDEX)
+    _save(directory / INDEX, rows)
     manifest = Manifest(
         split=split,
         samples=len(rows),
@@ -247,6 +259,21 @@ def _statistics(parts: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
     return mean, np.sqrt(np.diag(covariance)), values, vectors
 
 
+def _save(path: Path, rows: NDArray[Any]) -> None:
+    data = BytesIO()
+    np.save(data, rows)
+    write_atomically(path, data.getvalue())
+
+
+def _known_names(directory: Path) -> list[str] | None:
+    """The class names of the manifest that is there; None without one, or where it holds numbers in their place."""
+    try:
+        names = Manifest.read(directory).classes
+    except ShardError:
+        return None
+    return None if names == [str(k) for k in range(len(names))] else names
+
+
 def _digits(values: NDArray[np.float64]) -> list[float]:
     return [float(f"{v:.9g}") for v in values]
 
@@ -264,18 +291,18 @@ def _unfinished(directory: Path, fingerprint: str, *, foreign: bool = False) -> 
         except BlockingIOError as error:
             raise ShardError(f"{directory} is being packed by another process: wait for it") from error
         plan.seek(0)
-        begun = plan.read()
-        if begun != fingerprint and foreign:
-            for old in work.glob("*.json"):
-                old.unlink()
-        elif begun and begun != fingerprint:
+        begun, line = plan.read(), f"{'index' if foreign else 'pack'} {fingerprint}"
+        if begun not in ("", line) and not (foreign and begun.startswith("index ")):
             raise ShardError(
                 f"{directory} holds an unfinished pack with another source or other options: repeat that command, or "
                 f"delete {directory} and begin anew"
             )
-        plan.truncate(0)
-        plan.write(fingerprint)
-        plan.flush()
+        if begun != line:
+            for old in work.glob("*.json"):  # of tars that have changed since
+                old.unlink()
+            plan.truncate(0)
+            plan.write(line)
+            plan.flush()
         yield
     shutil.rmtree(work)
 
@@ -285,7 +312,7 @@ def _part(path: Path) -> Path:
 
 
 def _key(number: int, name: str) -> str:
-    """A unique WebDataset key that still tells a person where the image came from: no dots, ASCII, short enough for ustar."""
+    """A unique WebDataset key, still telling where the image came from: no dots, ASCII, short enough for ustar."""
     stem = name.rsplit(".", 1)[0] if "/" in name else name
     return f"{number:09d}-{re.sub('[^A-Za-z0-9_-]+', '-', stem)[-80:]}"
 
@@ -300,7 +327,9 @@ def _shard_count(source: Source, trial: list[Item], total: int, options: Options
             continue
     sample = float(np.mean(sizes)) if sizes else 0.0
     wanted = round(total * (sample + 4 * HEADER) / (options.shard_mb * 1e6))
-    return max(1, wanted, min(8, total // 100))  # a few shards even of a small set: a worker packs a whole shard
+    return min(
+        total, max(1, wanted, min(8, total // 100))
+    )  # a few shards even of a small set: a worker packs a whole shard
 
 
 def _reason(error: Exception) -> str:

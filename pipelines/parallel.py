@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from threading import Thread
 from typing import Any, TypeVar
@@ -25,9 +26,12 @@ def tick() -> None:
 
 
 def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images: int | None, label: str) -> list[R]:
-    """`[work(task) for task in tasks]` in processes, which call `tick` once an image. The first error ends all workers
-    and is raised."""
-    context = get_context("spawn")
+    """`[work(task) for task in tasks]` in processes, which call `tick` once an image.
+
+    The first error ends all workers and is raised; ChildProcessError where a worker was killed.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])  # its imports take seconds: once, not once a worker
     count = context.Value("q", 0)
     pool = ProcessPoolExecutor(max(1, min(workers, len(tasks))), context, _start, (count,))
     interval = 0.1 if sys.stderr.isatty() else 10
@@ -42,10 +46,14 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images
                     future.result()
         pool.shutdown()
         return [future.result() for future in futures]
-    except BaseException:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in active_children():
             child.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise ChildProcessError(
+                f"{label}: a worker was killed, perhaps for want of memory: repeat the command with fewer --workers"
+            ) from error
         raise
 
 

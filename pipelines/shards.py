@@ -1,8 +1,8 @@
 """A shard set on disk: plain WebDataset tars, a manifest and a memory-mapped index that is bound to them.
 
-    DIR/shard-000000.tar ...   `<key>.jpg` (or .jpeg .png .webp) and `<key>.cls`, the class number in ASCII
-    DIR/index.npy              one SAMPLE record a sample
-    DIR/manifest.json          what the set is; written last, so a directory without one is an unfinished pack
+DIR/shard-000000.tar ...   `<key>.jpg` (or .jpeg .png .webp) and `<key>.cls`, the class number in ASCII
+DIR/index.npy              one SAMPLE record a sample
+DIR/manifest.json          what the set is; written last, so a directory without one is an unfinished pack
 """
 
 from __future__ import annotations
@@ -88,13 +88,20 @@ class Manifest:
             body = json.loads(path.read_bytes())
             if body.pop("checksum") != _checksum(body):
                 raise ValueError("its checksum does not match")
-            manifest = Manifest(**body)
+            version = body["version"]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             remedy = f"run `python -m pipelines index {directory}` to make it anew"
             raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
-        if manifest.version != VERSION:
-            raise ShardError(f"{path} has format version {manifest.version}, this program reads {VERSION}: pack anew")
-        return manifest
+        if version != VERSION:  # before its fields are looked at: another version has others
+            raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
+        return Manifest(**body)
+
+
+class _Tar(FileIO):
+    """A tar opened for reading; closed when neither the cache nor a reading thread holds it."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class ShardSet:
@@ -152,8 +159,8 @@ class ShardSet:
         raw = os.pread(file.fileno(), NAME, int(self.index[sample]["offset"]) - HEADER)
         return f"{self.names[shard]}/{raw.rstrip(bytes(1)).decode(errors='replace')}"
 
-    def _open_file(self, shard: int) -> FileIO:
-        return open(self.directory / self.names[shard], "rb", buffering=0)
+    def _open_file(self, shard: int) -> _Tar:
+        return _Tar(self.directory / self.names[shard])
 
     def _open_index(self) -> NDArray[Any]:
         path = self.directory / INDEX
@@ -192,8 +199,10 @@ class ShardSet:
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Samples of a tar, grouped as WebDataset does: neighbouring members whose names agree up to the first dot of the last
-    path component. Yields (key, {extension: member}). Raises ShardError where the tar is truncated or compressed."""
+    """Samples of a tar, grouped as WebDataset does: neighbours whose names agree up to the first dot of the file name.
+
+    Yields (key, {extension: member}). Raises ShardError where the tar is truncated, damaged or compressed.
+    """
     try:
         with tarfile.open(path, "r:") as tar:
             key, members = "", dict[str, tarfile.TarInfo]()
@@ -209,6 +218,10 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
                 members[extension.lower()] = member
             if members:
                 yield key, members
+            with open(path, "rb") as file:
+                file.seek(tar.offset)
+                if file.read(HEADER) != bytes(HEADER):  # tarfile takes a damaged header for the end and says nothing
+                    raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
 
@@ -218,7 +231,7 @@ def is_header(header: bytes, row: Any) -> bool:
     if len(header) != HEADER or crc32(header[:NAME]) != row["name"]:
         return False
     try:
-        return int(header[124:136].strip(b" \0"), 8) == row["size"]
+        return bool(int(header[124:136].strip(b" \0"), 8) == row["size"])
     except ValueError:
         return False
 

@@ -121,34 +121,37 @@ class Torchvision(_Light):
         download: dict[str, Any] = {"download": True} if "download" in options else {}
         try:
             return factory(str(self.root), **split, **download)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, ImportError) as error:
             remedy = f"fetch it where there is a network and put it under {self.root}"
             if known[plain] == "FashionMNIST":
                 remedy += ", or install Debian's package dataset-fashion-mnist"
-            raise SourceError(f"{known[plain]} could not be downloaded ({_line(error)}): {remedy}") from error
+            raise SourceError(f"{known[plain]} cannot be had ({_line(error)}): {remedy}") from error
+
+    @cached_property
+    def labels(self) -> list[int]:
+        known = [getattr(self.data, name) for name in ("targets", "labels", "_labels") if hasattr(self.data, name)]
+        return [int(k) for k in (known[0] if known else (label for _, label in self.data))]
 
     @cached_property
     def classes(self) -> list[str]:
-        return [str(name) for name in self.data.classes]
+        numbers = range(max(self.labels) + 1)  # SVHN has no names
+        return [str(name) for name in getattr(self.data, "classes", numbers)]
 
     @cached_property
     def items(self) -> list[Item]:
-        labels = next((getattr(self.data, a) for a in ("targets", "labels", "_labels") if hasattr(self.data, a)), None)
-        if labels is None:
-            labels = [label for _, label in self.data]
-        return [Item(self.classes[int(k)], i, int(k)) for i, k in enumerate(labels)]
+        return [Item(self.classes[k], i, k) for i, k in enumerate(self.labels)]
 
     def load(self, reference: int) -> Image.Image:
         image: Image.Image = self.data[reference][0]
         return image
 
 
-
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB with the EXIF rotation applied; 16-bit levels are scaled, alpha is dropped."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return image.convert("RGB")
 
 
 def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int) -> bytes:
@@ -176,8 +179,11 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int) -> bytes
 
 
 def _fashion_mnist_from_debian(root: Path) -> None:
-    """Put the files of Debian's dataset-fashion-mnist where torchvision looks: from the installed package, or fetched with
-    apt into a folder of our own, which needs no root. Does nothing where that is not possible."""
+    """Put the files of Debian's dataset-fashion-mnist where torchvision looks.
+
+    They are taken from the installed package, or fetched with apt into a folder of our own, which needs no root. Does
+    nothing where neither is possible.
+    """
     raw = root / "FashionMNIST" / "raw"
     if raw.exists():
         return
@@ -197,9 +203,12 @@ def _fashion_mnist_from_debian(root: Path) -> None:
             source = Path(scratch) / files if done else source
         if not source.exists():
             return
-        raw.mkdir(parents=True)
+        half = root / ".raw"  # renamed when it is whole: torchvision would not repair half of it
+        half.mkdir(parents=True, exist_ok=True)
         for packed in source.glob("*.gz"):
-            (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+            (half / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+        raw.parent.mkdir(exist_ok=True)
+        half.rename(raw)
 
 
 def _line(error: Exception) -> str:

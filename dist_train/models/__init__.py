@@ -21,7 +21,8 @@ class TorchvisionModel(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         logits = self.net(x)
-        return getattr(logits, "logits", logits)  # GoogLeNet and Inception add auxiliary ones in training
+        main: Tensor = getattr(logits, "logits", logits)  # GoogLeNet and Inception add auxiliary ones in training
+        return main
 
 
 def build(name: str, *, classes: int, crop: int, hidden: int, dropout: float) -> nn.Module:

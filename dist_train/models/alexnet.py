@@ -1,4 +1,4 @@
-"""The net of section 3: Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks"."""
+"""The net of section 3 of Krizhevsky, Sutskever, Hinton: ImageNet classification with deep convolutional networks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TOWERS = 2  # the paper's two GPUs: "the kernels of the second, fourth, and fift
 class AlexNet(nn.Module):
     """Five convolutional and three dense layers, figure 2, with the towers as groups.
 
-    Input [n, 3, crop, crop], pixels in levels minus the mean. Output: logits [n, classes]. 60,965,224 parameters at 1000
-    classes, crop 227 and 4096 hidden units.
+    Input [n, 3, crop, crop], pixels in levels minus the mean. Output: logits [n, classes]. 60,965,224 parameters at
+    1000 classes, crop 227 and 4096 hidden units.
 
     Args:
         classes: number of classes.
@@ -43,8 +43,8 @@ class AlexNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Section 5: weights from "a zero-mean Gaussian distribution with standard deviation 0.01"; "the neuron biases in
-        the second, fourth, and fifth convolutional layers, as well as in the fully-connected hidden layers, with the
+        """Section 5: weights from "a zero-mean Gaussian distribution with standard deviation 0.01"; "the neuron biases
+        in the second, fourth, and fifth convolutional layers, as well as in the fully-connected hidden layers, with the
         constant 1"; the remaining ones 0."""
         ones = (self.conv2, self.conv4, self.conv5, self.fc6, self.fc7)
         for layer in (self.conv1, *ones[:1], self.conv3, *ones[1:], self.fc8):
@@ -75,8 +75,7 @@ def feature_side(crop: int) -> int:
     side = crop
     for kernel, stride in _strides():
         if side < kernel or (side - kernel) % stride:
-            works = [c for c in range(67, 1200, 32)]
-            nearest = min(works, key=lambda c: abs(c - crop))
+            nearest = min(range(67, 1200, 32), key=lambda c: abs(c - crop))
             raise ValueError(f"data.crop {crop} does not fit the layers of alexnet: the nearest that does is {nearest}")
         side = (side - kernel) // stride + 1
     return side

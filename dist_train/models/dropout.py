@@ -35,10 +35,11 @@ def mix(h: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """ "setting to zero the output of each hidden neuron with probability 0.5"; "at test time, we use all the neurons but
-    multiply their outputs by 0.5" (section 4.2).
+    """ "setting to zero the output of each hidden neuron with probability 0.5" (section 4.2), by hashed masks: a sample
+    meets the same mask at any world size and after any restart.
 
-    A sample meets the same mask at any world size and after any restart.
+    Kept outputs are divided by 1 - p in training. The paper instead multiplies by 1 - p at test time: the same net with
+    weights twice as large, but it starts from N(0, 0.01) in another place, and with few hidden units it stays there.
 
     Args:
         units: number of units of one sample.
@@ -56,7 +57,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """x: [n, units]; keys: of `mask_keys`, int64 [n], needed in training."""
         if not self.training or self.p == 0:
-            return x * (1 - self.p)
+            return x
         assert keys is not None
         kept = mix(self.units ^ keys[:, None]) >= int(self.p * 2**32)
-        return x * kept
+        return x * kept / (1 - self.p)

@@ -20,7 +20,7 @@ def local_response_norm(
         x: [batch, channels, height, width], any floating dtype; the result has its shape, dtype and layout.
     """
     a = x.float()
-    squares = (a * a).unflatten(1, (groups, -1))
+    squares = torch.unflatten(a * a, 1, (groups, -1))
     channels = squares.shape[2]
     padded = F.pad(squares, (0, 0, 0, 0, n // 2, n // 2))
     total = sum((padded[:, :, i : i + channels] for i in range(1, n)), padded[:, :, :channels])

@@ -1,0 +1,28 @@
+# make demo | test | lint | bench | test-gpu, each with its own set-up; EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?= cuda13
+BIN = $(VENV)/bin
+NPROC ?= 2
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRA),dev]'
+	touch $@
+
+demo: $(VENV)/ready  ## pack Fashion-MNIST, train with two processes, show the result
+	$(BIN)/torchrun --nproc_per_node=$(NPROC) -m dist_train --run.name demo --monitor.wandb offline $(ARGS)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python -m tests.benchmarks
+
+.PHONY: demo test test-gpu lint bench

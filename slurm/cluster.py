@@ -1,0 +1,123 @@
+"""Slurm's own commands. sacct is not among them: many clusters have none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.runs import SlurmError, Submission
+
+FINISHED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job in the queue: Slurm's state, why, and the time left as Slurm writes it."""
+
+    state: str
+    reason: str = ""
+    left: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs, or will."""
+        return self.state not in FINISHED
+
+
+def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
+    """What the queue, or the process table, knows of these jobs; Slurm forgets finished ones after some minutes."""
+    entries, jobs = {}, []
+    for submission in submissions:
+        if not submission.local:
+            jobs.append(submission.job)
+        elif _controller(submission.job):
+            entries[submission.job] = Entry("RUNNING", "local")
+    if jobs:
+        try:
+            text = command(
+                "squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%L", "--jobs=" + ",".join(jobs)
+            )
+        except SlurmError:  # an unknown number, or no Slurm here: what the run directory says must do
+            text = ""
+        for line in text.splitlines():
+            job, state, reason, left = line.split("|")
+            entries[job] = Entry(state, "" if reason == "None" else reason, left)
+    return entries
+
+
+def entry(submission: Submission) -> Entry:
+    """Of one job; an unknown one has left the queue."""
+    return look([submission]).get(submission.job, Entry("COMPLETED", "not in the queue"))
+
+
+def stop(submission: Submission) -> None:
+    """Ask all ranks to save and leave."""
+    if submission.local:
+        os.kill(int(submission.job), signal.SIGTERM)  # the controller hands it on
+    else:
+        command("scancel", "--signal=USR2", submission.job)
+
+
+def end(submission: Submission) -> None:
+    """End the job, whatever it does."""
+    if not submission.local:
+        command("scancel", submission.job)
+    elif _controller(submission.job):
+        os.kill(int(submission.job), signal.SIGINT)
+
+
+def requeue(submission: Submission, exclude: str) -> None:
+    """Put a job that Slurm still holds back into the queue, away from `exclude`. A running one is sent SIGTERM first,
+    and so saves. Slurm takes an exclusion only for a pending job, hence the hold."""
+    job = submission.job
+    if entry(submission).state != "PENDING":
+        command("scontrol", "requeuehold", job)
+        wait(lambda: entry(submission).state in ("PENDING", "REQUEUE_HOLD"), 300, f"job {job} does not leave its nodes")
+        if exclude:
+            command("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+        command("scontrol", "release", job)
+    elif exclude:
+        command("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+
+
+def wait(until: Callable[[], bool], seconds: float, complaint: str) -> None:
+    """Poll twice a second. Raises SlurmError(complaint) after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not until():
+        if time.monotonic() > deadline:
+            raise SlurmError(f"{complaint}: look at `squeue`, then repeat the command")
+        time.sleep(0.5)
+
+
+def command(*words: str) -> str:
+    """Its output. Raises SlurmError with what it complained of."""
+    try:
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    except FileNotFoundError as error:
+        raise SlurmError(f"there is no {words[0]} here: use a node of the cluster, or submit with --local") from error
+    except subprocess.CalledProcessError as error:
+        raise SlurmError(f"{words[0]} failed: {' '.join(error.stderr.split())}") from error
+
+
+def _controller(process: str) -> bool:
+    """Whether this is a living controller of submitit's, and not another process that was given the same number."""
+    try:
+        return b"submitit.local._local" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False

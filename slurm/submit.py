@@ -1,0 +1,227 @@
+"""From a command line to jobs: the checks before, submitit's parameters, the submission."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from submitit import LocalExecutor, SlurmExecutor
+from submitit.core.utils import FailedJobError
+from submitit.helpers import clean_env
+
+from dist_train.config import Config, ConfigError, default_name, dump, parse
+from pipelines.shards import ShardSet, write_atomically
+from slurm.cluster import entry
+from slurm.job import Job, Pack
+from slurm.runs import Run, SlurmError, Submission
+
+TEARDOWN = """\
+code=$?
+job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
+# A crash of a start that had reached the trainer, and that Slurm is not ending already: back into the queue.
+if [ $code -ne 0 ] && rm {folder}/"$job".started 2>/dev/null && [ ! -e {folder}/"$job".over ] &&
+    [ -n "$(squeue --noheader --jobs="$job" --states=RUNNING)" ]; then
+  scontrol requeue "$job"
+fi
+exit $code"""
+
+
+class _Executor(SlurmExecutor):  # type: ignore[misc]  # submitit is not type-checked here
+    """submitit's, that can also write its script where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def plan(argv: Sequence[str], options: Namespace) -> list[tuple[Run, Config]]:
+    """The checked runs of a command line: one, or one a line of the sweep. Raises ConfigError, ShardError and
+    SlurmError."""
+    config, file = parse(argv)
+    name = config.run.name or default_name(file)
+    top = Path(config.run.dir or Path(config.run.root) / name).absolute()
+    planned = []
+    for i, overrides in enumerate(_sweep(options.array) if options.array else [[]]):
+        if overrides:
+            config, _ = parse([*argv, *overrides])
+        directory = top / _member(i, overrides) if options.array else top
+        config = replace(
+            config, run=replace(config.run, name=str(directory.relative_to(top.parent)), dir=str(directory))
+        )
+        check(config, options.nodes * max(1, options.gpus_per_node))
+        _check_directory(Run(directory))
+        planned.append((Run(directory), config))
+    return planned
+
+
+def check(config: Config, ranks: int) -> None:
+    """What would otherwise fail after hours in the queue. Raises ConfigError and ShardError."""
+    data, train = config.data, config.train
+    if train.global_batch < ranks * train.accumulate:
+        raise ConfigError(
+            f"train.global_batch {train.global_batch} is smaller than {ranks} ranks x train.accumulate "
+            f"{train.accumulate}: raise it, or ask for fewer nodes or GPUs"
+        )
+    paths = (data.train, data.val)
+    if data.source and not all((Path(path) / "manifest.json").exists() for path in paths):
+        return  # the job packs it first
+    images, val = (ShardSet(path) for path in paths)
+    if images.classes != val.classes:
+        raise ConfigError(
+            f"{data.train} and {data.val} have different classes: pack both from folders of the same names"
+        )
+    if train.global_batch > len(images):
+        raise ConfigError(
+            f"train.global_batch {train.global_batch} is larger than the {len(images)} images of {data.train}: lower it"
+        )
+
+
+def parameters(options: Namespace, name: str, folder: Path) -> dict[str, Any]:
+    """submitit's parameters for Slurm: one task a GPU, or one a node where there are none."""
+    if options.signal_before >= 60 * options.time:
+        raise SlurmError(
+            f"--signal-before {options.signal_before} s leaves nothing of --time: lower it or ask for more time"
+        )
+    cpus = options.cpus_per_gpu
+    srun = ["--kill-on-bad-exit=1", "--open-mode=append"]
+    wanted = {
+        "job_name": name,
+        "time": options.time,
+        "nodes": options.nodes,
+        "ntasks_per_node": max(1, options.gpus_per_node),
+        "gpus_per_node": options.gpus_per_node or None,
+        "cpus_per_task": cpus,
+        "signal_delay_s": options.signal_before,
+        "stderr_to_stdout": True,
+        "srun_args": srun + ([f"--cpus-per-task={cpus}"] if cpus else []),  # since 22.05 srun does not inherit it
+        "additional_parameters": {"requeue": True},  # after a lost node; many sites default to no
+        "teardown": TEARDOWN.format(folder=shlex.quote(str(folder))).splitlines(),
+    }
+    named = ("partition", "account", "qos", "constraint", "exclude", "mem", "comment")
+    wanted |= {key: getattr(options, key) for key in named}
+    return {key: value for key, value in wanted.items() if value is not None} | {"wckey": None}
+
+
+def script(folder: Path, wanted: dict[str, Any], array: int) -> str:
+    """The sbatch script. Writes nothing."""
+    executor = _Executor(folder)
+    executor.update_parameters(**wanted)
+    if array:
+        executor.parameters["map_count"] = array
+    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+
+def submit(planned: list[tuple[Run, Config]], folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
+    """Submit runs, more than one as an array. Raises SlurmError."""
+    for run, config in planned:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.config_file, dump(config).encode())
+    return launch([run for run, _ in planned], folder, wanted, local=local)
+
+
+def launch(runs: list[Run], folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
+    """Submit runs whose configuration is written. Raises SlurmError."""
+    tasks = wanted["nodes"] * wanted["ntasks_per_node"]
+    jobs = _hand_over(folder, wanted, [Job(run.directory) for run in runs], local=local)
+    submissions = [Submission(job, str(folder), tasks, local, wanted) for job in jobs]
+    for run, submission in zip(runs, submissions, strict=True):
+        run.submitted(submission)
+    return submissions
+
+
+def submit_pack(options: Namespace) -> tuple[str, str, Path]:
+    """Submit a packing array and the task after it that writes the manifest. Returns both job numbers and the folder of
+    the logs."""
+    from pipelines.pack import Options
+
+    source, directory = options.source.absolute(), options.directory.absolute()
+    if not source.is_dir():
+        raise SlurmError(f"{source} is not a folder: give the one whose sub-folders are the classes")
+    _check_text(directory)
+    stored = asdict(Options(options.shorter_side, options.quality, options.shard_mb, options.seed))
+    folder = directory / "slurm"
+    wanted = parameters(options, f"pack {directory.name}", folder)
+    del wanted["teardown"]  # what a crashed task leaves undone, the last task does
+    parts = [Pack(source, directory, stored, (i, options.tasks)) for i in range(options.tasks)]
+    array = _hand_over(folder, wanted, parts, local=False)[0].split("_")[0]
+    wanted["additional_parameters"] = {"requeue": True, "dependency": f"afterany:{array}"}
+    return array, _hand_over(folder, wanted, [Pack(source, directory, stored, None)], local=False)[0], folder
+
+
+def minutes(text: str) -> int:
+    """Slurm's time formats (`90`, `90:00`, `12:00:00`, `2-12`, `2-12:00:00`) as whole minutes, rounded up."""
+    if not (found := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)):
+        raise ValueError(text)
+    days, *fields = (int(part) if part else 0 for part in found.groups())
+    if found[1] or found[4]:  # [days-]hours[:minutes[:seconds]]
+        hours, mins, secs = fields
+    else:  # minutes[:seconds]
+        (mins, secs, _), hours = fields, 0
+    return max(1, -(-(((days * 24 + hours) * 60 + mins) * 60 + secs) // 60))
+
+
+def _hand_over(folder: Path, wanted: dict[str, Any], tasks: Sequence[Callable[[], None]], *, local: bool) -> list[str]:
+    """The job numbers that the tasks got."""
+    executor: LocalExecutor | _Executor
+    # A time-out costs nothing, so submitit's count of them must not end a run; `job` counts starts without progress.
+    if local:
+        executor = LocalExecutor(folder, max_num_timeout=10**6)
+        executor.update_parameters(
+            timeout_min=wanted["time"],
+            tasks_per_node=wanted["ntasks_per_node"],
+            gpus_per_node=wanted.get("gpus_per_node", 0),
+            signal_delay_s=wanted["signal_delay_s"],
+            stderr_to_stdout=True,
+        )
+    else:
+        executor = _Executor(folder, max_num_timeout=10**6)
+        executor.update_parameters(**wanted)
+    try:
+        with _outside():
+            return [str(job.job_id) for job in executor.submit_array(tasks)]
+    except FailedJobError as error:
+        raise SlurmError(f"sbatch refused the job: {' '.join(str(error).split())}") from error
+    except (FileNotFoundError, RuntimeError) as error:
+        raise SlurmError("there is no sbatch here: use a node of the cluster, or --local") from error
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    """Hide a surrounding job's variables from the new one; SBATCH_ACCOUNT and its like are the user's own."""
+    own = {key: value for key, value in os.environ.items() if key.startswith("SBATCH_")}
+    with clean_env(["TORCHELASTIC_RUN_ID"]):
+        os.environ.update(own)
+        yield
+
+
+def _sweep(path: Path) -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for line in path.read_text().splitlines()]
+    if not (members := [line for line in lines if line]):
+        raise SlurmError(f"{path} is empty: write one line of overrides a run, such as --optim.lr 0.02")
+    return members
+
+
+def _member(number: int, overrides: list[str]) -> str:
+    """A directory name that says what is different: `1-optim.lr=0.02`."""
+    text = re.sub(r"(^| )--", ",", " ".join(overrides)).strip(",").replace(" ", "=")
+    return f"{number}-{re.sub('[^A-Za-z0-9_.,=+-]+', '-', text)[:100]}"
+
+
+def _check_directory(run: Run) -> None:
+    _check_text(run.directory)
+    if (old := run.submission()) and entry(old).active:
+        raise SlurmError(
+            f"{run.name} is in the queue already, as job {old.job}: cancel it first, or choose another run.name"
+        )
+
+
+def _check_text(path: Path) -> None:
+    if found := re.search(r"[%\\\x00-\x1f]", str(path)):
+        raise SlurmError(f"{path} contains {found[0]!r}, which Slurm replaces in file names: choose another name")

@@ -1,0 +1,49 @@
+"""Images to test with: smooth random photographs of three classes, as folders and as packed shard sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.pack import Options, pack
+from pipelines.sources import ImageFolder
+
+CLASSES = ("amber", "blue", "green")
+TINTS = np.array([(190, 130, 60), (70, 100, 190), (80, 170, 90)], np.float64)
+SIZES = ((96, 80), (75, 110), (72, 72), (150, 100))  # width, height
+PER_CLASS = {"train": 80, "val": 21}
+
+
+def photograph(rng: np.random.Generator, width: int, height: int, tint: NDArray[np.float64]) -> Image.Image:
+    """A smooth image with some grain, as a camera's: what a resize makes of it is close to what another makes."""
+    coarse = rng.normal(tint, 45, (5, 5, 3)).clip(0, 255).astype(np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float64)
+    return Image.fromarray((smooth + rng.normal(0, 3, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds train/ and val/, each with a folder of JPEGs a class; a class is a tint. Shorter sides are 72 to 100."""
+    root = tmp_path_factory.mktemp("folder")
+    rng = np.random.default_rng(0)
+    for split, count in PER_CLASS.items():
+        for name, tint in zip(CLASSES, TINTS, strict=True):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = photograph(rng, *SIZES[i % len(SIZES)], tint)
+                image.save(root / split / name / f"{i:03d}.jpg", quality=92)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shard_sets(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds train/ (240 images) and val/ (63), packed at shorter side 72 into at least four shards each."""
+    root = tmp_path_factory.mktemp("sets")
+    for split in PER_CLASS:
+        options = Options(shorter_side=72, shard_mb=0.2 if split == "train" else 0.06)
+        pack(ImageFolder(image_folder / split), root / split, options, split=split, workers=2)
+    return root

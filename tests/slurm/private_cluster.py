@@ -1,0 +1,217 @@
+"""A real Slurm of several nodes on this machine, with its own configuration, ports, munge key and files.
+
+Where we are root a node is a UTS, mount and process namespace; elsewhere it is a slurmd of its own name. Only processes
+that were started here are ended, by their numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
+ROOT = os.geteuid() == 0
+SIGNALS = "SlurmctldParameters=preempt_send_user_signal"
+
+CONF = """
+ClusterName=private
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.sock,cred_expire=5
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
+SlurmdParameters=config_overrides
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=1,bf_interval=1,sched_interval=1,sched_min_interval=1
+KillWait=20
+MinJobAge=3600
+SlurmdTimeout=6
+MessageTimeout=10
+ReturnToService=2
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 PreemptMode=REQUEUE
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing() -> str:
+    """What to install to have a cluster; empty where nothing is missing."""
+    absent = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    packages = "slurmctld slurmd slurm-client munge"
+    return f"no {', '.join(absent)}: install Debian's {packages}" if absent else ""
+
+
+class Cluster:
+    """Starts with the object; `close` ends it.
+
+    Args:
+        root: an empty directory for all its files.
+        nodes: how many.
+    """
+
+    def __init__(self, root: Path, nodes: int) -> None:
+        self.root = root
+        # Without namespaces there is no /etc/hosts of our own; this is how inet_aton spells 127.0.1.1 and so on.
+        self.nodes = [f"node{i}" if ROOT else f"0x7f0001{i:02d}" for i in range(1, nodes + 1)]
+        self.environment = os.environ | {
+            "SLURM_CONF": str(root / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        }
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        for name in ("state", "spool", "dev"):
+            (root / name).mkdir()
+        self._write_configuration()
+        try:
+            self._start("munged", "munged", "--foreground", "--force", *self._munge())
+            wait_for((root / "munge.sock").exists, 10, "munge")
+            self._start("slurmctld", "slurmctld", "-D", "-i", "-c")
+            for node in self.nodes:
+                self.boot(node)
+            wait_for(lambda: self.states() == ["idle"] * nodes, 30, "the nodes to be idle")
+        except BaseException:
+            self.close()
+            raise
+
+    def boot(self, node: str) -> None:
+        """Start a node."""
+        (self.root / "spool" / node).mkdir(exist_ok=True)
+        daemon = f"slurmd -D -c -N {node}"
+        if ROOT:
+            # bash is the first process of the namespace, and reaps orphans
+            script = f"hostname {node}; mount --bind '{self.root}/hosts' /etc/hosts; {daemon} & wait"
+            spaces = ("--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+            self._start(node, "unshare", *spaces, "bash", "-c", script)
+        else:
+            self._start(node, *daemon.split())
+
+    def crash(self, node: str) -> None:
+        """Every process of the node dies at once."""
+        self._kill(node)
+        for process in self._of(node):
+            os.kill(process, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End all."""
+        for node in self.nodes:
+            self.crash(node)
+        for name in list(self._processes):
+            self._kill(name)
+
+    def run(self, *words: str) -> str:
+        """The output of one of Slurm's commands."""
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    def states(self) -> list[str]:
+        """Of the nodes."""
+        words = ("sinfo", "-h", "-N", "-p", "low", "-o", "%t")
+        return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False).stdout.split()
+
+    def job(self, number: str) -> str:
+        """The state of a job, such as RUNNING."""
+        return self.run("squeue", "-h", "-t", "all", "-o", "%T", "-j", number).strip()
+
+    def preempt_with(self, user_signal: bool) -> None:
+        """Whether a preemption is announced by the job's own signal, rather than by SIGTERM."""
+        path = self.root / "slurm.conf"
+        path.write_text(path.read_text().replace(f"\n{SIGNALS}", "") + (f"\n{SIGNALS}" if user_signal else ""))
+        self.run("scontrol", "reconfigure")
+
+    def process(self, job: str, rank: int) -> int:
+        """The process of a rank of a job, 0 where there is none."""
+        wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"SLURM_CONF={self.root}/slurm.conf"}
+        found = [number for number, variables in _processes() if wanted <= variables]
+        return min(found, default=0)
+
+    def _of(self, node: str) -> list[int]:
+        mine = f"PRIVATE_NODE={self.root}/{node}"  # slurmd has it, and hands it on to its step daemons
+        tasks = {f"SLURM_CONF={self.root}/slurm.conf", f"SLURMD_NODENAME={node}"}
+        return [number for number, variables in _processes() if mine in variables or tasks <= variables]
+
+    def _start(self, name: str, *words: str) -> None:
+        environment = self.environment | {"PRIVATE_NODE": f"{self.root}/{name}"}
+        with open(self.root / f"{name}.console", "ab") as log:
+            self._processes[name] = subprocess.Popen(
+                words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _kill(self, name: str) -> None:
+        if process := self._processes.pop(name, None):
+            process.kill()
+            process.wait()
+
+    def _munge(self) -> list[str]:
+        key = self.root / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(128))
+        files = {"socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        return [f"--key-file={key}", *(f"--{option}={self.root}/munge.{end}" for option, end in files.items())]
+
+    def _write_configuration(self) -> None:
+        host, *ports = socket.gethostname().split(".")[0], *_free_ports(1 + len(self.nodes))
+        user = "root" if ROOT else subprocess.check_output(["id", "-un"], text=True).strip()
+        text = CONF.format(host=host, port=ports[0], user=user, root=self.root)
+        hosts = Path("/etc/hosts").read_text()
+        for i, (node, port) in enumerate(zip(self.nodes, ports[1:], strict=True), 1):
+            text += f"NodeName={node} NodeAddr=127.0.1.{i} Port={port} CPUs=8 CoresPerSocket=8 Gres=gpu:4\n"
+            hosts += f"127.0.1.{i} {node}\n"
+        (self.root / "slurm.conf").write_text(text)
+        (self.root / "hosts").write_text(hosts)
+        for i in range(4):
+            (self.root / "dev" / f"gpu{i}").touch()
+        names = ",".join(self.nodes)
+        gpus = f"AutoDetect=off\nNodeName={names} Name=gpu File={self.root}/dev/gpu[0-3]\n"
+        (self.root / "gres.conf").write_text(gpus)
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Poll. Raises AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
+        time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [holder.getsockname()[1] for holder in holders]
+    for holder in holders:
+        holder.close()
+    return ports
+
+
+def _processes() -> list[tuple[int, set[str]]]:
+    """All processes whose environment we may read."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                text = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            found.append((int(entry.name), set(text.decode(errors="replace").split("\0"))))
+    return found

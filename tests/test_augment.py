@@ -1,0 +1,127 @@
+"""Augmentation: what the paper's section 4.1 says about its distribution, and that it follows from the position."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from pipelines.augment import Augment, centre_views, random_views, reference_crop, resized
+
+N = 40_000
+COMPONENTS = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0] * np.array([0.22, 0.019, 0.0045])
+SIZE = np.tile([[160, 144]], (N, 1))  # 80x72 once resized to 72
+AUGMENT = Augment(resize=72, crop=67)
+VIEWS = random_views(SIZE, AUGMENT, COMPONENTS, seed=5, epoch=3, start=0)
+
+
+def chi_square(counts: NDArray[np.int64]) -> float:
+    """How many standard deviations Pearson's statistic of a table lies above its mean where all cells are as likely."""
+    expected, freedom = counts.sum() / counts.size, counts.size - 1
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
+
+
+def test_crop_and_reflection_are_uniform_and_independent() -> None:
+    assert VIEWS.size.tolist()[0] == [80, 72]
+    x, y = VIEWS.corner.T
+    counts = np.zeros((14, 6, 2), np.int64)  # 80 - 67 + 1 places by 72 - 67 + 1 places by reflected or not
+    np.add.at(counts, (x, y, VIEWS.mirror.astype(int)), 1)
+    assert chi_square(counts) < 5
+
+
+def test_neighbours_and_epochs_are_independent() -> None:
+    other = random_views(SIZE, AUGMENT, COMPONENTS, seed=5, epoch=4, start=0)
+    seed = random_views(SIZE, AUGMENT, COMPONENTS, seed=6, epoch=3, start=0)
+    x, alpha = VIEWS.corner[:, 0], VIEWS.shift[:, 0]
+    pairs = [(x[:-1], x[1:]), (alpha[:-1], alpha[1:]), (x, alpha)]
+    pairs += [(x, v.corner[:, 0]) for v in (other, seed)] + [(alpha, v.shift[:, 0]) for v in (other, seed)]
+    for one, two in pairs:
+        assert abs(np.corrcoef(one, two)[0, 1]) < 5 / np.sqrt(N)
+
+
+def test_lighting_is_the_papers_normal_distribution() -> None:
+    shift = VIEWS.shift.astype(np.float64)
+    covariance = (255 * 0.1) ** 2 * sum(np.outer(c, c) for c in COMPONENTS.T)
+    deviation = np.sqrt(np.diag(covariance))
+    assert (abs(shift.mean(0)) < 5 * deviation / np.sqrt(N)).all()
+    error = np.sqrt((np.outer(deviation, deviation) ** 2 + covariance**2) / N)  # of a sample covariance of normals
+    assert (abs(np.cov(shift.T) - covariance) < 5 * error).all()
+
+    factors = np.linalg.solve(COMPONENTS, shift.T) / 255 / 0.1
+    assert (abs(np.cov(factors) - np.eye(3)) < 5 * np.sqrt(2 / N)).all()
+    for a in factors:  # the shape of a normal distribution, not only its moments
+        for bound, share in ((0.5, 0.382925), (1, 0.682689), (2, 0.954500), (3, 0.997300)):
+            assert abs((abs(a) < bound).mean() - share) < 5 * np.sqrt(share * (1 - share) / N)
+
+
+def test_switches() -> None:
+    plain = random_views(
+        SIZE, Augment(resize=72, crop=67, mirror=False, lighting=0.0), COMPONENTS, seed=5, epoch=3, start=0
+    )
+    assert not plain.mirror.any()
+    assert not plain.shift.any()
+    assert np.array_equal(plain.corner, VIEWS.corner)
+    double = random_views(SIZE, Augment(resize=72, crop=67, lighting=0.2), COMPONENTS, seed=5, epoch=3, start=0)
+    np.testing.assert_allclose(double.shift, 2 * VIEWS.shift, rtol=1e-5)
+
+
+def test_views_follow_from_the_position_alone() -> None:
+    rng = np.random.default_rng(1)
+    size = rng.integers(60, 400, (500, 2))
+    whole = random_views(size, AUGMENT, COMPONENTS, seed=2, epoch=7, start=0)
+    cuts = np.unique(np.concatenate([[0, 1, 500], rng.integers(0, 500, 12)]))
+    for low, high in pairwise(cuts):
+        piece = random_views(size[low:high], AUGMENT, COMPONENTS, seed=2, epoch=7, start=int(low))
+        for name in ("size", "corner", "mirror", "shift"):
+            assert getattr(piece, name).tobytes() == getattr(whole, name)[low:high].tobytes(), name
+
+
+def test_center_square_keeps_crops_in_the_central_square() -> None:
+    square = Augment(resize=72, crop=67, center_square=True)
+    for size, axis in (((144, 72), 0), ((72, 144), 1)):
+        views = random_views(np.tile([size], (2000, 1)), square, COMPONENTS, seed=0, epoch=0, start=0)
+        assert set(views.corner[:, axis]) == set(range(36, 42))  # the square covers 36 .. 108
+        assert set(views.corner[:, 1 - axis]) == set(range(6))
+        centre = centre_views(np.array([size]), square)
+        assert centre.corner[0, axis] == 38
+
+
+def test_crops_lie_inside_the_image_and_reach_its_edges() -> None:
+    size = np.random.default_rng(2).integers(30, 300, (5000, 2))
+    views = random_views(size, AUGMENT, COMPONENTS, seed=0, epoch=0, start=0)
+    room = views.size - views.corner - 67
+    assert (views.corner >= 0).all()
+    assert (room >= 0).all()
+    assert (views.corner == 0).any(0).all()
+    assert (room == 0).any(0).all()
+
+
+def test_resized_sizes_are_torchvisions() -> None:
+    size = np.random.default_rng(3).integers(20, 500, (300, 2))
+    for shorter in (37, 256):
+        for (width, height), now in zip(size.tolist(), resized(size, shorter).tolist(), strict=True):
+            assert now == list(F.resize(Image.new("1", (width, height)), [shorter]).size)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 72), (72, 90)])
+def test_centre_views_are_torchvisions_centre_crop(width: int, height: int) -> None:
+    pixels = np.random.default_rng(4).integers(0, 256, (height, width, 3), np.uint8)
+    views = centre_views(np.array([[width, height]]), Augment(resize=72, crop=68))
+    expected = np.asarray(F.center_crop(Image.fromarray(pixels), [68]))
+    assert np.array_equal(reference_crop(Image.fromarray(pixels), views, 0, 68), expected)
+    assert not views.mirror.any()
+    assert not views.shift.any()
+
+
+def test_reference_crop_is_torchvisions() -> None:
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (144, 160, 3), np.uint8)
+    for i in range(20):
+        left, top = VIEWS.corner[i].tolist()
+        expected = F.resized_crop(F.resize(Image.fromarray(pixels), [72]), top, left, 67, 67, [67, 67])
+        expected = F.hflip(expected) if VIEWS.mirror[i] else expected
+        assert np.array_equal(reference_crop(Image.fromarray(pixels), VIEWS, i, 67), np.asarray(expected))

@@ -1,0 +1,162 @@
+"""The nets are the paper's."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dist_train import models
+from dist_train.models.alexnet import AlexNet, feature_side
+from dist_train.models.dropout import Dropout, mask_keys
+from dist_train.models.lrn import local_response_norm
+
+
+def test_parameters_of_the_paper() -> None:
+    """Counted by hand from section 3.5 and figure 2: two towers, 227 pixels, 4096 hidden units, 1000 classes."""
+    by_hand = (
+        (11 * 11 * 3 + 1) * 96
+        + (5 * 5 * 48 + 1) * 256
+        + (3 * 3 * 256 + 1) * 384
+        + (3 * 3 * 192 + 1) * 384
+        + (3 * 3 * 192 + 1) * 256
+        + (6 * 6 * 256 + 1) * 4096
+        + (4096 + 1) * 4096
+        + (4096 + 1) * 1000
+    )
+    with torch.device("meta"):
+        net = AlexNet(1000)
+    assert by_hand == 60_965_224 == sum(p.numel() for p in net.parameters())
+
+
+def test_forward_is_the_paper_layer_by_layer() -> None:
+    """Against the same function written with torch.nn modules, LocalResponseNorm with its alpha divided by n."""
+    torch.manual_seed(0)
+    net = AlexNet(7, crop=99, hidden=32).double().eval()
+    x = torch.randn(2, 3, 99, 99, dtype=torch.float64) * 60
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        layer = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)
+        return torch.cat([layer(tower) for tower in x.chunk(2, 1)], 1)
+
+    y = F.max_pool2d(norm(net.conv1(x).relu()), 3, 2)
+    y = F.max_pool2d(norm(net.conv2(y).relu()), 3, 2)
+    y = F.max_pool2d(net.conv5(net.conv4(net.conv3(y).relu()).relu()).relu(), 3, 2)
+    y = net.fc8(net.fc7(net.fc6(y.flatten(1)).relu()).relu())
+    assert y.std() > 0
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-6)
+
+
+def test_initialisation_of_section_5() -> None:
+    torch.manual_seed(0)
+    net = AlexNet(10, crop=67, hidden=256)
+    for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"):
+        layer = getattr(net, name)
+        n = layer.weight.numel()
+        assert abs(layer.weight.mean()) < 5 * 0.01 / n**0.5, name
+        assert abs(layer.weight.std() - 0.01) < 5 * 0.01 / (2 * n) ** 0.5, name
+        assert (layer.bias == (name in ("conv2", "conv4", "conv5", "fc6", "fc7"))).all(), name
+
+
+def lrn_reference(a: np.ndarray, groups: int) -> np.ndarray:
+    """Section 3.3, written out in float64."""
+    b = np.empty_like(a)
+    width = a.shape[1] // groups
+    for i in range(a.shape[1]):
+        first = i // width * width
+        low, high = max(first, i - 2), min(first + width - 1, i + 2)
+        b[:, i] = a[:, i] / (2 + 1e-4 * (a[:, low : high + 1] ** 2).sum(1)) ** 0.75
+    return b
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_lrn_values(groups: int, layout: torch.memory_format) -> None:
+    a = np.random.default_rng(0).normal(0, 80, (3, 12, 5, 4))
+    ours = local_response_norm(torch.tensor(a, dtype=torch.float32).contiguous(memory_format=layout), groups)
+    np.testing.assert_allclose(ours.numpy(), lrn_reference(a, groups), rtol=2e-6, atol=1e-6)
+
+
+def test_lrn_gradient() -> None:
+    """Against central differences of the reference, in float64."""
+    rng = np.random.default_rng(1)
+    a, w = rng.normal(0, 60, (2, 8, 2, 2)), rng.normal(size=(2, 8, 2, 2))
+    x = torch.tensor(a, dtype=torch.float32, requires_grad=True)
+    (local_response_norm(x, 2) * torch.tensor(w, dtype=torch.float32)).sum().backward()
+    numeric = np.empty_like(a)
+    for index in np.ndindex(a.shape):
+        step = np.zeros_like(a)
+        step[index] = 1e-3
+        numeric[index] = ((lrn_reference(a + step, 2) - lrn_reference(a - step, 2)) * w).sum() / 2e-3
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad.numpy(), numeric, rtol=1e-4, atol=1e-6)
+
+
+def test_lrn_does_not_overflow_in_half_precision() -> None:
+    a = np.full((1, 6, 1, 1), 3000.0)  # its square is beyond float16
+    ours = local_response_norm(torch.tensor(a, dtype=torch.float16))
+    assert ours.dtype == torch.float16
+    np.testing.assert_allclose(ours.float().numpy(), lrn_reference(a, 1), rtol=1e-3)
+
+
+def test_crops() -> None:
+    assert [feature_side(c) for c in (67, 99, 227)] == [1, 2, 6]
+    with pytest.raises(ValueError, match=r"data.crop 224 does not fit .* nearest that does is 227"):
+        AlexNet(10, crop=224)
+
+
+def test_dropout_masks_follow_the_position() -> None:
+    """A sample meets the same mask alone and in any batch; another step, layer, seed or position gives another mask."""
+    layer = Dropout(500, 0.5, layer=6)
+    ones = torch.ones(40, 500)
+    whole = layer(ones, mask_keys(3, 17, np.arange(100, 140)))
+    parts = [layer(ones[:n], mask_keys(3, 17, np.arange(at, at + n))) for at, n in ((100, 7), (107, 32), (139, 1))]
+    assert torch.equal(whole, torch.cat(parts))
+    others = (
+        layer(ones, mask_keys(3, 18, np.arange(100, 140))),
+        layer(ones, mask_keys(4, 17, np.arange(100, 140))),
+        layer(ones, mask_keys(3, 17, np.arange(140, 180))),
+        Dropout(500, 0.5, layer=7)(ones, mask_keys(3, 17, np.arange(100, 140))),
+    )
+    for other in others:
+        agree = (other == whole).double().mean()
+        assert abs(agree - 0.5) < 5 * 0.5 / 20000**0.5
+
+
+@pytest.mark.parametrize("p", [0.5, 0.2])
+def test_dropout_rate_and_independence(p: float) -> None:
+    kept = Dropout(1000, p, layer=6)(torch.ones(400, 1000), mask_keys(0, 5, np.arange(400))) > 0
+    n = kept.numel()
+    assert abs(kept.double().mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+    for per in (kept.double().mean(0), kept.double().mean(1)):  # no unit and no sample is favoured
+        m = n // len(per)
+        assert (per - (1 - p)).abs().max() < 5.5 * (p * (1 - p) / m) ** 0.5
+    correlation = np.corrcoef(kept[:, :200].numpy().astype(float).T) - np.eye(200)
+    assert np.abs(correlation).max() < 5.5 / 400**0.5
+
+
+def test_dropout_keeps_the_mean_and_rests_in_evaluation() -> None:
+    layer = Dropout(4096, 0.5, layer=6)
+    x = torch.ones(64, 4096)
+    assert abs(layer(x, mask_keys(0, 0, np.arange(64))).mean() - 1) < 0.02
+    layer.eval()
+    assert layer(x, None) is x
+
+
+def test_models_by_name() -> None:
+    net = models.build("torchvision:resnet18", classes=5, crop=64, hidden=8, dropout=0.5)
+    assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+    with pytest.raises(ValueError, match="'alexnt' is unknown: did you mean 'alexnet'"):
+        models.build("alexnt", classes=5, crop=64, hidden=8, dropout=0.5)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager() -> None:
+    torch.manual_seed(0)
+    net = AlexNet(10, crop=67, hidden=64).to(memory_format=torch.channels_last)
+    x, keys = torch.randn(8, 3, 67, 67) * 60, mask_keys(0, 3, np.arange(8))
+    eager = torch.autograd.grad(F.cross_entropy(net(x, keys), torch.arange(8)), list(net.parameters()))
+    net.compile(dynamic=False)
+    compiled = torch.autograd.grad(F.cross_entropy(net(x, keys), torch.arange(8)), list(net.parameters()))
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

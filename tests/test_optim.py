@@ -1,0 +1,94 @@
+"""The update rule and the learning rate."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_train import optim
+from dist_train.config import Optim, Schedule
+
+OFF = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def test_update_rule_of_section_5() -> None:
+    """v := 0.9 v - 0.0005 lr w - lr g; w := w + v, in numpy."""
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(4, 3, bias=False).double()
+    optimizer = optim.build(Optim(), layer)
+    w, v = layer.weight.detach().numpy().copy(), np.zeros((3, 4))
+    for _ in range(5):
+        g = rng.normal(size=(3, 4))
+        layer.weight.grad = torch.tensor(g)
+        assert optim.update(optimizer, OFF) == 0
+        v = 0.9 * v - 0.0005 * 0.01 * w - 0.01 * g
+        w = w + v
+    np.testing.assert_allclose(layer.weight.detach().numpy(), w, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    optimizer = optim.build(Optim(name=name), layer)  # type: ignore[arg-type]
+    for i in range(3):
+        before = [p.detach().clone() for p in layer.parameters()]
+        moments = {k: v.clone() for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v)}
+        for p in layer.parameters():
+            p.grad = torch.randn_like(p)
+        if i == 2:
+            layer.bias.grad[1] = poison  # type: ignore[index]
+        assert bool(optim.update(optimizer, OFF)) == (i == 2)
+        same = all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+        assert same == (i == 2)
+    after = {k: v for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v)}
+    assert all(torch.equal(moments[k], after[k]) for k in after)
+
+
+def errors(schedule: optim.Schedule, values: list[float]) -> list[float]:
+    rates = []
+    for epoch, value in enumerate(values):
+        schedule.step(value, epoch)
+        rates.append(round(schedule.lr(epoch + 1, 0, 10), 9))
+    return rates
+
+
+def test_divided_when_the_error_stops_improving() -> None:
+    schedule = optim.Schedule(Schedule(patience=2, max_divisions=2, min_improvement=0.01), 0.01)
+    values = [0.9, 0.8, 0.8, 0.795, 0.7, 0.7, 0.71, 0.7, 0.7]
+    #        better better  bad  bad:/10 better bad bad:/10  bad  bad: exhausted
+    assert errors(schedule, values) == [0.01, 0.01, 0.01, 0.001, 0.001, 0.001, 0.0001, 0.0001, 0.0001]
+    assert schedule.exhausted
+
+
+def test_not_exhausted_before_the_last_division_is_used() -> None:
+    schedule = optim.Schedule(Schedule(patience=1, max_divisions=3), 0.01)
+    errors(schedule, [0.5, 0.5, 0.5, 0.5])
+    assert schedule.divisions == 3
+    assert not schedule.exhausted
+    errors(schedule, [0.5])
+    assert schedule.exhausted
+
+
+def test_state_survives() -> None:
+    a = optim.Schedule(Schedule(patience=2), 0.01)
+    errors(a, [0.9, 0.9])
+    b = optim.Schedule(Schedule(patience=2), 0.01)
+    b.load_state_dict(a.state_dict())
+    assert errors(b, [0.9]) == [0.001] == errors(a, [0.9])
+
+
+def test_warmup_rises_linearly_and_does_not_count() -> None:
+    schedule = optim.Schedule(Schedule(warmup_epochs=2, patience=1), 0.08)
+    rates = [schedule.lr(e, s, 4) for e in range(3) for s in range(4)]
+    np.testing.assert_allclose(rates, [0.08 * min(1, (i + 1) / 8) for i in range(12)])
+    schedule.step(0.9, 0)
+    schedule.step(0.9, 1)
+    assert (schedule.divisions, schedule.best) == (0, float("inf"))
+
+
+def test_milestones() -> None:
+    schedule = optim.Schedule(Schedule(name="milestones", milestones=(2, 5)), 1.0)
+    assert [round(schedule.lr(e, 0, 3), 9) for e in range(7)] == [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]
+    assert not schedule.step(0.9, 0)

@@ -1,0 +1,472 @@
+"""Packing: what goes in comes out, bad files are named, and a killed pack gives the bytes of one that was not."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from pipelines.pack import Options, index, pack
+from pipelines.shards import Manifest, ShardError, ShardSet
+from pipelines.sources import ImageFolder, SourceError, Torchvision
+from tests.conftest import CLASSES, TINTS, photograph
+
+ROOT = Path(__file__).parent.parent
+
+
+def samples(directory: Path) -> list[dict[str, Any]]:
+    tars = [str(tar) for tar in sorted(directory.glob("*.tar"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
+        return list(webdataset.WebDataset(tars, shardshuffle=False))
+
+
+def pixels(data: bytes | Path) -> NDArray[np.float64]:
+    return np.asarray(Image.open(io.BytesIO(data) if isinstance(data, bytes) else data).convert("RGB"), np.float64)
+
+
+def members(path: Path) -> list[tarfile.TarInfo]:
+    with tarfile.open(path) as tar:
+        return tar.getmembers()
+
+
+def files(directory: Path) -> dict[str, str]:
+    """Every file under a directory and its hash."""
+    found = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def rejections(directory: Path) -> dict[str, str]:
+    lines = map(json.loads, (directory / "rejected.jsonl").read_text().splitlines())
+    return {line["file"]: line["reason"] for line in lines}
+
+
+def until(condition: Any, seconds: float = 30) -> Any:
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
+    return result
+
+
+def test_webdataset_reads_what_was_packed(shard_sets: Path, image_folder: Path) -> None:
+    read = samples(shard_sets / "train")
+    assert len(read) == 240
+    found = set()
+    for sample in read:
+        name, number = sample["__key__"].split("-")[1:]
+        path = image_folder / "train" / name / f"{number}.jpg"
+        found.add(path)
+        assert sample["cls"] == str(CLASSES.index(name)).encode()
+        original = Image.open(path)
+        if min(original.size) == 72:
+            assert sample["jpg"] == path.read_bytes()
+        else:  # "the shorter side was of length 256": torchvision's resize is the reference
+            expected = np.asarray(F.resize(original, [72]), np.float64)
+            assert pixels(sample["jpg"]).shape == expected.shape
+            assert abs(pixels(sample["jpg"]) - expected).mean() < 4  # what JPEG loses of the grain
+    assert len(found) == 240
+    assert sorted(s["cls"] for s in read[:30]) != [s["cls"] for s in read[:30]]  # shuffled
+
+
+def test_manifest_describes_the_set(shard_sets: Path) -> None:
+    directory = shard_sets / "train"
+    manifest = Manifest.read(directory)
+    read = samples(directory)
+    flat = np.concatenate([pixels(sample["jpg"]).reshape(-1, 3) for sample in read]) / 255
+    np.testing.assert_allclose(manifest.mean, flat.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(manifest.std, flat.std(0), rtol=1e-7)
+    # The definition, and not a vector itself, since its sign is free: C v = l v, with orthonormal v, largest l first.
+    covariance, vectors = np.cov(flat.T, bias=True), np.array(manifest.eigenvectors)
+    np.testing.assert_allclose(covariance @ vectors, vectors * manifest.eigenvalues, atol=1e-8)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-8)
+    assert manifest.eigenvalues == sorted(manifest.eigenvalues, reverse=True)
+
+    assert (manifest.split, manifest.samples, manifest.classes) == ("train", 240, list(CLASSES))
+    assert len(manifest.shards) >= 4
+    for shard in manifest.shards:
+        tar = directory / shard["name"]
+        assert shard["bytes"] == tar.stat().st_size
+        assert shard["sha256"] == hashlib.sha256(tar.read_bytes()).hexdigest()
+        assert shard["samples"] == len(members(tar)) / 2
+    assert manifest.stored == {"shorter_side": 72, "quality": 90, "shard_mb": 0.2, "seed": 0}
+    assert sorted(files(directory)) == sorted(
+        ["index.npy", "manifest.json", "rejected.jsonl", *(shard["name"] for shard in manifest.shards)]
+    )
+
+
+def test_any_number_of_workers_gives_the_same_bytes(shard_sets: Path, image_folder: Path, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        out = tmp_path / str(workers)
+        options = Options(shorter_side=72, shard_mb=0.2)
+        pack(ImageFolder(image_folder / "train"), out, options, split="train", workers=workers)
+        assert files(out) == files(shard_sets / "train")
+    another = Options(shorter_side=72, shard_mb=0.2, seed=1)
+    pack(ImageFolder(image_folder / "train"), tmp_path / "seed", another, split="train", workers=2)
+    assert {s["jpg"] for s in samples(tmp_path / "seed")} == {s["jpg"] for s in samples(tmp_path / "1")}
+    assert [s["jpg"] for s in samples(tmp_path / "seed")] != [s["jpg"] for s in samples(tmp_path / "1")]
+
+
+def test_a_finished_pack_is_left_alone(shard_sets: Path, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(shard_sets / "train", out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / ".pack").mkdir()  # as a kill after the last write leaves it
+    source = ImageFolder(image_folder / "train")
+    manifest = pack(source, out, Options(shorter_side=72, shard_mb=0.2), split="train", workers=1)
+    assert manifest == Manifest.read(out)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(ShardError, match="already holds another shard set: choose another directory or delete it"):
+        pack(source, out, Options(shorter_side=60), split="train", workers=1)
+
+
+# Images of every kind. -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, NDArray[np.float64]]]:
+    """A folder of strange files, and what the good ones are as upright RGB."""
+    root = tmp_path_factory.mktemp("strange")
+    folder = root / "class" / "sub folder"
+    folder.mkdir(parents=True)
+    (root / "empty class").mkdir()
+    image = photograph(np.random.default_rng(7), 90, 70, TINTS[0])
+    rgb = np.asarray(image, np.float64)
+    grey = np.asarray(image.convert("L"))
+    greys = np.repeat(grey[..., None], 3, 2).astype(np.float64)
+    colours = np.array([[200, 30, 30], [30, 200, 60], [20, 40, 220], [250, 240, 230]], np.uint8)
+    blocks = np.repeat(np.repeat(np.arange(4, dtype=np.uint8).reshape(2, 2), 40, 0), 40, 1)
+    palette = Image.fromarray(blocks, "L")
+    palette.putpalette(colours.tobytes())
+    palette.info["transparency"] = 0
+    deep = Image.fromarray((grey.astype(np.uint16) << 8) + 77)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera that was held on its side: turn by 90 degrees clockwise to see it upright
+
+    image.save(folder / "plain.jpg", quality=95)
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    Image.fromarray(grey).save(folder / "grey.jpg", quality=95)
+    palette.save(folder / "palette.png")
+    alpha = Image.fromarray(np.random.default_rng(8).integers(0, 256, grey.shape, np.uint8))
+    Image.merge("RGBA", (*image.split(), alpha)).save(folder / "alpha.png")
+    Image.merge("LA", (Image.fromarray(grey), alpha)).save(folder / "grey-alpha.png")
+    deep.save(folder / "deep.png")
+    image.rotate(90, expand=True).save(folder / "rotated.jpg", quality=95, exif=exif)
+    deep.transpose(Image.Transpose.ROTATE_90).save(folder / "deep-rotated.png", exif=exif)
+    image.save(folder / "named.jpg", format="PNG")
+    image.save(folder / "ünï.cödé .v2.webp", lossless=True)
+    good = dict.fromkeys(("plain", "cmyk", "alpha", "rotated", "named", "n-c-d-v2"), rgb)
+    good |= dict.fromkeys(("grey", "grey-alpha", "deep", "deep-rotated"), greys)
+    good["palette"] = colours[blocks].astype(np.float64)
+
+    whole = (folder / "plain.jpg").read_bytes()
+    (folder / "garbage.jpg").write_bytes(bytes(range(256)) * 20)
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").touch()
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "gone.jpg").symlink_to(root / "nowhere")
+    shutil.copy(folder / "plain.jpg", root / "loose.jpg")
+    return root, good
+
+
+def test_every_kind_of_image_becomes_upright_rgb(
+    strange: tuple[Path, dict[str, NDArray[np.float64]]], tmp_path: Path
+) -> None:
+    root, good = strange
+    manifest = pack(ImageFolder(root), tmp_path / "set", Options(quality=95), split="x", workers=1)
+    assert manifest.classes == ["class", "empty class"]
+    read = {s["__key__"].split("class-sub-folder-")[1]: s["jpg"] for s in samples(tmp_path / "set")}
+    assert set(read) == set(good)
+    for name, expected in good.items():
+        image = Image.open(io.BytesIO(read[name]))
+        assert (image.format, image.mode) == ("JPEG", "RGB"), name
+        assert image.getexif().get(0x0112, 1) == 1, name
+        assert pixels(read[name]).shape == expected.shape, name  # and so never enlarged to 256
+        assert abs(pixels(read[name]) - expected).mean() < 4, name
+    folder = root / "class" / "sub folder"
+    assert read["plain"] == (folder / "plain.jpg").read_bytes()
+
+    reasons = rejections(tmp_path / "set")
+    names = ("garbage.jpg", "truncated.jpg", "empty.jpg", "notes.txt", "gone.jpg")
+    assert set(reasons) == {"loose.jpg"} | {f"class/sub folder/{name}" for name in names}
+    assert "truncated" in reasons["class/sub folder/truncated.jpg"]
+    assert "cannot identify image file" in reasons["class/sub folder/garbage.jpg"]
+    assert "No such file" in reasons["class/sub folder/gone.jpg"]
+    assert "no label" in reasons["loose.jpg"]
+
+
+def test_shorter_side_0_keeps_size_and_bytes(image_folder: Path, tmp_path: Path) -> None:
+    pack(ImageFolder(image_folder / "val"), tmp_path, Options(shorter_side=0), split="val", workers=1)
+    originals = {path.read_bytes() for path in (image_folder / "val").rglob("*.jpg")}
+    assert {s["jpg"] for s in samples(tmp_path)} == originals
+    assert not (tmp_path / "rejected.jsonl").read_text()
+
+
+def test_nothing_to_pack(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(SourceError, match=r"no images to pack into .*: expected SRC/<class>/<image>"):
+        pack(ImageFolder(tmp_path), tmp_path / "out", Options(), split="x", workers=1)
+    (tmp_path / "a" / "x.jpg").write_text("garbage")
+    with pytest.raises(ShardError, match=r"no usable image in .*: 1 were rejected, see .*rejected.jsonl"):
+        pack(ImageFolder(tmp_path), tmp_path / "out", Options(), split="x", workers=1)
+    with pytest.raises(SourceError, match="nowhere is not a folder: give the one whose sub-folders are the classes"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="--quality is 100: it must lie between 1 and 95"):
+        Options(quality=100)
+
+
+def test_small_shards_are_never_empty(image_folder: Path, tmp_path: Path) -> None:
+    manifest = pack(ImageFolder(image_folder / "val"), tmp_path, Options(shard_mb=0.01), split="x", workers=2)
+    assert all(shard["samples"] for shard in manifest.shards)
+    assert len(ShardSet(tmp_path)) == 63
+
+
+# Kills. --------------------------------------------------------------------------------------------
+
+SMALL = Options(shorter_side=72, shard_mb=0.02)
+
+
+@pytest.fixture(scope="module")
+def large_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images that take some milliseconds each, so that a pack of them can be killed in its middle."""
+    root = tmp_path_factory.mktemp("large")
+    rng = np.random.default_rng(11)
+    for name, tint in zip(CLASSES[:2], TINTS[:2], strict=True):
+        (root / name).mkdir()
+        for i in range(50):
+            photograph(rng, 600, 500, tint).save(root / name / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def unharmed(large_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unharmed") / "set"
+    pack(ImageFolder(large_images), out, SMALL, split="set", workers=2)
+    return out
+
+
+def session(pid: int) -> list[int]:
+    """The processes of a session, without those that have ended and wait to be collected."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_a_killed_pack_continues_with_the_same_bytes(large_images: Path, unharmed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    command = [sys.executable, "-m", "pipelines", "pack", "imagefolder", str(large_images), str(out)]
+    command += ["--shorter-side", "72", "--shard-mb", "0.02", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    until(lambda: list(out.glob(".pack/*.json")))
+    assert len(session(process.pid)) >= 3  # it, and its workers
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until(lambda: not session(process.pid))
+    assert not (out / "manifest.json").exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+
+    with pytest.raises(ShardError, match=r"has shards but no manifest.json: repeat the pack command"):
+        ShardSet(out)
+    with pytest.raises(ShardError, match="holds an unfinished pack with another source or other options: repeat"):
+        pack(ImageFolder(large_images), out, Options(shorter_side=60, shard_mb=0.02), split="set", workers=1)
+    with pytest.raises(ShardError, match="holds an unfinished pack"):  # its half would be taken for the whole
+        index(out, classes=None, split="set", workers=1)
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert files(out) == files(unharmed)
+    kept = [name for name in finished if (out / name).stat().st_mtime_ns == finished[name]]
+    assert len(kept) >= len(finished) - 2  # at most a shard a worker was done again
+
+
+def test_a_killed_worker_is_an_error_and_the_pack_continues(large_images: Path, unharmed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+
+    def kill() -> None:
+        until(lambda: list(out.glob(".pack/*.json")))
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ChildProcessError, match=r"a worker was killed, .*: repeat the command with fewer --workers"):
+        pack(ImageFolder(large_images), out, SMALL, split="set", workers=2)
+    killer.join()
+    until(lambda: not multiprocessing.active_children())
+    pack(ImageFolder(large_images), out, SMALL, split="set", workers=2)
+    assert files(out) == files(unharmed)
+
+
+def test_two_packs_into_one_directory(image_folder: Path, tmp_path: Path) -> None:
+    source = ImageFolder(image_folder / "val")
+    (tmp_path / ".pack").mkdir()
+    with open(tmp_path / ".pack" / "plan", "a") as plan:
+        fcntl.flock(plan, fcntl.LOCK_EX)
+        with pytest.raises(ShardError, match="is being packed by another process: wait for it"):
+            pack(source, tmp_path, Options(), split="val", workers=1)
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    (tars / "mine.tar").touch()
+    with pytest.raises(ShardError, match="holds tars of something else: choose another directory"):
+        pack(source, tars, Options(), split="val", workers=1)
+
+
+# Tars of other tools. ------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime = len(data), 1.5  # type: ignore[assignment]  # a fraction: a PAX header, as webdataset's
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> tuple[Path, dict[str, tuple[bytes, int]]]:
+    """Tars as other tools make them, and the good samples in them: image and label by key."""
+    rng = np.random.default_rng(13)
+    good: dict[str, tuple[bytes, int]] = {}
+
+    def image(kind: str, **options: Any) -> bytes:
+        width, height = rng.integers(60, 120, 2).tolist()
+        return encoded(photograph(rng, width, height, TINTS[1]), kind, **options)
+
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for i, extension in enumerate(("png", "jpg", "webp", "JPEG")):
+            key = f"./some.folder/{'long' * 30}-{i}"
+            good[key] = image({"jpg": "JPEG"}.get(extension, extension)), i
+            add(tar, f"{key}.{extension}", good[key][0])
+            add(tar, f"{key}.seg.png", b"a mask of another kind")
+            add(tar, f"{key}.json", b"{}")
+            add(tar, f"{key}.cls", f"{i}\n".encode())
+        member = tarfile.TarInfo("some.folder")
+        member.type = tarfile.DIRTYPE
+        tar.addfile(member)
+        add(tar, "lonely.jpg", image("JPEG"))
+        add(tar, "word.jpg", image("JPEG"))
+        add(tar, "word.cls", b"cat")
+        add(tar, "negative.jpg", image("JPEG"))
+        add(tar, "negative.cls", b"-1")
+        add(tar, "gif.jpg", image("GIF"))
+        add(tar, "gif.cls", b"0")
+        add(tar, "broken.jpg", image("JPEG")[:-400])
+        add(tar, "broken.cls", b"0")
+        add(tar, "wide.png", encoded(Image.new("L", (70_000, 1)), "PNG"))
+        add(tar, "wide.cls", b"0")
+    with webdataset.TarWriter(str(tmp_path / "b.tar")) as writer:
+        for i, (extension, kind) in enumerate((("webp", "WEBP"), ("jpeg", "JPEG"), ("png", "PNG"))):
+            good[f"b{i}"] = image(kind), 2 * i
+            writer.write({"__key__": f"b{i}", extension: good[f"b{i}"][0], "cls": 2 * i, "json": {"caption": "x"}})
+    return tmp_path, good
+
+
+def test_index_reads_the_tars_of_other_tools(foreign: tuple[Path, dict[str, tuple[bytes, int]]]) -> None:
+    directory, good = foreign
+    manifest = index(directory, classes=None, split="x", workers=1)
+    assert manifest.classes == ["0", "1", "2", "3", "4"]
+    shards = ShardSet(directory)
+    assert [shards.read(i).tobytes() for i in range(len(shards))] == [data for data, _ in good.values()]
+    assert shards.index["label"].tolist() == [label for _, label in good.values()]
+    sizes = [list(Image.open(io.BytesIO(data)).size) for data, _ in good.values()]
+    assert shards.sizes.tolist() == sizes
+    assert shards.name(5) == "b.tar/b1.jpeg"
+    reasons = rejections(directory)
+    assert set(reasons) == {f"a.tar/{k}" for k in ("lonely", "word", "negative", "gif", "broken", "wide")}
+    assert "needs one of jpg, jpeg, png, webp and cls, has jpg" in reasons["a.tar/lonely"]
+    assert "GIF" in reasons["a.tar/gif"]
+    assert "truncated" in reasons["a.tar/broken"]
+    assert "70000x1" in reasons["a.tar/wide"]
+    flat = np.concatenate([pixels(data).reshape(-1, 3) for data, _ in good.values()]) / 255
+    np.testing.assert_allclose(manifest.mean, flat.mean(0), rtol=1e-7)
+
+
+def test_index_and_class_names(foreign: tuple[Path, dict[str, tuple[bytes, int]]]) -> None:
+    directory, _ = foreign
+    with pytest.raises(ShardError, match="label 4 is out of range for 3 classes: name all of them in --classes"):
+        index(directory, classes=["a", "b", "c"], split="x", workers=1)
+    assert index(directory, classes=list("abcde"), split="x", workers=1).classes == list("abcde")
+    (directory / "index.npy").unlink()
+    assert index(directory, classes=None, split="x", workers=1).classes == list("abcde")  # those of the old manifest
+    assert len(ShardSet(directory)) == 7
+
+
+def test_index_makes_a_packed_set_anew(shard_sets: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(shard_sets / "val", out)
+    before = ShardSet(out)
+    after = index(out, classes=None, split="val", workers=1)
+    for name in ("samples", "classes", "shards", "index_sha256", "mean", "std", "eigenvalues", "eigenvectors"):
+        assert getattr(after, name) == getattr(before.manifest, name), name
+
+
+@pytest.mark.parametrize("harm", ["inside a header", "inside an image", "between samples", "header", "gzip", "none"])
+def test_index_of_a_harmed_tar(shard_sets: Path, tmp_path: Path, harm: str) -> None:
+    tar = tmp_path / "a.tar"
+    whole = (shard_sets / "val" / "shard-000001.tar").read_bytes()
+    member = members(shard_sets / "val" / "shard-000001.tar")[10]
+    match harm:
+        case "inside a header":
+            tar.write_bytes(whole[: member.offset + 300])
+        case "inside an image":
+            tar.write_bytes(whole[: member.offset_data + 300])
+        case "between samples":
+            tar.write_bytes(whole[: member.offset])
+        case "header":
+            tar.write_bytes(whole[: member.offset] + b"?" + whole[member.offset + 1 :])
+        case "gzip":
+            with tarfile.open(tar, "w:gz") as packed:
+                add(packed, "a.jpg", b"")
+        case "none":
+            with pytest.raises(ShardError, match=r"no shards in .*: expected uncompressed \*.tar files"):
+                index(tmp_path, classes=None, split="x", workers=1)
+            return
+    with pytest.raises(ShardError, match=r"a.tar is not a whole, uncompressed tar .*: copy or make it anew"):
+        index(tmp_path, classes=None, split="x", workers=1)
+
+
+# torchvision's data sets. -----------------------------------------------------------------------------------------------
+
+
+def test_torchvision_names() -> None:
+    with pytest.raises(SourceError, match=r"torchvision has no data set 'no-such-set'; it has .*FashionMNIST"):
+        _ = Torchvision("no-such-set", True, Path("raw")).items
+    with pytest.raises(SourceError, match="EuroSAT has no train and test split: save it as folders and pack those"):
+        _ = Torchvision("eurosat", True, Path("raw")).items
+
+
+def test_torchvision_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> Any:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(SourceError, match=r"STL10 cannot be had \(.*\): fetch it where there is a network and put it"):
+        _ = Torchvision("stl10", True, tmp_path).items

@@ -1,0 +1,127 @@
+"""A run as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines.pack import Options, pack
+from pipelines.sources import ImageFolder
+from tests.launch import STEPS, launch, newest, records, status
+
+
+def test_two_ranks_from_start_to_done(shard_sets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a run, ä"
+    result = launch(shard_sets, run, "--monitor.wandb=offline")
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("epoch 1/2: top-1 error") == 1, "only rank 0 speaks"
+    for word in ("best accuracy", "last accuracy", "images/s", "curves", str(run)):
+        assert result.stdout.count(word) >= 1, result.stdout
+
+    assert [r["step"] for r in records(run, "step")] == list(range(1, 2 * STEPS + 1))
+    checks = records(run, "validation")
+    assert [(r["epoch"], r["step"], r["samples"]) for r in checks] == [(0, STEPS, 63), (1, 2 * STEPS, 63)]
+    for r in checks:
+        assert (r["top1_error"] * 63) % 1 == pytest.approx(0, abs=1e-6) or (r["top1_error"] * 63) % 1 > 1 - 1e-6
+        assert r["top5_error"] == 0, "three classes"
+    assert status(run) | {"state": "done", "step": 2 * STEPS, "epoch": 2} == status(run)
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["hidden"] == 32
+    with Image.open(run / "curves.png") as curves:
+        assert curves.size[0] >= 600
+    assert newest(run)["state"]["epoch"] == 2
+    best = json.loads((run / "checkpoints" / "best" / "meta.json").read_text())
+    assert best["epoch"] == 1 + int(np.argmin([r["top1_error"] for r in checks]))
+    assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
+
+    before = (run / "metrics.jsonl").read_bytes()
+    again = launch(shard_sets, run, ranks=0)
+    assert again.returncode == 0, again.stderr
+    assert "done" in again.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_number_of_processes_changes_nothing_but_rounding(shard_sets: Path, tmp_path: Path) -> None:
+    """One process without torchrun, with accumulation, and three ranks of unequal parts (25 = 8 + 8 + 9)."""
+    runs = {"alone": (0, 1), "accumulating": (0, 4), "three": (3, 1)}
+    for name, (ranks, pieces) in runs.items():
+        extra = ("--train.global_batch=25", "--train.epochs=1", f"--train.accumulate={pieces}")
+        result = launch(shard_sets, tmp_path / name, *extra, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    assert len({r["loss"] for r in records(tmp_path / "alone")}) == 10
+    for name in ("accumulating", "three"):
+        for a, b in zip(records(tmp_path / "alone"), records(tmp_path / name), strict=True):
+            assert a.pop("kind") == b.pop("kind")
+            assert b == pytest.approx(a, rel=1e-4), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(shard_sets: Path, tmp_path: Path, precision: str) -> None:
+    result = launch(shard_sets, tmp_path / "r", f"--train.precision={precision}", "--train.epochs=1", ranks=0)
+    assert result.returncode == 0, result.stderr
+    losses = [r["loss"] for r in records(tmp_path / "r", "step")]
+    assert losses[0] == pytest.approx(np.log(3), rel=0.3)
+    scale = newest(tmp_path / "r")["scaler"].get("scale", 0)
+    assert (scale > 1) == (precision == "fp16")
+
+
+def test_a_torchvision_model(shard_sets: Path, tmp_path: Path) -> None:
+    extra = ("--model.name=torchvision:squeezenet1_1", "--data.divide_by_std=true", "--optim.name=adam")
+    result = launch(shard_sets, tmp_path / "r", *extra, "--optim.lr=1e-4", "--train.epochs=1", ranks=0)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_embedded_source_is_packed_first(tmp_path: Path) -> None:
+    """Where the data cannot be had there is one sentence; where it is packed already nothing is fetched."""
+    extra = ("--data.source=nosuchset",)
+    result = launch(tmp_path / "none", tmp_path / "r", *extra, ranks=0)
+    assert result.returncode == 2
+    assert "torchvision has no data set 'nosuchset'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_bad_input_is_one_sentence(shard_sets: Path, image_folder: Path, tmp_path: Path) -> None:
+    """Without a launcher the exit code is 2, and no run directory is begun."""
+    folder = tmp_path / "folder"
+    shutil.copytree(image_folder / "val", folder)
+    shutil.rmtree(folder / "blue")
+    other = tmp_path / "sets"
+    other.mkdir()
+    (other / "train").symlink_to(shard_sets / "train")
+    pack(ImageFolder(folder), other / "val", Options(shorter_side=72), split="val", workers=1)
+    cases = [
+        (other, (), "3 classes and .*val has 2, which differ in blue: labels would not mean the same"),
+        (tmp_path / "none", (), "no shards in .*none/train: make them with `python -m pipelines pack"),
+        (shard_sets, ("--train.global_batch=2", "--train.accumulate=3"), "smaller than 1 ranks x train.accumulate 3"),
+        (shard_sets, ("--train.global_batch=241",), "larger than the 240 images"),
+        (
+            shard_sets,
+            ("--data.crop=71",),
+            "data.crop 71 does not fit the layers of alexnet: the nearest that does is 67",
+        ),
+        (shard_sets, ("--model.name=alexnt",), "did you mean 'alexnet'"),
+        (shard_sets, ("--optim.lrr=1",), "unknown configuration key optim.lrr: did you mean optim.lr?"),
+    ]
+    for data, extra, message in cases:
+        result = launch(data, tmp_path / "r", *extra, ranks=0)
+        assert result.returncode == 2, result.stderr
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert "Traceback" not in result.stderr
+        assert re.search(message, lines[0]), lines[0]
+        assert not (tmp_path / "r" / "metrics.jsonl").exists()
+
+
+def test_usage_errors_under_torchrun_are_not_retried(shard_sets: Path, tmp_path: Path) -> None:
+    """More ranks than samples in a batch: one sentence from rank 0, no agent report, no restart."""
+    result = launch(shard_sets, tmp_path / "r", "--train.global_batch=1", agent="--max-restarts=3")
+    assert result.returncode == 0
+    assert result.stderr.count("error: train.global_batch 1 is smaller than 2 ranks") == 1
+    assert "Traceback" not in result.stderr
