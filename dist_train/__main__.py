@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,21 +13,18 @@ import torch.distributed as dist
 
 from dist_train.checkpoint import CheckpointError, Store
 from dist_train.config import Config, ConfigError, as_dict, default_name, dump, parse
-from dist_train.distributed import DIVERGED, STOPPED, USAGE, Watch, World, join, rank_of_launcher
+from dist_train.distributed import DIVERGED, FAILED, STOPPED, USAGE, Watch, World, join, rank_of_launcher
 from dist_train.monitor import Monitor, draw_curves, read_records
-from dist_train.train import Diverged, State, Stopped, Trainer
+from dist_train.owner import NoProgress, Owner, Superseded, check_progress
+from dist_train.train import BadData, Diverged, NotSaved, State, Stopped, Trainer
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardError, ShardSet, write_atomically
 from pipelines.sources import SourceError, Torchvision
 
 
-class Superseded(Exception):
-    """Another process has taken over the run directory."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 75 stopped, 70 diverged, 2 usage; under a launcher all of these are 0, since there
-    non-zero means "restart me", and `status.json` tells them apart."""
+    """Returns the exit code: 0 done, 75 stopped, 70 diverged, 2 usage, 1 not saved. Under a launcher non-zero means
+    "restart me", so there all but the last are 0, and `status.json` tells them apart."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     try:
         config, file = parse(sys.argv[1:] if argv is None else argv)
@@ -43,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dist.barrier()  # leave together
     finally:
         dist.destroy_process_group()
-    return 0 if launched else code
+    return 0 if launched and code != FAILED else code
 
 
 def _run(config: Config, file: str, world: World, watch: Watch) -> int:
@@ -60,10 +56,9 @@ def _run(config: Config, file: str, world: World, watch: Watch) -> int:
     directory = Path(config.run.dir or Path(config.run.root) / name)
     config = replace(config, run=replace(config.run, name=name, dir=str(directory)))
     _reproducible(config)
-    mine = _take(directory) if world.rank == 0 else lambda: None
-    monitor = Monitor(directory, config.monitor, speaks=world.rank == 0, mine=mine)
-    store = Store(directory / "checkpoints", config.checkpoint.keep, mine)
-    watch.last_words = lambda why: monitor.status("failed", why)
+    owner = Owner(directory)
+    monitor = Monitor(directory, config.monitor, owner, speaks=world.rank == 0)
+    store = Store(directory / "checkpoints", config.checkpoint.keep, owner)
     try:
         trainer = Trainer(config, world, watch, monitor, store, data)
         size = trainer.restore()
@@ -71,8 +66,17 @@ def _run(config: Config, file: str, world: World, watch: Watch) -> int:
         monitor.say(f"error: {error}")
         return USAGE
     state = trainer.state
+    failure: Exception | None = None
     if world.rank == 0:
-        write_atomically(directory / "config.yaml", dump(config).encode())
+        try:
+            _begin(directory, config, owner, store, state.step)
+        except (OSError, NoProgress) as error:
+            monitor.status("failed", str(error), step=state.step, epoch=state.epoch)
+            failure = error
+    if message := world.first_error(failure):
+        monitor.say(f"error: {message}")
+        return USAGE
+    watch.last_words = lambda why: monitor.status("failed", why)
     monitor.open(size, as_dict(config))
     if trainer.changed:
         monitor.say("changed since the checkpoint: " + ", ".join(f"{k} = {v}" for k, v in trainer.changed.items()))
@@ -86,8 +90,12 @@ def _run(config: Config, file: str, world: World, watch: Watch) -> int:
         code, outcome, reason = STOPPED, "stopped", "a stop signal; the same command continues"
     except Diverged as error:
         code, outcome, reason = DIVERGED, "diverged", str(error)
+    except BadData as error:
+        code, outcome, reason = USAGE, "failed", str(error)
+    except NotSaved as error:
+        code, outcome, reason = FAILED, "failed", str(error)
     except Superseded as error:
-        print(f"rank {world.rank}: {error}", file=sys.stderr)
+        monitor.say(str(error))
         return 0
     except BaseException as error:
         monitor.status("failed", f"{type(error).__name__}: {error}")
@@ -100,11 +108,20 @@ def _run(config: Config, file: str, world: World, watch: Watch) -> int:
     return code
 
 
+def _begin(directory: Path, config: Config, owner: Owner, store: Store, step: int) -> None:
+    """Claim the run directory and tidy it. Raises OSError where it cannot be written, and NoProgress."""
+    directory.mkdir(parents=True, exist_ok=True)
+    owner.claim()
+    store.clean()
+    write_atomically(directory / "config.yaml", dump(config).encode())
+    check_progress(directory, step)
+
+
 def _open(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
     """The training and the validation set. Packs them first where the configuration names a source; rank 0 does."""
     data, batch = config.data, config.train.global_batch
-    missing = [path for path in (data.train, data.val) if not (Path(path) / "manifest.json").exists()]
-    if data.source and missing:
+    missing = not all((Path(path) / "manifest.json").exists() for path in (data.train, data.val))
+    if data.source and world.share(missing):
         error: Exception | None = None
         try:
             if world.rank == 0:
@@ -134,19 +151,6 @@ def _open(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
             f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it"
         )
     return train, val
-
-
-def _take(directory: Path) -> Callable[[], None]:
-    """Claim the run directory. Returns a check that raises Superseded once another start has claimed it."""
-    token = uuid.uuid4().hex
-    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "owner", token.encode())
-
-    def mine() -> None:
-        if (directory / "owner").read_text() != token:
-            raise Superseded(f"another start has taken over {directory}: leaving it alone")
-
-    return mine
 
 
 def _reproducible(config: Config) -> None:

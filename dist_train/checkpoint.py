@@ -21,6 +21,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from dist_train.owner import Owner
+
 STATE, META = "state.pt", "meta.json"
 
 
@@ -34,13 +36,14 @@ class Store:
     Args:
         directory: `checkpoints/` of the run.
         keep: how many of the newest stay, besides the best.
-        mine: raises where another process has taken over the run; called before every rename.
+        owner: of the run directory; checked before every rename.
     """
 
-    def __init__(self, directory: Path, keep: int, mine: Callable[[], None] = lambda: None) -> None:
-        self.directory, self.keep, self.mine = directory, keep, mine
+    def __init__(self, directory: Path, keep: int, owner: Owner) -> None:
+        self.directory, self.keep, self.owner = directory, keep, owner
         self.error: Exception | None = None  # of the last save, until one succeeds
         self._writer: Thread | None = None
+        self.bad: list[str] = []  # names of the checkpoints that `newest` found to be damaged
 
     def save(self, state: dict[str, Any], meta: dict[str, Any], *, best: bool) -> None:
         """Copy `state` to host memory and write it beside training. At most one save is in flight. A save that fails
@@ -62,18 +65,25 @@ class Store:
             self._writer = None
 
     def newest(self, complain: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose hash matches, and its meta. Bad ones are set aside as `bad-*` and named."""
-        for stale in self.directory.glob(".*.tmp"):
-            shutil.rmtree(stale)
+        """The newest checkpoint whose hash matches, and its meta. Bad ones are named, with the reason."""
+        self.bad = []
         for path in sorted(self.directory.glob("step-*"), reverse=True):
             why = _fault(path)
             if why is None:
                 return path, json.loads((path / META).read_bytes())
-            aside = self.directory / f"bad-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            complain(f"checkpoint {path.name} is bad ({why}): set aside as {aside.name}, looking for an older one")
+            complain(f"checkpoint {path.name} is bad ({why}): looking for an older one")
+            self.bad.append(path.name)
         return None
+
+    def clean(self) -> None:
+        """Remove what killed saves left, and set the bad checkpoints that `newest` met aside as `bad-*`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for stale in self.directory.glob(".*.tmp"):
+            shutil.rmtree(stale)
+        for name in self.bad:
+            aside = self.directory / f"bad-{name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / name).rename(aside)
 
     def _write(self, state: dict[str, Any], meta: dict[str, Any], best: bool) -> None:
         # A checkpoint before an epoch's validation and one after it stand at the same step; the name sorts them.
@@ -81,7 +91,7 @@ class Store:
         temporary, final = self.directory / f".{name}.tmp", self.directory / name
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir()  # a vanished directory is not made anew
             with open(temporary / STATE, "wb") as file:
                 hashed = _Hashed(file)
                 torch.save(state, hashed)  # type: ignore[arg-type]
@@ -90,12 +100,8 @@ class Store:
             with open(temporary / META, "w") as text:
                 json.dump(meta, text, indent=1)
                 _flush(text)
-            self.mine()
-            if final.exists():  # the same state, saved for two reasons
-                shutil.rmtree(temporary)
-            else:
-                os.rename(temporary, final)
-            _flush_directory(self.directory)
+            self.owner.check()
+            _place(temporary, final)
             if best:
                 link = self.directory / "best.new"
                 link.unlink(missing_ok=True)
@@ -113,7 +119,7 @@ class Store:
             if os.path.realpath(path) != best:
                 hidden = self.directory / f".{path.name}.tmp"
                 os.rename(path, hidden)  # never a half-deleted directory under a good name
-                shutil.rmtree(hidden)
+                _remove(hidden)
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
@@ -168,9 +174,18 @@ def _flush(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _flush_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _place(temporary: Path, final: Path) -> None:
+    """Give a written checkpoint its name, for good."""
+    if final.exists():  # the same state, saved for two reasons
+        shutil.rmtree(temporary)
+    else:
+        os.rename(temporary, final)
+    handle = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path)

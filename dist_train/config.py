@@ -52,6 +52,8 @@ class Data(Augment):
     """Threads a rank that read files ahead."""
     ahead: int = 4
     """Batches that are read ahead."""
+    max_bad: int = 100
+    """Samples that cannot be decoded, and are replaced, before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,11 @@ class Config:
             self, 1, "train.epochs train.global_batch train.accumulate data.shuffle_shards data.readers data.ahead"
         )
         _at_least(self, 1, "data.crop data.resize model.hidden monitor.log_every checkpoint.keep schedule.patience")
-        _at_least(self, 0, "train.seed data.lighting data.threads optim.momentum optim.weight_decay checkpoint.minutes")
+        _at_least(
+            self,
+            0,
+            "train.seed data.lighting data.threads data.max_bad optim.momentum optim.weight_decay checkpoint.minutes",
+        )
         _at_least(self, 0, "checkpoint.steps schedule.max_divisions schedule.warmup_epochs schedule.min_improvement")
         if not self.optim.lr > 0:
             raise ConfigError(f"optim.lr is {self.optim.lr}: it must be above 0")

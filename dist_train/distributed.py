@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STOPPED, DIVERGED, USAGE = 75, 70, 2  # exit codes of a process without a launcher
+STOPPED, DIVERGED, USAGE, FAILED = 75, 70, 2, 1  # exit codes of a process without a launcher
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -30,6 +30,11 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+
+    @property
+    def threads(self) -> int:
+        """CPUs of this process's share of the node."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
 
     @property
     def launched(self) -> bool:

@@ -24,18 +24,18 @@ class Scores:
 
 
 def validate(
-    model: nn.Module, loader: Loader, world: World, autocast: torch.autocast, each: Callable[[int], None]
+    model: nn.Module, loader: Loader, world: World, autocast: torch.autocast, each: Callable[[], None]
 ) -> Scores:
     """Top-1 and top-5 error of `model` over all images of `loader`, the same on all ranks.
 
-    Counts are integers and are reduced once. `each` is called with the number of the batch, on all ranks alike.
+    Counts are integers and are reduced once. `each` is called after every batch, on all ranks alike.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
     full = -(-loader.batch // loader.size)
     model.eval()
     with torch.inference_mode():
-        for i, batch in enumerate(loader.epoch()):
+        for batch in loader.epoch():
             if n := len(batch.labels):
                 inputs = F.pad(batch.inputs.to(world.device), (0, 0) * 3 + (0, full - n))  # one shape, compiled once
                 with autocast:
@@ -43,7 +43,7 @@ def validate(
                 labels = batch.labels.to(world.device)
                 counts += _correct(logits, labels)
                 total += F.cross_entropy(logits, labels, reduction="sum")
-            each(i)
+            each()
     model.train()
     for work in (world.reduce(counts), world.reduce(total)):
         if work:

@@ -12,6 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_train.config import Monitor as MonitorConfig
+from dist_train.owner import Owner, Superseded
 from pipelines.shards import write_atomically
 
 METRICS, STATUS = "metrics.jsonl", "status.json"
@@ -31,12 +33,20 @@ class Monitor:
     Args:
         directory: of the run.
         speaks: whether this is rank 0.
-        mine: raises where another process has taken over the run; called before every write.
+        owner: of the run directory; checked before every write.
+
+    Attributes:
+        superseded: another start has taken over the run; nothing is written any more.
+        error: why the record could not be written, until it could.
     """
 
-    def __init__(self, directory: Path, config: MonitorConfig, *, speaks: bool, mine: Callable[[], None]) -> None:
-        self.directory, self.config, self.speaks, self.mine = directory, config, speaks, mine
+    def __init__(self, directory: Path, config: MonitorConfig, owner: Owner, *, speaks: bool) -> None:
+        self.directory, self.config, self.owner, self.speaks = directory, config, owner, speaks
+        self.superseded = False
+        self.error: OSError | None = None
         self._records: Any = None
+        self._size = 0
+        self._unwritten: list[bytes] = []
         self._bar: tqdm[Any] | None = None
         self._wandb: Any = None
         self._told = self._heartbeat = 0.0
@@ -46,26 +56,45 @@ class Monitor:
         """Begin or continue the record: what lies behind byte `size`, the restored state's, is cut off."""
         if not self.speaks:
             return
-        self._records = open(self.directory / METRICS, "ab")  # noqa: SIM115  (open as long as the run)
-        self._records.truncate(min(size, self._records.tell()))
-        self._records.seek(0, os.SEEK_END)
+        path = self.directory / METRICS
+        kept = path.read_bytes()[:size] if path.exists() else b""
+        write_atomically(path, kept)  # a new file: a stale process that still has the old one open cannot add to it
+        self._records = open(path, "ab", buffering=0)  # noqa: SIM115  (open as long as the run)
+        self._size = len(kept)
         if self.config.wandb != "disabled":
             self._wandb = _start_wandb(self.directory, self.config, settings)
             self.publish(self.size())
 
     def size(self) -> int:
         """Bytes of the record that are on the disk."""
-        if self._records is None:
-            return 0
-        self._records.flush()
-        os.fsync(self._records.fileno())
-        return int(self._records.tell())
+        if self._records is not None:
+            self._write()
+            with suppress(OSError):
+                os.fsync(self._records.fileno())
+        return self._size
 
     def record(self, kind: str, **values: Any) -> None:
         """Append one line: {"kind": step | validation | changed, "step": ..., ...}."""
         if self.speaks:
-            self.mine()
-            self._records.write((json.dumps({"kind": kind, **values}) + "\n").encode())
+            self._unwritten.append((json.dumps({"kind": kind, **values}) + "\n").encode())
+            self._write()
+
+    def _write(self) -> None:
+        """Write what is not yet written. Where that fails, say so once and keep it for the next time."""
+        try:
+            self.owner.check()
+            while self._unwritten:
+                self._records.write(self._unwritten[0])
+                self._size += len(self._unwritten.pop(0))
+            self.error = None
+        except Superseded:
+            self.superseded = True
+        except OSError as error:
+            if self.error is None:
+                self.say(f"{METRICS} cannot be written ({error}): the records are kept and written later")
+            self.error = error
+            with suppress(OSError):
+                self._records.truncate(self._size)  # a full disk leaves half a line
 
     def publish(self, size: int) -> None:
         """Send to wandb what a checkpoint covers: the records up to byte `size`."""
@@ -120,11 +149,16 @@ class Monitor:
         """state: running, stopped, done, diverged or failed."""
         if not self.speaks:
             return
-        self.mine()
         self._where |= where
         self._heartbeat = time.monotonic()
         body = {"state": state, "reason": reason, **self._where, "heartbeat": time.time(), "pid": os.getpid()}
-        write_atomically(self.directory / STATUS, (json.dumps(body, indent=1) + "\n").encode())
+        try:
+            self.owner.check()
+            write_atomically(self.directory / STATUS, (json.dumps(body, indent=1) + "\n").encode())
+        except Superseded:
+            self.superseded = True
+        except OSError as error:
+            self.say(f"{STATUS} cannot be written ({error})")
 
     def close(self) -> None:
         self.end_epoch()
@@ -155,10 +189,9 @@ def draw_curves(directory: Path) -> Path | None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot([r["progress"] for r in steps], [r["loss"] for r in steps], lw=0.8)
     left.set(xlabel="epoch", ylabel="training loss (nats)", ylim=(0, None))
-    for name, style in (("top1_error", "o-"), ("top5_error", "s-")):
-        right.plot(
-            [r["epoch"] + 1 for r in checks], [100 * r[name] for r in checks], style, label=name.replace("_", " ")
-        )
+    for name, marker in (("top-1", "o"), ("top-5", "s")):
+        errors = [100 * r[f"{name.replace('-', '')}_error"] for r in checks]
+        right.plot([r["epoch"] + 1 for r in checks], errors, marker=marker, label=name)
     right.set(xlabel="epoch", ylabel="validation error (%)", ylim=(0, None))
     right.xaxis.get_major_locator().set_params(integer=True)
     for before, after in pairwise(checks):

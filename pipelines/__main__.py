@@ -1,4 +1,4 @@
-"""`python -m pipelines pack|index|preview|bench`: make shard sets and look at them."""
+"""`python -m pipelines pack|index|verify|preview|bench`: make shard sets and look at them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from pipelines.shards import Manifest, ShardError
+from pipelines.shards import QUARANTINE, Manifest, ShardError
 from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
 
 PACK = """
@@ -41,6 +41,17 @@ def index(args: Namespace) -> None:
 
     names = args.classes.read_text().splitlines() if args.classes else None
     _tell(index_tars(args.directory, classes=names, split=args.directory.name, workers=args.workers), args.directory)
+
+
+def verify(args: Namespace) -> None:
+    from pipelines.verify import verify as verify_set
+
+    problems = verify_set(args.directory, workers=args.workers)
+    for problem in problems:
+        print(f"{problem['name']}: {problem['reason']}")
+    if problems:
+        raise ShardError(f"{len(problems)} problems in {args.directory}, listed in {args.directory / QUARANTINE}")
+    print(f"{args.directory}: all samples decode, and all hashes and labels are right")
 
 
 def preview(args: Namespace) -> None:
@@ -87,6 +98,11 @@ def _parser() -> ArgumentParser:
     verb.add_argument("--classes", type=Path, help="text file: one class name a line, in the order of the labels")
     verb.add_argument("--workers", type=_positive, default=cpus, help=f"processes ({cpus})")
     verb.set_defaults(run=index)
+
+    verb = verbs.add_parser("verify", help="decode everything, compare hashes and labels, list bad samples")
+    verb.add_argument("directory", type=Path, help="a shard set")
+    verb.add_argument("--workers", type=int, default=cpus, help=f"processes ({cpus})")
+    verb.set_defaults(run=verify)
 
     for name, run, text in (
         ("preview", preview, "a picture of originals beside their augmented versions"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import time
 import warnings
 from collections import deque
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Augment, Views, centre_views, random_views
-from pipelines.order import Ints, Order, part
-from pipelines.shards import Manifest, ShardSet
+from pipelines.order import REPLACE, Ints, Order, part, philox
+from pipelines.shards import Manifest, ShardError, ShardSet
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -43,12 +44,14 @@ class Batch(NamedTuple):
         labels: int64 [n].
         samples: sample numbers in the shard set, int64 [n].
         start: position in the epoch of the first of them.
+        replaced: how many of them stand for a sample that cannot be decoded.
     """
 
     inputs: Tensor
     labels: Tensor
     samples: Ints
     start: int
+    replaced: int = 0
 
 
 def graph(
@@ -61,6 +64,7 @@ def graph(
     device: Device,
     device_id: int | None,
     threads: int,
+    depth: int = 2,
 ) -> Pipeline:
     """decode -> resize of the region that the crop needs (or crop alone) -> mirror and normalise.
 
@@ -71,7 +75,7 @@ def graph(
     Output: float32 NHWC. On the GPU the whole image is decoded: decoders of a region were seen to crash there
     (nvImageCodec issue 55).
     """
-    pipeline = Pipeline(batch, threads, device_id, prefetch_queue_depth=2)
+    pipeline = Pipeline(batch, threads, device_id, prefetch_queue_depth=depth)
     with pipeline:
         encoded, begin, end, mirror, mean = fn.external_source(source=source, num_outputs=5, batch=True)
         upright = {"output_type": types.RGB, "adjust_orientation": False}  # settled when the set was packed
@@ -152,18 +156,30 @@ class Loader:
         self.read = read or shards.read
         self.resizing = shards.shorter_side != augment.resize
         self.waited = 0.0  # seconds that the consumer has waited for data
+        self.bad: set[int] = set()  # samples that cannot be decoded
 
     def samples(self, epoch: int, step: int) -> tuple[Ints, int]:
         """The sample numbers of this rank at a step of an epoch, and the position of the first."""
         first = step * self.batch
         low, high = part(min(self.batch, len(self.shards) - first), self.rank, self.size)
-        if self.training:
-            return self.order.samples(epoch, first + low, first + high), first + low
-        return np.arange(first + low, first + high), first + low
+        start, stop = first + low, first + high
+        return self.order.samples(epoch, start, stop) if self.training else np.arange(start, stop), start
+
+    def usable(self, epoch: int, step: int) -> tuple[Ints, int]:
+        """As `samples`, another in the place of each bad one: which follows from (seed, epoch, position) alone, so
+        that all world sizes choose the same."""
+        samples, start = self.samples(epoch, step)
+        if len(self.bad) == len(self.shards):
+            raise ShardError(f"no sample of {self.shards.directory} can be decoded: pack it anew")
+        for i in np.flatnonzero(np.isin(samples, list(self.bad))) if self.bad else ():
+            bits = philox(self.seed, epoch, REPLACE, start + int(i))
+            while int(samples[i]) in self.bad:
+                samples[i] = bits.random_raw() % len(self.shards)
+        return samples, start
 
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
         """How these samples are shown at positions `start` ... of an epoch."""
-        sizes = self.shards.sizes[samples].astype(np.int64)
+        sizes = self._sizes(samples)
         if self.training:
             return random_views(sizes, self.augment, self.components, seed=self.seed, epoch=epoch, start=start)
         return centre_views(sizes, self.augment)
@@ -191,27 +207,63 @@ class Loader:
                     ready.get(timeout=0.01)
             driver.join()
 
-    def _drive(self, epoch: int, start: int, ready: queue.Queue[Batch | Exception | None], stop: Event) -> None:
-        feed = self._feed(epoch, range(start, self.steps))
+    def _drive(self, epoch: int, step: int, ready: queue.Queue[Batch | Exception | None], stop: Event) -> None:
         try:
-            pipeline = self._build(lambda: next(feed))
-            for step in range(start, self.steps):
-                samples, first = self.samples(epoch, step)
-                inputs = self._collect(pipeline) if len(samples) else self._empty()
-                labels = torch.from_numpy(self.shards.index["label"][samples].astype(np.int64)).to(inputs.device)
-                ready.put(Batch(inputs, labels, samples, first))
-                if stop.is_set():
-                    return
+            while step < self.steps and not stop.is_set():
+                feed = self._feed(epoch, range(step, self.steps))
+                try:
+                    pipeline = self._build(feed)
+                    while step < self.steps and not stop.is_set():
+                        ready.put(self._batch(pipeline, epoch, step))
+                        step += 1
+                except RuntimeError:  # DALI's: a sample of the next few steps cannot be decoded; the pipeline is lost
+                    if not self._find_bad(epoch, range(step, min(step + 4, self.steps))):
+                        raise
+                finally:
+                    feed.close()
             ready.put(None)
         except Exception as error:
             ready.put(error)
-        finally:
-            feed.close()
 
-    def _build(self, source: Callable[[], Feed]) -> Pipeline:
+    def _batch(self, pipeline: Pipeline, epoch: int, step: int) -> Batch:
+        wanted, _ = self.samples(epoch, step)
+        samples, first = self.usable(epoch, step)
+        inputs = self._collect(pipeline) if len(samples) else self._empty()
+        labels = torch.from_numpy(self.shards.index["label"][samples].astype(np.int64)).to(inputs.device)
+        return Batch(inputs, labels, samples, first, replaced=int((wanted != samples).sum()))
+
+    def _find_bad(self, epoch: int, steps: range) -> bool:
+        """Decode the samples of these steps one by one, the way they failed together; name those that fail again."""
+        todo = [int(s) for step in steps for s in self.usable(epoch, step)[0]]
+        known = len(self.bad)
+        while todo:
+            pipeline = self._build((self._one(sample) for sample in todo), alone=True)
+            for i, sample in enumerate(todo):
+                try:
+                    pipeline.run()
+                except RuntimeError:
+                    self.bad.add(sample)
+                    todo = todo[i + 1 :]
+                    print(
+                        f"{self.shards.name(sample)} cannot be decoded: another sample takes its place", file=sys.stderr
+                    )
+                    break
+            else:
+                break
+        return len(self.bad) > known
+
+    def _one(self, sample: int) -> Feed:
+        samples = np.array([sample])
+        return self._arguments([self.read(sample)], samples, centre_views(self._sizes(samples), self.augment))
+
+    def _sizes(self, samples: Ints) -> Ints:
+        return self.shards.sizes[samples].astype(np.int64)
+
+    def _build(self, feed: Iterator[Feed], *, alone: bool = False) -> Pipeline:
         pipeline = graph(
-            source,
-            batch=-(-self.batch // self.size),
+            lambda: next(feed),
+            batch=1 if alone else -(-self.batch // self.size),
+            depth=1 if alone else 2,
             crop=self.augment.crop,
             resize=self.resizing,
             std=self.std.tolist(),
@@ -226,7 +278,7 @@ class Loader:
         """What DALI's external source returns at each step, with the files of the next steps already being read."""
         with ThreadPoolExecutor(self.readers, "read") as pool:
             ahead: deque[tuple[Ints, int, list[Future[list[NDArray[np.uint8]]]]]] = deque()
-            plan = (self.samples(epoch, step) for step in steps)
+            plan = (self.usable(epoch, step) for step in steps)
             try:
                 while True:
                     for samples, first in plan:

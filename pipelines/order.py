@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 # The streams of random words; each is independent of the others for the same (seed, epoch).
-SHARDS, SAMPLES, VIEWS, PACK = range(4)
+SHARDS, SAMPLES, VIEWS, PACK, REPLACE = range(5)
 
 
 def philox(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Philox:

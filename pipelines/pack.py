@@ -164,7 +164,7 @@ def _write_part(path: Path, rejected: list[dict[str, str]], *, count: bool) -> N
     with open(path, "rb") as file:
         for key, members in tar_samples(path):
             try:
-                row, image = _sample(file, members)
+                row, image = read_sample(file, members)
             except Exception as error:  # whatever a decoder makes of garbage
                 rejected.append({"file": f"{path.name}/{key}", "reason": _reason(error)})
             else:
@@ -186,7 +186,7 @@ def _write_part(path: Path, rejected: list[dict[str, str]], *, count: bool) -> N
     write_atomically(_part(path), json.dumps(part, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
-def _sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Image.Image]:
+def read_sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Image.Image]:
     """The SAMPLE record and the decoded image of one sample. Raises ValueError and Pillow's errors."""
     member = next((members[ext] for ext in IMAGES if ext in members), None)
     if member is None or "cls" not in members:

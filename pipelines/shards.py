@@ -2,6 +2,7 @@
 
 DIR/shard-000000.tar ...   `<key>.jpg` (or .jpeg .png .webp) and `<key>.cls`, the class number in ASCII
 DIR/index.npy              one SAMPLE record a sample
+DIR/quarantine.jsonl       samples that `verify` found bad, if any; they are left out
 DIR/manifest.json          what the set is; written last, so a directory without one is an unfinished pack
 """
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
+QUARANTINE = "quarantine.jsonl"
 IMAGES = ("jpg", "jpeg", "png", "webp")
 HEADER = tarfile.BLOCKSIZE  # the ustar header directly before each member's data
 NAME = 100  # its first field: the name
@@ -115,6 +117,7 @@ class ShardSet:
         self._ends = np.cumsum(self.shard_samples)
         self.index = self._open_index()
         self._check_tars()
+        self._leave_out_quarantined()
         self._file = lru_cache(256)(self._open_file)
 
     def __len__(self) -> int:
@@ -176,6 +179,29 @@ class ShardSet:
         if top >= len(self.classes):
             raise ShardError(f"{self.directory}: label {top} is out of range for {len(self.classes)} classes: {remedy}")
         return index
+
+    def _leave_out_quarantined(self) -> None:
+        """Drop the samples that `verify` listed; the tars stay as they are."""
+        path = self.directory / QUARANTINE
+        self.fingerprint = self.manifest.index_sha256
+        if not path.exists():
+            return
+        starts = dict(zip(self.names, self._ends - self.shard_samples, strict=True))
+        kept = np.ones(len(self.index), np.bool_)
+        try:
+            lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+            kept[[starts[line["shard"]] + line["row"] for line in lines if "row" in line]] = False
+        except (ValueError, TypeError, LookupError) as error:
+            raise ShardError(
+                f"{path} is damaged ({error}): run `python -m pipelines verify {self.directory}`"
+            ) from error
+        shard = np.searchsorted(self._ends, np.arange(len(self.index)), side="right")
+        self.shard_samples = np.bincount(shard[kept], minlength=len(self.names))
+        self._ends = np.cumsum(self.shard_samples)
+        self.index = self.index[kept]
+        self.fingerprint = hashlib.sha256(self.fingerprint.encode() + path.read_bytes()).hexdigest()
+        if not len(self.index):
+            raise ShardError(f"{path} leaves no sample of {self.directory}: pack it anew")
 
     def _check_tars(self) -> None:
         """Compare each tar's size, and the headers of its first and last sample, with the index."""

@@ -61,6 +61,11 @@ def test_samples_stay_in_blocks_of_shards() -> None:
     assert sorted(seen[:5]) != list(range(5))
 
 
+def test_blocks_are_shuffled_in_different_ways() -> None:
+    blocks = Order(np.full(12, 50), seed=0, block_shards=2).samples(0, 0, 600).reshape(6, 100) % 50
+    assert len({block.tobytes() for block in blocks}) == 6
+
+
 def test_any_range_of_positions_agrees() -> None:
     sizes = np.random.default_rng(3).integers(0, 30, 17)
     order = Order(sizes, seed=1, block_shards=3)

@@ -1,0 +1,111 @@
+"""What a run is made of, from its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_train import models
+from dist_train.config import Config, as_dict
+from dist_train.distributed import World
+from pipelines.dali import Loader
+from pipelines.order import part
+from pipelines.shards import ShardSet
+
+PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_loader(
+    config: Config, world: World, shards: ShardSet, statistics: ShardSet, *, batch: int, training: bool
+) -> Loader:
+    """This rank's loader of global batches of `batch` samples, normalised with the training set's `statistics`."""
+    data = config.data
+    on_gpu = data.device == "gpu" or (data.device == "auto" and world.device.type == "cuda")
+    return Loader(
+        shards,
+        data,
+        statistics.manifest,
+        batch=batch,
+        training=training,
+        seed=config.train.seed,
+        shuffle_shards=data.shuffle_shards,
+        rank=world.rank,
+        size=world.size,
+        device="gpu" if on_gpu else "cpu",
+        device_id=world.local_rank if on_gpu else None,
+        divide_by_std=data.divide_by_std,
+        threads=data.threads or world.threads,
+        readers=data.readers,
+        ahead=data.ahead,
+    )
+
+
+def build_model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.Module:
+    """The model on this rank's device, its weights from the seed. Raises ValueError for a bad name or crop."""
+    torch.manual_seed(config.train.seed)
+    model = models.build(
+        config.model.name,
+        classes=classes,
+        crop=config.data.crop,
+        hidden=config.model.hidden,
+        dropout=config.model.dropout,
+    )
+    model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        model.compile(dynamic=False)  # a size has one kernel, whatever sizes came before
+    return model
+
+
+def compiler_works(device: torch.device) -> str:
+    """Why `torch.compile` does not work here, or nothing. A missing compiler shows only at the first call."""
+    try:
+        torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
+        return ""
+    except Exception as error:
+        return str(error).strip().splitlines()[-1][:120]
+
+
+def precision(config: Config, world: World) -> str:
+    """`auto`: off on the CPU, where bfloat16 was measured to be slower; on a GPU bf16 where it has it, else fp16."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    if world.device.type == "cpu":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def distribute(model: nn.Module, config: Config, world: World, autocast: torch.autocast) -> nn.Module:
+    """DDP around the model, its buckets settled.
+
+    DDP rebuilds its buckets after its first step, and gloo then sums in another order. Two throw-away steps put that
+    behind us, so that a resumed run sums as one that never stopped.
+    """
+    if world.size == 1:
+        return model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    low, high = part(config.train.global_batch, world.rank, world.size)
+    share = part(high - low, 0, config.train.accumulate)[1]
+    side = config.data.crop
+    inputs = torch.zeros(share, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
+    keys = torch.zeros(share, dtype=torch.int64, device=world.device)
+    for _ in range(2):
+        with autocast:
+            logits = net(inputs, keys)
+        logits.float().sum().backward()
+    net.zero_grad()
+    model.load_state_dict(before)
+    return net
+
+
+def identity(config: Config, shards: ShardSet) -> dict[str, Any]:
+    """What a run cannot change: where one of these differs, its checkpoints are another run's."""
+    flat = as_dict(config)
+    free = {"train", "val", "source", "device", "threads", "readers", "ahead", "max_bad"}
+    kept = {k: v for k, v in flat.items() if k.startswith("data.") and k.removeprefix("data.") not in free}
+    kept |= {k: v for k, v in flat.items() if k.startswith("model.")}
+    kept |= {k: flat[k] for k in ("train.seed", "train.global_batch", "optim.name")}
+    return kept | {"classes": len(shards.classes), "training set": shards.fingerprint[:16]}

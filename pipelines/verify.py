@@ -1,0 +1,84 @@
+"""Check a shard set against itself, whole: hashes, tars, images, labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipelines.pack import read_sample
+from pipelines.parallel import parallel, tick
+from pipelines.shards import INDEX, QUARANTINE, SAMPLE, Manifest, ShardError, sha256, tar_samples, write_atomically
+
+Problem = dict[str, Any]  # name, shard, reason, and the row within the shard where it concerns one sample
+
+
+class _Task(NamedTuple):
+    path: Path
+    sha256: str
+    rows: list[tuple[int, ...]]
+
+
+def verify(directory: Path, *, workers: int) -> list[Problem]:
+    """Decode every sample and compare with manifest and index.
+
+    Returns the problems, and writes them to `quarantine.jsonl`; `ShardSet` leaves the samples named there out. Raises
+    ShardError where manifest or index cannot be used at all.
+    """
+    manifest = Manifest.read(directory)
+    path = directory / INDEX
+    if not path.exists() or sha256(path) != manifest.index_sha256:
+        raise ShardError(f"{path} is missing or damaged: run `python -m pipelines index {directory}`")
+    index = np.load(path, mmap_mode="r")
+    tasks, start = [], 0
+    for shard in manifest.shards:
+        rows = index[start : start + shard["samples"]]
+        tasks.append(_Task(directory / shard["name"], shard["sha256"], rows.tolist()))
+        start += shard["samples"]
+    found = parallel(_verify_shard, tasks, workers=workers, images=manifest.samples, label="verify")
+    problems = [problem for problems in found for problem in problems]
+    quarantine = directory / QUARANTINE
+    lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
+    if lines:
+        write_atomically(quarantine, "".join(lines).encode(errors="backslashreplace"))
+    else:
+        quarantine.unlink(missing_ok=True)
+    return problems
+
+
+def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]:
+    shard = task.path.name
+    if not task.path.exists():
+        return [{"shard": shard, "name": shard, "reason": "is missing"}]
+    problems: list[Problem] = []
+    if sha256(task.path) != task.sha256:
+        problems.append({"shard": shard, "name": shard, "reason": "its sha256 differs: copy it again"})
+    members: dict[int, tuple[str, Any]] = {}
+    try:
+        for key, group in tar_samples(task.path):
+            members |= {member.offset_data: (key, group) for member in group.values()}
+    except ShardError as error:
+        problems.append({"shard": shard, "name": shard, "reason": str(error)})
+    with open(task.path, "rb") as file:
+        for row, indexed in enumerate(task.rows):
+            key, group = members.get(indexed[0], (f"sample {row}", None))
+            if reason := _fault(file, group, indexed):
+                problems.append({"shard": shard, "row": row, "name": f"{shard}/{key}", "reason": reason})
+            tick()
+    return problems
+
+
+def _fault(file: Any, group: Any, indexed: tuple[int, ...]) -> str:
+    """What is wrong with a sample, or nothing."""
+    if group is None:
+        return "is not in the tar where the index says"
+    try:
+        row, _ = read_sample(file, group)
+    except Exception as error:  # whatever a decoder makes of garbage
+        return f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    names = SAMPLE.names or ()
+    differs = [name for name, a, b in zip(names, row, indexed, strict=True) if a != b]
+    return f"{' and '.join(differs)} differ from the index" if differs else ""

@@ -1,0 +1,153 @@
+"""A private cluster for all tests of this folder, and a person who works on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import EMPTY, SMALL, equal, launch, newest, records, status
+from tests.slurm.private_cluster import Cluster, missing, wait_for
+
+EPOCHS = 3
+TRAINING = [*SMALL, f"--config={EMPTY}", f"--train.epochs={EPOCHS}", "--checkpoint.steps=3"]
+SIZE = ("--nodes=2", "--gpus-per-node=2")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class User:
+    """Works in a directory on a cluster.
+
+    Args:
+        home: where `runs/` is.
+        cluster: None for a machine without Slurm.
+    """
+
+    def __init__(self, home: Path, cluster: Cluster | None, sets: Path) -> None:
+        self.home, self._cluster = home, cluster
+        self.training = [*TRAINING, f"--data.train={sets / 'train'}", f"--data.val={sets / 'val'}"]
+        variables = cluster.environment if cluster else os.environ
+        self.environment = {**variables, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+    @property
+    def cluster(self) -> Cluster:
+        assert self._cluster
+        return self._cluster
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """`python -m slurm ...`, without waiting for it."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "slurm", *words],
+            cwd=self.home,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def slurm(self, *words: str, code: int = 0) -> str:
+        """What `python -m slurm ...` says: its output, or its complaint where `code` is not 0."""
+        process = self.start(*words)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == code, out + err
+        return err if code else out
+
+    def submit(self, name: str, *words: str) -> str:
+        """The job number of a new run on 2 nodes x 2 tasks."""
+        said = self.slurm("submit", *SIZE, "--time=30", *self.training, f"--run.name={name}", *words)
+        return said.split()[1].rstrip(":")
+
+    def run(self, name: str) -> Path:
+        return self.home / "runs" / name
+
+    def log(self, name: str, rank: int = 0) -> str:
+        return "".join(path.read_text() for path in self.run(name).glob(f"slurm/*_{rank}_log.out"))
+
+    def wait(self, name: str, job: str, state: str, seconds: float = 120) -> None:
+        """Until the run's state and Slurm's say that it has ended in `state`."""
+
+        def ended() -> bool:
+            path = self.run(name) / "status.json"
+            return path.exists() and status(self.run(name))["state"] == state
+
+        try:
+            wait_for(ended, seconds, f"{name} to be {state}")
+            wait_for(lambda: self.cluster.job(job) not in ("RUNNING", "COMPLETING"), 60, f"job {job} to end")
+        except AssertionError as error:
+            queue = self.cluster.run("squeue", "-t", "all", "-l")
+            raise AssertionError(f"{error}\n{self.slurm('status')}\n{queue}\n{self.log(name)}") from error
+
+    def freeze(self, name: str, job: str, rank: int, newer: str = "") -> int:
+        """Stop the process of a rank once the run has a checkpoint newer than `newer`: training stands still in the
+        middle of an epoch, however fast the machine. Returns the process."""
+        wait_for(lambda: self.newest(name) > newer, 120, f"{name} to save\n{self.log(name)}")
+        process = self.cluster.process(job, rank)
+        os.kill(process, signal.SIGSTOP)
+        assert status(self.run(name))["state"] == "running", "frozen too late"
+        return process
+
+    def thaw(self, process: int, number: signal.Signals) -> None:
+        """Let a frozen process go on once a signal has come for it."""
+
+        def come() -> bool:
+            lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+            pending = int(lines["ShdPnd"], 16) >> (number - 1) & 1
+            return bool(pending) or not lines["State"].startswith("T")  # Slurm sends SIGCONT before some signals
+
+        wait_for(come, 90, f"{number.name} for process {process}")
+        os.kill(process, signal.SIGCONT)
+
+    def newest(self, name: str) -> str:
+        """The newest checkpoint."""
+        return max((path.name for path in (self.run(name) / "checkpoints").glob("step-*")), default="")
+
+    def stopped(self, name: str) -> str:
+        """Wait for a clean stop; returns the checkpoint of the very step at which training stopped."""
+        wait_for(lambda: status(self.run(name))["state"] == "stopped", 60, f"{name} to stop\n{self.log(name)}")
+        return f"step-{status(self.run(name))['step']:08d}"
+
+    def starts(self, name: str) -> list[str]:
+        """The checkpoint that each start found."""
+        lines = (self.run(name) / "slurm" / "starts.jsonl").read_text().splitlines()
+        return [line["checkpoint"] for line in map(json.loads, lines) if "start" in line]
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if lacking := missing():
+        pytest.skip(lacking)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=4)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def user(tmp_path: Path, cluster: Cluster, shard_sets: Path) -> Iterator[User]:
+    yield User(tmp_path, cluster, shard_sets)
+    cluster.run("scancel", f"--user={os.getuid()}", "--signal=KILL", "--full")
+    cluster.run("scancel", f"--user={os.getuid()}")
+    wait_for(lambda: not cluster.run("squeue", "-h"), 60, "the queue to be empty")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shard_sets: Path) -> Path:
+    """The run that all others must equal: four ranks of torchrun, never stopped."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = launch(shard_sets, run, f"--train.epochs={EPOCHS}", ranks=4)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def same(run: Path, other: Path) -> bool:
+    """Whether two finished runs have the same state and the same record, bit for bit."""
+
+    def state(run: Path) -> dict[str, Any]:
+        return {k: v for k, v in newest(run).items() if k != "record"}  # bytes of the record: rates are in it
+
+    return equal(state(run), state(other)) and records(run) == records(other)

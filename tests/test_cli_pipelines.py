@@ -1,0 +1,201 @@
+"""`python -m pipelines` as a person uses it: what it prints, its exit codes, and no tracebacks."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+
+from pipelines import preview
+from pipelines.__main__ import main
+from pipelines.shards import ShardSet
+
+ROOT = Path(__file__).parent.parent
+FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+def python_m_pipelines(*args: object) -> subprocess.CompletedProcess[str]:
+    """A process of its own."""
+    command = [sys.executable, "-m", "pipelines", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """The same in this process, where what is imported already need not be imported again."""
+    monkeypatch.setattr("sys.argv", ["pipelines", *map(str, args)])
+    try:
+        return main()
+    except SystemExit as leaving:  # argparse
+        return int(leaving.code or 0)
+
+
+def test_pack_imagefolder(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "src" / "blue").mkdir(parents=True)
+    (tmp_path / "src" / "amber").symlink_to(image_folder / "val" / "amber")
+    (tmp_path / "src" / "blue" / "no-image.jpg").write_text("garbage")
+    out = tmp_path / "sets" / "val"
+    args = ("pack", "imagefolder", tmp_path / "src", out, "--shorter-side", 64, "--workers", 1)
+    done = python_m_pipelines(*args)
+    assert done.returncode == 0, done.stderr
+    line = rf"{out}: 21 images of 2 classes in 1 shards, \d+ MB; 1 rejected, see {out}/rejected.jsonl\n"
+    assert re.fullmatch(line, done.stdout)
+    assert ShardSet(out).classes == ["amber", "blue"]
+    assert ShardSet(out).shorter_side == 64
+    assert call(monkeypatch, *args) == 0  # there is nothing left to do
+    assert capsys.readouterr().out == done.stdout
+    assert call(monkeypatch, *args, "--seed", 1) == 2
+    message = f"error: {out} already holds another shard set: choose another directory or delete it\n"
+    assert capsys.readouterr() == ("", message)
+
+
+def test_pack_fashion_mnist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the files as torchvision keeps them, so no network is used; random pixels in place of clothes."""
+    raw = tmp_path / "raw" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    pixels, labels = {}, {}
+    for split, prefix, n in (("train", "train", 40), ("val", "t10k", 12)):
+        smooth = [Image.fromarray(rng.integers(0, 256, (5, 5), np.uint8)).resize((28, 28)) for _ in range(n)]
+        pixels[split], labels[split] = np.stack([np.asarray(image) for image in smooth]), rng.integers(0, 10, n)
+        head = np.array([0x803, n, 28, 28], ">i4").tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + pixels[split].tobytes())
+        head = np.array([0x801, n], ">i4").tobytes()
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels[split].astype(np.uint8).tobytes())
+    assert call(monkeypatch, "pack", "fashion-mnist", tmp_path, "--workers", 1) == 0
+    printed = capsys.readouterr().out
+    for split, n in (("train", 40), ("val", 12)):
+        assert f"{tmp_path / split}: {n} images of 10 classes" in printed
+        shards = ShardSet(tmp_path / split)
+        assert shards.classes == FASHION
+        assert shards.manifest.split == split
+        assert shards.shorter_side == 28  # stored as it is
+        for i in range(n):
+            number = int(shards.name(i).split("/")[1].split("-")[0])
+            image = np.asarray(Image.open(io.BytesIO(shards.read(i).tobytes())), np.int64)
+            assert abs(image - pixels[split][number][..., None]).mean() < 3
+            assert shards.index["label"][i] == labels[split][number]
+
+
+def test_index(
+    shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for packed in (shard_sets / "val").glob("*.tar"):
+        shutil.copy(packed, tmp_path)
+    (tmp_path / "names.txt").write_text("one\ntwo\nthree\n")
+    assert call(monkeypatch, "index", tmp_path, "--classes", tmp_path / "names.txt", "--workers", 2) == 0
+    assert f"{tmp_path}: 63 images of 3 classes" in capsys.readouterr().out
+    assert ShardSet(tmp_path).classes == ["one", "two", "three"]
+
+    tar = tmp_path / "shard-000001.tar"
+    os.truncate(tar, 20_000)
+    assert call(monkeypatch, "index", tmp_path) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: {tar} is not a whole, uncompressed tar \(.*\): copy or make it anew", last)
+
+
+def test_preview(shard_sets: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder" / "grid.png"
+    done = python_m_pipelines("preview", shard_sets / "val", out, "--resize", 72, "--crop", 67, "--rows", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\n"
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+
+
+def test_preview_shows_originals_beside_their_versions(
+    shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+
+    class Kept(Figure):
+        def savefig(self, *args: Any, **kwargs: Any) -> None:
+            figures.append(self)
+
+    monkeypatch.setattr(preview, "Figure", Kept)
+    preview.draw(shard_sets / "train", tmp_path / "x.png", resize=72, crop=70, rows=3, seed=0)
+    cells = np.array(figures[0].axes).reshape(3, 6)
+    assert [cell.get_title() for cell in cells[0]] == ["original", *(f"epoch {i}" for i in range(1, 6))]
+    assert {row[0].get_ylabel().split("\n")[0] for row in cells} == {"amber", "blue", "green"}
+    for row in cells:
+        original, *versions = (np.asarray(cell.get_images()[0].get_array(), np.int64) for cell in row)
+        assert row[0].get_ylabel().endswith(f"\n{original.shape[1]}x{original.shape[0]}")
+        views = sliding_window_view(np.stack([original, original[:, ::-1]]), (70, 70, 3), axis=(1, 2, 3))
+        for version in versions:  # a crop of the original or its reflection, with a shift of each channel
+            shift = version - views
+            inside = (version > 0) & (version < 255)  # not cut to the range of a screen
+            spread = [np.ptp(shift[..., k][..., inside[..., k]], axis=-1) for k in range(3)]
+            assert np.max(spread, axis=0).min() <= 1
+        assert len({version.tobytes() for version in versions}) == 5
+
+
+def test_bench(shard_sets: Path) -> None:
+    done = python_m_pipelines("bench", shard_sets / "train", "--resize", 72, "--crop", 67, "--batch", 8, "--read-ms", 5)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+ images/s, \d+ CPU us/image, 5 ms added to each read\n", done.stdout)
+    assert int(done.stdout.split()[0]) > 1000 / 5  # what one reader after another would reach
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["pack", "imagefolder", "DIR/nowhere", "DIR/out"], "DIR/nowhere is not a folder: give the one whose"),
+        (["pack", "imagefolder", "DIR"], "pack imagefolder takes SRC and DST"),
+        (["pack", "fashion-mnist", "DIR", "DIR/out"], "pack fashion-mnist takes DST alone"),
+        (["pack", "imagefolder", "DIR", "DIR/out"], "no images to pack into DIR/out: expected SRC/<class>/<image>"),
+        (["pack", "imagefolder", "DIR", "DIR/out", "--quality", "0"], "--quality is 0: it must lie between 1 and 95"),
+        (["pack", "no-such-set", "DIR/out"], "torchvision has no data set 'no-such-set'; it has"),
+        (["pack", "imagefolder", "DIR", "DIR/out", "--workers", "0"], "--workers: 0 is not a positive number"),
+        (["index", "DIR"], "no shards in DIR: expected uncompressed *.tar files of WebDataset samples"),
+        (["index", "SET", "--classes", "DIR/nowhere.txt"], "No such file or directory: 'DIR/nowhere.txt'"),
+        (["preview", "DIR", "DIR/x.png"], "no shards in DIR: make them with `python -m pipelines pack"),
+        (["preview", "SET", "SET", "--resize", "72", "--crop", "67", "--rows", "1"], "Is a directory: 'SET'"),
+        (["preview", "SET", "DIR/x.png", "--resize", "60", "--crop", "67"], "--crop 67 is larger than --resize 60"),
+        (["preview", "SET", "DIR/x.png", "--rows", "0"], "--rows: 0 is not a positive number"),
+        (["bench", "SET", "--crop", "many"], "--crop: invalid"),
+        (["bench", "SET", "--batch", "1000"], "SET has 63 samples, not 16 batches of 1000: give a smaller --batch"),
+        (["bench", "DIR/nowhere"], "no shards in DIR/nowhere: make them with"),
+        (["make"], "invalid choice: 'make'"),
+        ([], "required: VERB"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_code_2(
+    shard_sets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    message: str,
+) -> None:
+    places = {"DIR": str(tmp_path), "SET": str(shard_sets / "val")}
+
+    def fill(text: str) -> str:
+        return re.sub("DIR|SET", lambda match: places[match[0]], text)
+
+    assert call(monkeypatch, *map(fill, args)) == 2
+    out, err = capsys.readouterr()
+    assert fill(message) in err
+    assert out == ""
+
+
+def test_a_process_that_fails_has_no_traceback(tmp_path: Path) -> None:
+    failed = python_m_pipelines("preview", tmp_path, tmp_path / "x.png", "--resize", 60, "--crop", 67)
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.endswith("error: --crop 67 is larger than --resize 60: it is cut from that\n")
+    assert "Traceback" not in failed.stderr

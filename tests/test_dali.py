@@ -1,0 +1,339 @@
+"""The loader: DALI's pixels against Pillow's and torchvision's, and the same samples at any world size."""
+
+from __future__ import annotations
+
+import gc
+import io
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import backend
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from pipelines.augment import Augment, reference_crop
+from pipelines.dali import Batch, Device, Loader, graph
+from pipelines.pack import Options, index, pack
+from pipelines.shards import ShardError, ShardSet
+from pipelines.sources import ImageFolder
+from tests.conftest import CLASSES, TINTS, photograph
+
+AUGMENT = Augment(resize=72, crop=67)
+
+
+def make(directory: Path, augment: Augment = AUGMENT, **options: Any) -> Loader:
+    shards = ShardSet(directory)
+    return Loader(shards, augment, shards.manifest, **{"batch": 11, "training": True, "threads": 2, **options})
+
+
+def threads() -> list[str]:
+    """Those of a loader that still run."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("loader", "read"))]
+
+
+def decoded(shards: ShardSet, sample: int) -> Image.Image:
+    return Image.open(io.BytesIO(shards.read(sample).tobytes())).convert("RGB")
+
+
+def levels(loader: Loader, batch: Batch, shift: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What a batch's inputs were before lighting was added and the mean subtracted, [n, crop, crop, 3]."""
+    inputs = batch.inputs.permute(0, 2, 3, 1).numpy()
+    return inputs - shift[:, None, None] + 255 * np.array(loader.shards.manifest.mean, np.float32)
+
+
+def test_inputs_are_exact_without_a_resize(shard_sets: Path) -> None:
+    loader = make(shard_sets / "train", seed=3)
+    batches = list(loader.epoch(2))  # all are kept, so memory that DALI used again would be seen
+    assert len(batches) == 21
+    reflected = 0
+    for step, batch in enumerate(batches):
+        assert batch.start == 11 * step
+        assert batch.inputs.shape == (11, 3, 67, 67)
+        assert batch.inputs.dtype == torch.float32
+        assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
+        views = loader.views(2, batch.samples, batch.start)
+        images = levels(loader, batch, views.shift)
+        for i, sample in enumerate(batch.samples):
+            expected = reference_crop(decoded(loader.shards, int(sample)), views, i, 67)
+            np.testing.assert_allclose(images[i], expected, atol=1e-4)
+        assert abs(views.shift).min() > 0
+        reflected += views.mirror.sum()
+        names = [loader.shards.name(int(sample)).split("-")[2] for sample in batch.samples]
+        assert batch.labels.tolist() == [CLASSES.index(name) for name in names]
+        assert batch.labels.dtype == torch.int64
+    assert 80 < reflected < 151
+
+
+def test_lighting_and_mean_are_fused_as_the_paper_adds_them(shard_sets: Path) -> None:
+    """Against an image computed in the paper's order: crop, reflect, add lighting, subtract the mean."""
+    loader = make(shard_sets / "train", seed=1)
+    manifest = loader.shards.manifest
+    batch = next(loader.epoch(0))
+    views = loader.views(0, batch.samples, 0)
+    for i, sample in enumerate(batch.samples):
+        pixels = reference_crop(decoded(loader.shards, int(sample)), views, i, 67) / 255
+        lit = pixels + views.shift[i] / 255
+        np.testing.assert_allclose(
+            batch.inputs[i].permute(1, 2, 0).numpy(), 255 * (lit - manifest.mean), atol=1e-3, rtol=0
+        )
+
+
+def test_divide_by_std(shard_sets: Path) -> None:
+    plain, divided = make(shard_sets / "train"), make(shard_sets / "train", divide_by_std=True)
+    std = 255 * torch.tensor(plain.shards.manifest.std).view(1, 3, 1, 1)
+    for one, two in zip(plain.epoch(1), divided.epoch(1), strict=True):
+        torch.testing.assert_close(two.inputs * std, one.inputs, atol=1e-3, rtol=0)
+
+
+def test_statistics_are_the_training_sets(shard_sets: Path) -> None:
+    train, val = ShardSet(shard_sets / "train"), ShardSet(shard_sets / "val")
+    options: dict[str, Any] = {"batch": 63, "training": False, "threads": 1}
+    own = next(Loader(val, AUGMENT, val.manifest, **options).epoch())
+    right = next(Loader(val, AUGMENT, train.manifest, **options).epoch())
+    offset = 255 * (torch.tensor(val.manifest.mean) - torch.tensor(train.manifest.mean))
+    torch.testing.assert_close(
+        right.inputs - own.inputs, offset.view(1, 3, 1, 1).expand_as(own.inputs), atol=1e-3, rtol=0
+    )
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set of large and small images of many shapes, stored as they are."""
+    root = tmp_path_factory.mktemp("originals")
+    rng = np.random.default_rng(5)
+    (root / "folder" / "class").mkdir(parents=True)
+    for i in range(24):
+        width, height = ((400, 500), (500, 375), (28, 28), (72, 301), (333, 73))[i % 5]
+        path = root / "folder" / "class" / f"{i}.jpg"
+        photograph(rng, width, height, TINTS[i % 3]).save(path, quality=95)
+    pack(ImageFolder(root / "folder"), root / "set", Options(shorter_side=0), split="x", workers=1)
+    return root / "set"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("center_square", [False, True])
+def test_inputs_after_a_resize(originals: Path, training: bool, center_square: bool) -> None:
+    augment = Augment(resize=72, crop=67, center_square=center_square)
+    loader = make(originals, augment, batch=8, training=training, seed=4)
+    differences = []
+    for batch in loader.epoch(1):
+        views = loader.views(1, batch.samples, batch.start)
+        images = levels(loader, batch, views.shift)
+        for i, sample in enumerate(batch.samples):
+            image = decoded(loader.shards, int(sample))
+            left, top = views.corner[i].tolist()
+            resized = F.resize(torch.from_numpy(np.array(image)).permute(2, 0, 1), [72], antialias=True)
+            crop = F.crop(resized, top, left, 67, 67)
+            torchvisions = (F.hflip(crop) if views.mirror[i] else crop).permute(1, 2, 0).numpy()
+            for expected in (reference_crop(image, views, i, 67), torchvisions):
+                difference = abs(images[i] - expected)
+                assert difference.max() < 3.001, (image.size, views.corner[i])
+                differences.append(difference.mean())
+    assert len(differences) == 48
+    assert np.mean(differences) < 0.5
+
+
+def test_shards_of_other_tools(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    images = []
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i, kind in enumerate(("PNG", "WEBP", "JPEG") * 3):
+            out = io.BytesIO()
+            photograph(rng, 72 + 3 * i, 72, TINTS[i % 3]).save(out, kind)
+            images.append(np.asarray(Image.open(out).convert("RGB")))
+            for extension, data in ((kind.lower(), out.getvalue()), ("cls", str(i % 3).encode())):
+                member = tarfile.TarInfo(f"folder/{'k' * 120}{i}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    index(tmp_path, classes=None, split="x", workers=1)
+    loader = make(tmp_path, Augment(72, 72), training=False)
+    (batch,) = loader.epoch()
+    pixels = levels(loader, batch, np.zeros((9, 3), np.float32))
+    for i, image in enumerate(images):
+        left = (image.shape[1] - 72) // 2
+        np.testing.assert_allclose(pixels[i], image[:, left : left + 72], atol=1e-4)
+    assert batch.labels.tolist() == [0, 1, 2] * 3
+
+
+@pytest.mark.parametrize("resize", [72, 80])
+def test_world_sizes_give_the_same_global_batches(shard_sets: Path, resize: int) -> None:
+    rng = np.random.default_rng(7)
+    augment = Augment(resize=resize, crop=67)
+    expected: list[tuple[bytes, list[int]]] = []
+    for size in (1, 2, 3, 4):
+        ranks = []
+        for rank in range(size):
+            options = {"threads": rng.integers(1, 4), "readers": rng.integers(1, 9), "ahead": rng.integers(0, 5)}
+            options = {name: int(value) for name, value in options.items()}
+            loader = make(shard_sets / "train", augment, seed=8, rank=rank, size=size, **options)
+            ranks.append([next(epoch) for epoch in [loader.epoch(3)] for _ in range(20)])
+        batches = [
+            (
+                torch.cat([batch.inputs.permute(0, 2, 3, 1) for batch in parts]).numpy().tobytes(),
+                torch.cat([batch.labels for batch in parts]).tolist(),
+            )
+            for parts in zip(*ranks, strict=True)
+        ]
+        expected = expected or batches
+        assert batches == expected
+    assert len({inputs for inputs, _ in expected}) == 20
+
+
+def test_each_sample_at_most_once_an_epoch(shard_sets: Path) -> None:
+    loader = make(shard_sets / "train", seed=1)
+    orders = [np.concatenate([batch.samples for batch in loader.epoch(epoch)]) for epoch in (0, 1)]
+    for order in orders:
+        assert len(order) == len(set(order.tolist())) == 21 * 11  # the incomplete tail is dropped
+    assert not np.array_equal(*orders)
+    assert len(set(orders[0]) & set(orders[1])) < 21 * 11  # and is another one in the next epoch
+
+
+def test_start_in_the_middle_of_an_epoch(shard_sets: Path) -> None:
+    whole = list(make(shard_sets / "train", seed=2).epoch(1))
+    for start in (1, 7, 20, 21):
+        rest = list(make(shard_sets / "train", seed=2).epoch(1, start))
+        assert len(rest) == 21 - start
+        for one, two in zip(rest, whole[start:], strict=True):
+            assert torch.equal(one.inputs, two.inputs)
+            assert torch.equal(one.labels, two.labels)
+            assert one.start == two.start
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_validation_covers_every_sample_once(shard_sets: Path, size: int) -> None:
+    augment = Augment(resize=72, crop=67)
+    seen: list[int] = []
+    lengths = []
+    for rank in range(size):
+        loader = make(shard_sets / "val", augment, batch=31, training=False, rank=rank, size=size)
+        batches = list(loader.epoch())
+        lengths.append([len(batch.labels) for batch in batches])
+        for batch in batches:
+            seen += batch.samples.tolist()
+            assert batch.inputs.shape == (len(batch.samples), 3, 67, 67)
+            assert batch.labels.tolist() == loader.shards.index["label"][batch.samples].tolist()
+            for image, sample in zip(levels(loader, batch, np.zeros((1, 3), np.float32)), batch.samples, strict=True):
+                whole = np.asarray(decoded(loader.shards, int(sample)))
+                top, left = ((side - 67) // 2 for side in whole.shape[:2])
+                np.testing.assert_allclose(image, whole[top : top + 67, left : left + 67], atol=1e-4)
+    assert sorted(seen) == list(range(63))
+    assert {len(row) for row in lengths} == {3}  # 31 + 31 + 1
+    assert sorted(row[2] for row in lengths) == [0] * (size - 1) + [1]
+
+
+def test_a_consumer_that_leaves_ends_the_threads(shard_sets: Path) -> None:
+    loader = make(shard_sets / "train")
+    for steps in (0, 1, 5):
+        for i, _ in enumerate(loader.epoch()):
+            assert "loader" in threads()
+            if i == steps:
+                break
+        gc.collect()
+        assert not threads()
+    unused = loader.epoch()
+    del unused
+    assert len(list(loader.epoch())) == 21
+    assert not threads()
+
+
+def test_a_reader_that_fails_reaches_the_consumer(shard_sets: Path) -> None:
+    shards = ShardSet(shard_sets / "train")
+    fails = int(make(shard_sets / "train").order.samples(0, 100, 101)[0])
+
+    def read(sample: int) -> NDArray[np.uint8]:
+        if sample == fails:
+            raise ShardError("injected")
+        return shards.read(sample)
+
+    loader = make(shard_sets / "train", read=read, ahead=1)
+    seen = []
+    with pytest.raises(ShardError, match="injected"):
+        seen.extend(loader.epoch())
+    assert len(seen) < 10  # position 100 stands in batch 9
+    del seen
+    gc.collect()
+    assert not threads()
+
+
+def test_slow_reads_overlap(shard_sets: Path) -> None:
+    shards = ShardSet(shard_sets / "train")
+
+    def read(sample: int) -> NDArray[np.uint8]:
+        time.sleep(0.02)
+        return shards.read(sample)
+
+    loader = make(shard_sets / "train", read=read)
+    began = time.monotonic()
+    assert sum(len(batch.labels) for batch in loader.epoch()) == 231
+    assert time.monotonic() - began < 231 * 0.02 / 2  # one after another they take 4.6 s
+
+
+# The GPU. -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resize", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_placement(resize: bool, device: Device) -> None:
+    """Constructs the graph, which needs no GPU, and walks it from its output to its inputs."""
+    pipeline = graph(
+        lambda: pytest.fail("nothing is run"),
+        batch=8,
+        crop=67,
+        resize=resize,
+        std=[1.0, 1.0, 1.0],
+        device=device,
+        device_id=0 if device == "gpu" else None,
+        threads=2,
+    )
+    (output,) = pipeline._graph_out
+    assert output.device == device
+    image, chain = output, []
+    while image.source.inputs:
+        operator = image.source._op
+        chain.append((operator.schema_name, operator.device))
+        image, *arguments = image.source.inputs
+        assert {argument.device for argument in arguments} <= {
+            "cpu"
+        }  # numbers, which every back end takes from the host
+    assert type(image.source._op).__name__ == "ExternalSource"
+    if device == "gpu":
+        middle = "Resize" if resize else "Slice"
+        assert chain == [("CropMirrorNormalize", "gpu"), (middle, "gpu"), ("decoders__Image", "mixed")]
+    else:
+        assert {placed for _, placed in chain} == {"cpu"}
+    registered = {
+        "cpu": backend.RegisteredCPUOps(),
+        "mixed": backend.RegisteredMixedOps(),
+        "gpu": backend.RegisteredGPUOps(),
+    }
+    for name, placed in chain:
+        assert name in registered[placed]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("resize", [72, 80])
+def test_gpu_inputs_are_the_cpus(shard_sets: Path, resize: int) -> None:
+    augment = Augment(resize=resize, crop=67)
+    on_cpu = list(make(shard_sets / "train", augment).epoch())
+    on_gpu = list(make(shard_sets / "train", augment, device="gpu", device_id=0).epoch())  # all are kept
+    assert len(on_cpu) == len(on_gpu) == 21
+    for one, two in zip(on_cpu, on_gpu, strict=True):
+        assert two.inputs.is_cuda
+        assert two.inputs.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one.labels, two.labels.cpu())
+        difference = (one.inputs - two.inputs.cpu()).abs()
+        assert difference.max() < 12  # another JPEG decoder: it rounds, and smooths colour, in another way
+        assert difference.mean() < 1
+    for rank in range(3):
+        batches = list(
+            make(shard_sets / "val", batch=31, training=False, rank=rank, size=3, device="gpu", device_id=0).epoch()
+        )
+        assert all(batch.inputs.is_cuda and len(batch.inputs) == len(batch.labels) for batch in batches)

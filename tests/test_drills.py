@@ -1,0 +1,277 @@
+"""Fault drills: a table of faults, when they strike, and what must come of them. `make drills` prints it.
+
+Each drill runs two real processes under torchrun with one fault in them, then starts the same command again where that
+is the remedy, and compares with a run that was never disturbed: weights, optimizer, schedule and records, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import STEPS, equal, finish, launch, newest, records, start, status
+
+EVERY = "--checkpoint.steps=4"
+TABLE: list[tuple[str, str, str]] = []
+
+
+@dataclass(frozen=True)
+class Drill:
+    """A fault, and what is expected: `ends` as status.json has it after the fault, then a restart where `again`."""
+
+    name: str
+    fault: dict[str, Any]
+    ends: str = "dead"  # status.json says running, or failed where a rank outlived its peer long enough to say so
+    again: bool = True
+    extra: tuple[str, ...] = ()
+    agent: str = ""
+    says: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def at(moment: str, n: int, do: str, rank: int = 0, **more: Any) -> dict[str, Any]:
+    return {"at": moment, "n": n, "do": do, "rank": rank, **more}
+
+
+DRILLS = [
+    Drill("SIGKILL of one rank", at("step", 7, "kill", 1)),
+    Drill("SIGKILL of all ranks", at("step", 14, "kill all")),
+    Drill("SIGKILL during validation", at("validation", 2, "kill", 1)),
+    Drill("SIGKILL when the state is written", at("save:written", 2, "kill")),
+    Drill("SIGKILL when it is flushed", at("save:flushed", 3, "kill")),
+    Drill("SIGKILL before the rename", at("save:renaming", 2, "kill")),
+    Drill("SIGKILL after the rename", at("save:renamed", 2, "kill")),
+    Drill("SIGKILL while pruning", at("save:pruning", 1, "kill")),
+    Drill("SIGKILL under --max-restarts", at("step", 10, "kill", 1), "done", again=False, agent="--max-restarts=3"),
+    Drill("SIGTERM to one rank", at("step", 6, "SIGTERM", 1), "stopped"),
+    Drill("SIGINT to all ranks", at("step", 6, "SIGINT", -1), "stopped"),
+    Drill("SIGUSR2 to one rank at an epoch's last step", at("step", 10, "SIGUSR2"), "stopped"),
+    Drill("SIGTERM to torchrun", at("step", 6, "launcher SIGTERM", 1), "stopped"),
+    Drill("SIGTERM during validation", at("validation", 1, "SIGTERM", 1), "stopped"),
+    Drill("SIGTERM during a save", at("save:written", 1, "SIGTERM"), "stopped"),
+    Drill("SIGTERM twice", at("step", 6, "SIGTERM SIGTERM", 1), says="second stop signal"),
+    Drill(
+        "a save that hangs",
+        at("save:written", 2, "hang"),
+        "failed",
+        extra=("--run.step_timeout=6",),
+        says="no progress for 6 s",
+    ),
+    Drill(
+        "SIGSTOP of one rank", at("step", 7, "pause", 1), "failed", extra=("--run.step_timeout=6",), says="no progress"
+    ),
+    Drill("full disk at one save", at("save:written", 1, "disk full"), "done", again=False, says="No space left"),
+    Drill(
+        "full disk for the record, once", at("record", 5, "disk full"), "done", again=False, says="cannot be written"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shard_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = launch(shard_sets, run, EVERY)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    if TABLE:
+        print("\n" + "\n".join(f"{name:<46} {outcome:<44} {lost:>10}" for name, outcome, lost in TABLE))
+
+
+def time_lost(run: Path) -> str:
+    """From the fault until the run was beyond the step at which it struck."""
+    marks = list(run.glob("fault-*"))
+    if not marks or not (run / "samples-0.jsonl").exists():
+        return "-"
+    struck = min(mark.stat().st_mtime for mark in marks)
+    steps = [json.loads(line) for line in (run / "samples-0.jsonl").read_text().splitlines()]
+    reached = max([s["step"] for s in steps if s["time"] <= struck], default=-1)
+    beyond = [s["time"] for s in steps if s["step"] > reached and s["time"] > struck]
+    return f"{min(beyond) - struck:.1f} s" if beyond else "-"
+
+
+def same(run: Path, undisturbed: Path) -> None:
+    assert records(run) == records(undisturbed)
+    assert equal(newest(run) | {"record": 0}, newest(undisturbed) | {"record": 0})
+    assert not list((run / "checkpoints").glob(".*"))
+    assert len(list((run / "checkpoints").glob("step-*"))) <= 3
+
+
+@pytest.mark.parametrize("drill", DRILLS, ids=lambda d: d.name)
+def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    env = {"FAULT": json.dumps(drill.fault), **drill.env}
+    first = launch(shard_sets, run, EVERY, *drill.extra, module="tests.faults", agent=drill.agent, env=env)
+    assert list(run.glob("fault-*")), f"the fault did not strike\n{first.stderr}"
+    assert status(run)["state"] in {"dead": ("running", "failed")}.get(drill.ends, (drill.ends,)), first.stderr
+    assert drill.says in first.stderr
+    if drill.ends == "stopped":
+        assert "Traceback" not in first.stderr
+    outcome = drill.ends
+    if drill.again:
+        second = launch(shard_sets, run, EVERY, module="tests.faults")
+        assert second.returncode == 0, second.stderr
+        assert "continuing from step-" in second.stderr
+        outcome += ", continued"
+    same(run, undisturbed)
+    TABLE.append((drill.name, outcome + ", same bits", time_lost(run)))
+
+
+def test_nan_in_one_rank_stops_all_and_harms_nothing(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    env = {"FAULT": json.dumps(at("step", 7, "nan", 1))}
+    result = launch(
+        shard_sets, run, EVERY, "--checkpoint.keep=9", module="tests.faults", env=env, agent="--max-restarts=3"
+    )
+    assert result.returncode == 0, "a restart would not mend it"
+    end = status(run)
+    assert end["state"] == "diverged"
+    for word in ("gradient is not finite at step 7", "epoch 1", "lr 0.01", "shard-0"):
+        assert word in end["reason"], end["reason"]
+    shown = [json.loads(line) for r in (0, 1) for line in (run / f"samples-{r}.jsonl").read_text().splitlines()]
+    keys = json.loads((run / "diverged.json").read_text())["keys"]
+    assert len(keys) == 24 == sum(len(s["samples"]) for s in shown if s["step"] == 6)
+    assert all(f.is_file() for f in (run / "checkpoints" / "step-00000004").iterdir())
+    assert [r["loss"] for r in records(run, "step")] == [r["loss"] for r in records(undisturbed, "step")][:6]
+    again = launch(shard_sets, run, EVERY)
+    assert again.returncode == 0
+    same(run, undisturbed)
+    TABLE.append(("NaN in one rank", "diverged, all ranks stop; lower lr", time_lost(run)))
+
+
+def test_a_disk_that_stays_full(shard_sets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    env = {"FAULT": json.dumps(at("save:flushed", 3, "disk full", always=True))}  # the first save has two flushes
+    result = launch(shard_sets, run, EVERY, module="tests.faults", env=env)
+    assert result.returncode != 0
+    assert "the last save failed" in result.stderr
+    assert "No space left" in status(run)["reason"]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"], "the older one stands whole"
+    TABLE.append(("a disk that stays full", "failed, says why; older checkpoint whole", "-"))
+
+
+def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    env = {"FAULT": json.dumps(at("step", 7, "vanish"))}
+    result = launch(shard_sets, run, EVERY, module="tests.faults", env=env, ranks=1)
+    assert result.returncode != 0
+    assert "could not be saved" in result.stdout + result.stderr
+    assert not (run / "checkpoints").exists()
+    TABLE.append(("a vanished directory", "failed, says why", "-"))
+
+
+def test_no_endless_restarts(shard_sets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    env = {"FAULT": json.dumps(at("step", 2, "kill", 1, always=True))}
+    result = launch(shard_sets, run, EVERY, module="tests.faults", env=env, agent="--max-restarts=9")
+    assert result.returncode == 0
+    assert "3 automatic restarts began at step 0 and made no progress" in status(run)["reason"]
+    assert status(run)["state"] == "failed"
+    TABLE.append(("a crash at every start", "failed after three restarts", "-"))
+
+
+def test_double_start(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The later start takes over; the earlier one finds another's token and leaves without touching anything."""
+    run = tmp_path / "run"
+    early = start(shard_sets, run, EVERY, module="tests.faults", env={"STEP_SECONDS": "1"})
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000004").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    late = launch(shard_sets, run, EVERY)
+    assert late.returncode == 0, late.stderr
+    left = finish(early)
+    assert left.returncode == 0, left.stderr
+    assert "another start has taken over" in left.stderr
+    same(run, undisturbed)
+    TABLE.append(("double start", "the later one takes over", "-"))
+
+
+def test_an_orphan_leaves(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The launcher is killed; its workers go on as orphans until a new start takes over."""
+    run = tmp_path / "run"
+    early = start(shard_sets, run, EVERY, module="tests.faults", env={"STEP_SECONDS": "1"})
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000004").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    orphans = Path(f"/proc/{early.pid}/task/{early.pid}/children").read_text().split()
+    early.kill()
+    late = launch(shard_sets, run, EVERY)
+    assert late.returncode == 0, late.stderr
+    finish(early)  # its pipes close when the orphans are gone
+    assert not any(Path(f"/proc/{pid}").exists() for pid in orphans)
+    same(run, undisturbed)
+    TABLE.append(("orphans of a killed launcher", "they leave", "-"))
+
+
+def test_saving_does_not_stop_the_steps(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """While a save takes 3 s, steps go on; the next save waits for it."""
+    run = tmp_path / "run"
+    env = {"FAULT": json.dumps(at("save:written", 1, "slow"))}
+    result = launch(shard_sets, run, EVERY, module="tests.faults", env=env)
+    assert result.returncode == 0, result.stderr
+    struck = (run / "fault-0").stat().st_mtime
+    steps = [json.loads(line) for line in (run / "samples-0.jsonl").read_text().splitlines()]
+    assert sum(struck < s["time"] < struck + 3 for s in steps) >= 3
+    same(run, undisturbed)
+
+
+def test_settings_that_cannot_change(shard_sets: Path, undisturbed: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
+    for key, value in (
+        ("model.hidden", "16"),
+        ("train.seed", "1"),
+        ("train.global_batch", "12"),
+        ("data.lighting", "0"),
+    ):
+        result = launch(shard_sets, undisturbed, f"--{key}={value}", ranks=0)
+        assert result.returncode == 2
+        line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+        assert "was begun with other settings" in line
+        assert key in line
+        assert f"now {value}" in line
+    assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
+
+
+def test_settings_that_may_change_are_logged(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch(shard_sets, run, "--train.epochs=1")
+    result = launch(shard_sets, run, "--train.epochs=2", "--optim.lr=0.005")
+    assert result.returncode == 0, result.stderr
+    assert "optim.lr = 0.005" in result.stderr
+    assert records(run, "changed") == [{"kind": "changed", "step": STEPS, "optim.lr": 0.005, "train.epochs": 2}]
+    assert records(run, "step")[-1]["lr"] == 0.005
+
+
+@pytest.mark.slow
+def test_soak(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Thirty cuts at random moments, in one run after another, each by SIGKILL of one rank or of all."""
+    rng = random.Random(0)
+    cuts = 0
+    for i in range(100):
+        run = tmp_path / str(i)
+        for _ in range(20):
+            fault = at("step", rng.randint(1, 9), rng.choice(["kill", "kill all"]), rng.randint(0, 1), always=True)
+            before = newest(run)["state"]["step"] if list(run.glob("checkpoints/step-*")) else 0
+            result = launch(shard_sets, run, EVERY, module="tests.faults", env={"FAULT": json.dumps(fault)})
+            if result.returncode == 0:
+                break
+            cuts += 1
+            assert newest(run)["state"]["step"] >= before if before else True
+        else:
+            assert launch(shard_sets, run, EVERY).returncode == 0
+        same(run, undisturbed)
+        if cuts >= 30:
+            return

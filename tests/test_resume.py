@@ -1,0 +1,89 @@
+"""Resuming: the same bits at the same world size, the same samples and masks at another."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import STEPS, equal, launch, newest, records, status
+
+
+def cut(n: int, moment: str = "step") -> dict[str, str]:
+    """A stop signal at a moment: the state is saved there, whatever the configuration."""
+    return {"FAULT": json.dumps({"at": moment, "n": n, "do": "SIGTERM", "rank": 0})}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [
+        (1, ("--train.accumulate=3",)),
+        (4, ()),
+        pytest.param(1, ("--train.compile=on",), marks=pytest.mark.slow),
+    ],
+    ids=["one rank", "four ranks", "one rank, compiled"],
+)
+def test_the_same_bits(shard_sets: Path, tmp_path: Path, ranks: int, extra: tuple[str, ...]) -> None:
+    """Cut inside an epoch, at its last step, and during validation, against a run never cut."""
+    whole, run = tmp_path / "whole", tmp_path / "cut"
+    assert launch(shard_sets, whole, *extra, ranks=ranks, timeout=600).returncode == 0
+    for where in (cut(3), cut(6), cut(1, "validation")):
+        (run / "fault-0").unlink(missing_ok=True)
+        result = launch(shard_sets, run, *extra, ranks=ranks, module="tests.faults", env=where, timeout=600)
+        assert status(run)["state"] == "stopped", result.stderr
+    assert status(run)["step"] == STEPS
+    result = launch(shard_sets, run, *extra, ranks=ranks, timeout=600)
+    assert status(run)["state"] == "done", result.stderr
+    assert records(run) == records(whole)
+    assert equal(newest(run) | {"record": 0}, newest(whole) | {"record": 0})
+
+
+def test_right_after_the_division(shard_sets: Path, tmp_path: Path) -> None:
+    """A schedule that divides at every epoch: cut at the first step of the next one, and killed there once more."""
+    extra = ("--schedule.patience=1", "--schedule.min_improvement=1", "--train.epochs=4", "--schedule.stop_early=true")
+    whole, run = tmp_path / "whole", tmp_path / "cut"
+    assert launch(shard_sets, whole, *extra).returncode == 0
+    launch(shard_sets, run, *extra, module="tests.faults", env=cut(2 * STEPS + 1))
+    assert status(run)["state"] == "stopped"
+    (run / "fault-0").unlink()
+    kill = {"FAULT": json.dumps({"at": "step", "n": 2, "do": "kill", "rank": 0})}
+    assert launch(shard_sets, run, *extra, module="tests.faults", env=kill).returncode != 0
+    assert launch(shard_sets, run, *extra).returncode == 0
+    assert [round(r["lr"], 9) for r in records(run, "validation")] == [0.01, 0.01, 0.001, 0.0001]
+    assert records(run) == records(whole)
+    assert equal(newest(run) | {"record": 0}, newest(whole) | {"record": 0})
+
+
+def shown(run: Path) -> dict[int, list[int]]:
+    """For each step the samples of the global batch, in the order of their positions."""
+    parts: dict[int, dict[int, list[int]]] = {}
+    for path in run.glob("samples-*.jsonl"):
+        for line in path.read_text().splitlines():
+            step: dict[str, Any] = json.loads(line)
+            parts.setdefault(step["step"], {})[step["start"]] = step["samples"]
+    return {step: [s for start in sorted(p) for s in p[start]] for step, p in parts.items()}
+
+
+def test_an_epoch_over_three_world_sizes(shard_sets: Path, tmp_path: Path) -> None:
+    """Begun with three ranks, continued with one that accumulates, finished with two: each sample at most once, the
+    order of a run that never stopped, and its losses up to the order of summation (so the same dropout masks as well)."""
+    extra = ("--train.epochs=1", "--train.global_batch=23")
+    whole, run = tmp_path / "whole", tmp_path / "elastic"
+    assert launch(shard_sets, whole, *extra, ranks=2, module="tests.faults").returncode == 0
+    stages = ((3, 1, cut(4)), (0, 4, cut(3)), (2, 1, None))
+    for ranks, pieces, env in stages:
+        (run / "fault-0").unlink(missing_ok=True)
+        options = {"ranks": ranks, "module": "tests.faults", "env": env}
+        result = launch(shard_sets, run, *extra, f"--train.accumulate={pieces}", **options)
+        assert status(run)["state"] == ("stopped" if env else "done"), result.stderr
+    assert shown(run) == shown(whole)
+    assert len(shown(run)) == 240 // 23
+    counts = Counter(s for batch in shown(run).values() for s in batch)
+    assert max(counts.values()) == 1
+    assert sum(counts.values()) == 240 // 23 * 23
+    for a, b in zip(records(whole, "step"), records(run, "step"), strict=True):
+        assert a["step"] == b["step"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4)

@@ -1,0 +1,148 @@
+"""`verify` finds what is wrong, the index leaves it out, and no damage gives a wrong label in silence."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.pack import Options, pack
+from pipelines.shards import HEADER, ShardError, ShardSet
+from pipelines.sources import ImageFolder
+from pipelines.verify import _Task, _verify_shard, verify
+from tests.conftest import CLASSES, SIZES, TINTS, photograph
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Twelve images in one shard."""
+    rng = np.random.default_rng(5)
+    for name, tint in zip(CLASSES, TINTS, strict=True):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        for i in range(4):
+            photograph(rng, *SIZES[i], tint).save(tmp_path / "folder" / name / f"{i}.jpg")
+    pack(ImageFolder(tmp_path / "folder"), tmp_path / "set", Options(shorter_side=72), split="train", workers=1)
+    return tmp_path / "set"
+
+
+def poke(path: Path, offset: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_a_good_set_has_no_problems(shard_sets: Path) -> None:
+    assert verify(shard_sets / "val", workers=2) == []
+    assert not (shard_sets / "val" / "quarantine.jsonl").exists()
+
+
+def test_bad_samples_are_named_and_left_out(small: Path) -> None:
+    """One that does not decode, and one whose label in the tar is another than the index says."""
+    before = ShardSet(small)
+    tar = small / before.names[0]
+    rows = before.index.copy()
+    poke(tar, int(rows[2]["offset"]), b"garbage!")
+    label = int(rows[7]["offset"]) - HEADER - HEADER  # .cls comes before .jpg: header, one block, header of the image
+    wrong = (int(rows[7]["label"]) + 1) % 3
+    poke(tar, label, str(wrong).encode())
+
+    problems = verify(small, workers=1)
+    assert [p.get("row") for p in problems] == [None, 2, 7]
+    assert problems[0]["reason"] == "its sha256 differs: copy it again"
+    assert "cannot be read" in problems[1]["reason"]
+    assert problems[1]["name"] in before.name(2)
+    assert problems[2]["reason"] == "label differ from the index"
+
+    after = ShardSet(small)
+    kept = [i for i in range(12) if i not in (2, 7)]
+    np.testing.assert_array_equal(after.index, rows[kept])
+    assert after.shard_samples.tolist() == [10]
+    for i, old in enumerate(kept):
+        np.testing.assert_array_equal(after.read(i), before.read(old))
+    assert after.fingerprint != before.fingerprint
+
+
+def test_quarantine_over_several_shards(shard_sets: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "set"
+    shutil.copytree(shard_sets / "train", directory)
+    before = ShardSet(directory)
+    ends = np.cumsum(before.shard_samples)
+    bad = {0: 0, 1: int(before.shard_samples[1]) - 1, 3: 2}  # shard: row
+    lines = [json.dumps({"shard": before.names[s], "row": row, "name": "x", "reason": "y"}) for s, row in bad.items()]
+    (directory / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
+    after = ShardSet(directory)
+    dropped = {int(ends[s] - before.shard_samples[s]) + row for s, row in bad.items()}
+    kept = [i for i in range(len(before)) if i not in dropped]
+    assert [after.name(i) for i in range(len(after))] == [before.name(i) for i in kept]
+    for i in (0, 30, len(after) - 1):
+        np.testing.assert_array_equal(after.read(i), before.read(kept[i]))
+
+
+def test_missing_and_truncated_tars(shard_sets: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "set"
+    shutil.copytree(shard_sets / "train", directory)
+    names = ShardSet(directory).names
+    (directory / names[0]).unlink()
+    whole = (directory / names[1]).read_bytes()
+    (directory / names[1]).write_bytes(whole[: len(whole) // 2])
+    problems = verify(directory, workers=1)
+    assert (problems[0]["name"], problems[0]["reason"]) == (names[0], "is missing")
+    cut = [p for p in problems if p["shard"] == names[1]]
+    assert any("not a whole, uncompressed tar" in p["reason"] for p in cut)
+    assert sum("row" in p for p in cut) > 3
+
+
+def test_fuzz_never_a_wrong_label(small: Path, tmp_path: Path) -> None:
+    """Two thousand times: flip bytes in, or cut, the tar, the index or the manifest. Either there is a sentence, or all
+    labels that can be read are the right ones under the right names."""
+    rng = random.Random(0)
+    truth = ShardSet(small)
+    tar = truth.names[0]
+    labels = {truth.name(i): int(truth.index[i]["label"]) for i in range(12)}
+    pristine = {name: (small / name).read_bytes() for name in (tar, "index.npy", "manifest.json")}
+    outcomes = {"sentence": 0, "right": 0}
+    for _ in range(2000):
+        name = rng.choice(sorted(pristine))
+        data = bytearray(pristine[name])
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        else:
+            for _ in range(rng.choice([1, 1, 2, 20])):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (small / name).write_bytes(data)
+        try:
+            opened = ShardSet(small)
+            for i in range(len(opened)):
+                opened.read(i)
+                assert labels[opened.name(i)] == opened.index[i]["label"]
+            assert opened.classes == list(CLASSES)
+            outcomes["right"] += 1
+        except ShardError as error:
+            assert str(error)
+            assert "\n" not in str(error)
+            outcomes["sentence"] += 1
+        (small / name).write_bytes(pristine[name])
+    assert min(outcomes.values()) > 100, outcomes
+
+
+def test_fuzz_verify_names_what_it_finds(small: Path) -> None:
+    """A few hundred damaged tars: verify never raises, and calls every one of them damaged."""
+    rng = random.Random(1)
+    tar = small / ShardSet(small).names[0]
+    task = _Task(tar, ShardSet(small).manifest.shards[0]["sha256"], ShardSet(small).index.tolist())
+    pristine = tar.read_bytes()
+    for _ in range(300):
+        data = bytearray(pristine)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        for _ in range(rng.choice([1, 5, 50])):
+            if data:
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        tar.write_bytes(data)
+        problems = _verify_shard(task, tick=lambda: None)
+        assert problems
+        assert all(p["reason"] and p["name"] for p in problems)
