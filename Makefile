@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | test-gpu, each with its own set-up; EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
+# make demo | test | lint | drills | bench | test-gpu, each with its own set-up; EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cuda13
@@ -22,7 +22,10 @@ test-gpu: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+drills: $(VENV)/ready  ## break runs in every way and print what came of it
+	$(BIN)/python -m pytest -q -s -m 'not slow' tests/test_drills.py $(ARGS)
+
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
 
-.PHONY: demo test test-gpu lint bench
+.PHONY: demo test test-gpu lint drills bench

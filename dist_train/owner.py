@@ -39,7 +39,7 @@ class NoProgress(Exception):
 
 
 def check_progress(directory: Path, step: int) -> None:
-    """Note that a start begins at `step`. Raises NoProgress where it is the third automatic restart in a row that begins
+    """Note that a start begins at `step`. Raises NoProgress where it is the third automatic restart in a row to begin
     there; a start by hand begins a new count."""
     path = directory / STARTS
     automatic = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
@@ -47,4 +47,4 @@ def check_progress(directory: Path, step: int) -> None:
     count = before["count"] + 1 if automatic and before.get("step") == step else int(automatic)
     write_atomically(path, json.dumps({"step": step, "count": count}).encode())
     if count >= RESTARTS:
-        raise NoProgress(f"{count} automatic restarts began at step {step} and made no progress: see the log")
+        raise NoProgress(f"{count} automatic restarts began at step {step} without progress: see the log")

@@ -26,14 +26,14 @@ from torch import Tensor
 
 from pipelines.augment import Augment, Views, centre_views, random_views
 from pipelines.order import REPLACE, Ints, Order, part, philox
-from pipelines.shards import Manifest, ShardError, ShardSet
+from pipelines.shards import BadSample, Manifest, ShardError, ShardSet
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from nvidia.dali import Pipeline, fn, types
 
 Device = Literal["cpu", "gpu"]
-Feed = tuple[list[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[np.int32], NDArray[np.float32]]
+Feed = tuple[Sequence[NDArray[np.uint8] | None], NDArray[Any], NDArray[Any], NDArray[np.int32], NDArray[np.float32]]
 
 
 class Batch(NamedTuple):
@@ -227,8 +227,8 @@ class Loader:
 
     def _batch(self, pipeline: Pipeline, epoch: int, step: int) -> Batch:
         wanted, _ = self.samples(epoch, step)
-        samples, first = self.usable(epoch, step)
-        inputs = self._collect(pipeline) if len(samples) else self._empty()
+        inputs = self._collect(pipeline) if len(wanted) else self._empty()
+        samples, first = self.usable(epoch, step)  # after that: reading may have found some to be damaged
         labels = torch.from_numpy(self.shards.index["label"][samples].astype(np.int64)).to(inputs.device)
         return Batch(inputs, labels, samples, first, replaced=int((wanted != samples).sum()))
 
@@ -242,11 +242,8 @@ class Loader:
                 try:
                     pipeline.run()
                 except RuntimeError:
-                    self.bad.add(sample)
+                    self._blame(sample, f"{self.shards.name(sample)} cannot be decoded")
                     todo = todo[i + 1 :]
-                    print(
-                        f"{self.shards.name(sample)} cannot be decoded: another sample takes its place", file=sys.stderr
-                    )
                     break
             else:
                 break
@@ -277,7 +274,7 @@ class Loader:
     def _feed(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
         """What DALI's external source returns at each step, with the files of the next steps already being read."""
         with ThreadPoolExecutor(self.readers, "read") as pool:
-            ahead: deque[tuple[Ints, int, list[Future[list[NDArray[np.uint8]]]]]] = deque()
+            ahead: deque[tuple[Ints, int, list[Future[list[NDArray[np.uint8] | None]]]]] = deque()
             plan = (self.usable(epoch, step) for step in steps)
             try:
                 while True:
@@ -291,14 +288,30 @@ class Loader:
                         return
                     samples, first, futures = ahead.popleft()
                     encoded = [data for future in futures for data in future.result()]
+                    while any(data is None for data in encoded):  # damaged on the disk
+                        samples, first = self.usable(epoch, first // self.batch)
+                        encoded = self._read(samples)
                     yield self._arguments(encoded, samples, self.views(epoch, samples, first))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, samples: Ints) -> list[NDArray[np.uint8]]:
-        return [self.read(int(sample)) for sample in samples]
+    def _read(self, samples: Ints) -> list[NDArray[np.uint8] | None]:
+        """The encoded images; None in the place of a damaged one, which is then known as bad."""
+        encoded: list[NDArray[np.uint8] | None] = []
+        for sample in samples:
+            try:
+                encoded.append(self.read(int(sample)))
+            except BadSample as error:
+                self._blame(int(sample), str(error))
+                encoded.append(None)
+        return encoded
 
-    def _arguments(self, encoded: list[NDArray[np.uint8]], samples: Ints, views: Views) -> Feed:
+    def _blame(self, sample: int, why: str) -> None:
+        if sample not in self.bad:
+            self.bad.add(sample)
+            print(f"{why}: another sample takes its place", file=sys.stderr)
+
+    def _arguments(self, encoded: Sequence[NDArray[np.uint8] | None], samples: Ints, views: Views) -> Feed:
         begin: NDArray[Any] = views.corner
         end: NDArray[Any] = np.full_like(begin, self.augment.crop)
         if self.resizing:

@@ -78,28 +78,31 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
     The same source and options give the same bytes, for any number of workers and however often the work was
     interrupted. Images that cannot be read are listed in `rejected.jsonl`. Raises SourceError or ShardError.
     """
-    items = source.items
-    if not items:
-        raise SourceError(f"no images to pack into {directory}: expected SRC/<class>/<image>")
-    plan = json.dumps([items, source.classes, split, vars(options)], default=str, ensure_ascii=False)
-    fingerprint = hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
-    if (directory / MANIFEST).exists():
-        if (manifest := Manifest.read(directory)).source == fingerprint:
-            shutil.rmtree(directory / WORK, ignore_errors=True)  # of a run that was killed after its last write
-            return manifest
-        raise ShardError(f"{directory} already holds another shard set: choose another directory or delete it")
+    fingerprint = _fingerprint(source, directory, options, split)
+    if manifest := _packed(directory, fingerprint):
+        shutil.rmtree(directory / WORK, ignore_errors=True)  # of a run that was killed after its last write
+        return manifest
     with _unfinished(directory, fingerprint):
-        order = permutation(len(items), options.seed, 0, PACK)
-        shards = _shard_count(source, [items[k] for k in order[:: max(1, len(order) // 64)]], len(items), options)
-        tasks = []
-        for i in range(shards):
-            numbers = [int(k) for k in order[slice(*part(len(items), i, shards))]]
-            shard = directory / f"shard-{i:06d}.tar"
-            tasks.append(_Shard(shard, source, [(_key(k, items[k].name), items[k]) for k in numbers], options))
-        parallel(_pack_shard, tasks, workers=workers, images=len(items), label=f"pack {split}")
+        tasks = _tasks(source, directory, options)
+        parallel(_pack_shard, tasks, workers=workers, images=len(source.items), label=f"pack {split}")
         return _finish(
             directory, [task.path for task in tasks], source.classes, split, vars(options), fingerprint, source.rejected
         )
+
+
+def pack_share(
+    source: Source, directory: Path, options: Options, share: tuple[int, int], *, split: str, workers: int
+) -> None:
+    """Pack the shards of `share` = (i, n), the i-th of n ranges, while other processes pack theirs. `pack` with the
+    same arguments then does what is missing, and writes the manifest. Raises SourceError or ShardError."""
+    fingerprint = _fingerprint(source, directory, options, split)
+    if _packed(directory, fingerprint):
+        return
+    with _unfinished(directory, fingerprint, shared=True):
+        tasks = _tasks(source, directory, options)
+        tasks = tasks[slice(*part(len(tasks), *share))]
+        images = sum(len(task.samples) for task in tasks)
+        parallel(_pack_shard, tasks, workers=workers, images=images, label=f"pack {split} {share[0] + 1}/{share[1]}")
 
 
 def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers: int) -> Manifest:
@@ -128,6 +131,36 @@ class _Shard:
     source: Source
     samples: list[tuple[str, Item]]
     options: Options
+
+
+def _fingerprint(source: Source, directory: Path, options: Options, split: str) -> str:
+    """Of all that decides the bytes of a set."""
+    if not source.items:
+        raise SourceError(f"no images to pack into {directory}: expected SRC/<class>/<image>")
+    plan = json.dumps([source.items, source.classes, split, vars(options)], default=str, ensure_ascii=False)
+    return hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
+
+
+def _packed(directory: Path, fingerprint: str) -> Manifest | None:
+    """The manifest, where the set is finished."""
+    if not (directory / MANIFEST).exists():
+        return None
+    if (manifest := Manifest.read(directory)).source != fingerprint:
+        raise ShardError(f"{directory} already holds another shard set: choose another directory or delete it")
+    return manifest
+
+
+def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
+    """What goes into each shard."""
+    items = source.items
+    order = permutation(len(items), options.seed, 0, PACK)
+    shards = _shard_count(source, [items[k] for k in order[:: max(1, len(order) // 64)]], len(items), options)
+    tasks = []
+    for i in range(shards):
+        numbers = [int(k) for k in order[slice(*part(len(items), i, shards))]]
+        shard = directory / f"shard-{i:06d}.tar"
+        tasks.append(_Shard(shard, source, [(_key(k, items[k].name), items[k]) for k in numbers], options))
+    return tasks
 
 
 def _pack_shard(task: _Shard) -> None:
@@ -203,7 +236,7 @@ def read_sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Im
     if max(image.size) > 65535:
         raise ValueError(f"is {image.width}x{image.height} pixels: at most 65535 a side")
     image.load()
-    return (member.offset_data, member.size, *image.size, label, crc32(header[:NAME])), upright_rgb(image)
+    return (member.offset_data, member.size, *image.size, label, crc32(header[:NAME]), crc32(data)), upright_rgb(image)
 
 
 def _finish(
@@ -279,18 +312,18 @@ def _digits(values: NDArray[np.float64]) -> list[float]:
 
 
 @contextmanager
-def _unfinished(directory: Path, fingerprint: str, *, foreign: bool = False) -> Iterator[None]:
-    """Hold the set's working folder: alone, and only for the plan it was begun with; removed when all is done."""
+def _unfinished(directory: Path, fingerprint: str, *, foreign: bool = False, shared: bool = False) -> Iterator[None]:
+    """Hold the set's working folder: alone or with the packers of other shares, and only for the plan it was begun
+    with; removed when all is done."""
     work = directory / WORK
     if not foreign and not work.exists() and any(directory.glob("*.tar")):
         raise ShardError(f"{directory} holds tars of something else: choose another directory")
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "plan", "a+") as plan:
+    with os.fdopen(os.open(work / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+") as plan:
         try:
-            fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(plan, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(f"{directory} is being packed by another process: wait for it") from error
-        plan.seek(0)
         begun, line = plan.read(), f"{'index' if foreign else 'pack'} {fingerprint}"
         if begun not in ("", line) and not (foreign and begun.startswith("index ")):
             raise ShardError(
@@ -298,13 +331,14 @@ def _unfinished(directory: Path, fingerprint: str, *, foreign: bool = False) -> 
                 f"delete {directory} and begin anew"
             )
         if begun != line:
-            for old in work.glob("*.json"):  # of tars that have changed since
+            for old in work.glob("*.json") if begun else ():  # of tars that have changed since
                 old.unlink()
-            plan.truncate(0)
+            plan.seek(0)  # two shares that begin at once write the same
             plan.write(line)
-            plan.flush()
+            plan.truncate()
         yield
-    shutil.rmtree(work)
+    if not shared:
+        shutil.rmtree(work)
 
 
 def _part(path: Path) -> Path:

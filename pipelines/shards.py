@@ -31,10 +31,22 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 HEADER = tarfile.BLOCKSIZE  # the ustar header directly before each member's data
 NAME = 100  # its first field: the name
 
-# Where a sample's image lies in its shard, what it is, and the CRC-32 of its member name, which binds it to the tar.
+# Where a sample's image lies in its shard, what it is, and the CRC-32 of its member name and of its bytes.
 SAMPLE = np.dtype(
-    [("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2"), ("label", "<i4"), ("name", "<u4")]
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("label", "<i4"),
+        ("name", "<u4"),
+        ("crc", "<u4"),
+    ]
 )
+
+
+class BadSample(ValueError):
+    """The bytes of a sample are not those that were indexed."""
 
 
 class ShardError(ValueError):
@@ -150,7 +162,10 @@ class ShardSet:
         raw = os.pread(file.fileno(), HEADER + int(row["size"]), int(row["offset"]) - HEADER)
         if not is_header(raw[:HEADER], row) or len(raw) != HEADER + row["size"]:
             raise self._mismatch(shard)
-        return np.frombuffer(raw, np.uint8)[HEADER:]
+        data = np.frombuffer(raw, np.uint8)[HEADER:]
+        if crc32(raw[HEADER:]) != row["crc"]:
+            raise BadSample(f"{self.name(sample)} is damaged")
+        return data
 
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self._ends, sample, side="right"))

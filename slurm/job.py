@@ -19,6 +19,7 @@ from slurm.cluster import entry
 from slurm.runs import Run, Submission, mark
 
 PORTS = range(20000, 32000)  # below those that Linux hands out by itself
+GIVEN_UP = 70  # as the trainer's code for what must not be tried again
 STARTS = 3  # without a newer checkpoint, after which a run is given up
 
 
@@ -39,16 +40,17 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         os.environ["MASTER_PORT"] = str(PORTS[int(here.raw_job_id) % len(PORTS)])
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
         _remove_stale(here)
-        from dist_train.__main__ import main
-        from dist_train.distributed import DIVERGED, STOPPED
-
         if rank == 0 and not _begin(run, here):
-            os._exit(DIVERGED)
+            os._exit(GIVEN_UP)
+        from dist_train.__main__ import main
+        from dist_train.distributed import DIVERGED, STOPPED, USAGE
+
         code = main(["--config", str(run.config_file), "--run.dir", str(self.directory)])
         if code == STOPPED:
             _leave(here, rank, requeue, STOPPED)
-        if code:  # trying again would end in the same way
+        if code in (DIVERGED, USAGE):  # trying again would end in the same way
             _over(here).touch()
+        if code:
             sys.exit(code)
 
     def checkpoint(self) -> DelayedSubmission | None:
@@ -64,13 +66,15 @@ class Pack(Checkpointable):  # type: ignore[misc]
         self.source, self.directory, self.options, self.part = source, directory, options, part
 
     def __call__(self) -> None:
-        from pipelines.pack import Options, pack
+        from pipelines.pack import Options, pack, pack_share
         from pipelines.sources import ImageFolder
 
-        workers = len(os.sched_getaffinity(0))
-        options = Options(**self.options)
-        split = self.directory.name
-        pack(ImageFolder(self.source), self.directory, options, split=split, workers=workers, share=self.part)
+        task = (ImageFolder(self.source), self.directory, Options(**self.options))
+        split, workers = self.directory.name, len(os.sched_getaffinity(0))
+        if self.part:
+            pack_share(*task, self.part, split=split, workers=workers)
+        else:
+            pack(*task, split=split, workers=workers)
 
 
 def _over(here: JobEnvironment) -> Path:

@@ -194,8 +194,8 @@ def _hand_over(folder: Path, wanted: dict[str, Any], tasks: Sequence[Callable[[]
 
 @contextmanager
 def _outside() -> Iterator[None]:
-    """Hide a surrounding job's variables from the new one, but neither SBATCH_ACCOUNT and its like, which are the user's
-    own, nor where Slurm is."""
+    """Hide a surrounding job's variables from the new one, but neither SBATCH_ACCOUNT and its like, which are the
+    user's own, nor where Slurm is."""
     own = {key: value for key, value in os.environ.items() if key.startswith("SBATCH_") or key == "SLURM_CONF"}
     with clean_env(["TORCHELASTIC_RUN_ID"]):
         os.environ.update(own)

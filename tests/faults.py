@@ -2,7 +2,7 @@
 
 FAULT is JSON: {"at": moment, "n": which occurrence, "rank": rank or -1 for all, "do": what}. Moments: step (before a
 step), validation (at a batch of it), save:written, save:flushed, save:renaming, save:renamed, save:pruning, record. It
-happens once in a run directory, where a mark is left, so that a restart is spared; or every time where "always" is true.
+step), validation (at a batch), save:written, save:flushed, save:renaming, save:renamed, save:pruning, record. It
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def shown(run: Path) -> dict[int, list[int]]:
 
 def test_an_epoch_over_three_world_sizes(shard_sets: Path, tmp_path: Path) -> None:
     """Begun with three ranks, continued with one that accumulates, finished with two: each sample at most once, the
-    order of a run that never stopped, and its losses up to the order of summation (so the same dropout masks as well)."""
+    order of a run that never stopped, and its losses up to the order of summation (so the same masks)."""
     extra = ("--train.epochs=1", "--train.global_batch=23")
     whole, run = tmp_path / "whole", tmp_path / "elastic"
     assert launch(shard_sets, whole, *extra, ranks=2, module="tests.faults").returncode == 0

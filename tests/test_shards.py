@@ -161,8 +161,10 @@ def test_tar_is_missing(directory: Path) -> None:
         ShardSet(directory)
 
 
-def test_tar_is_truncated(directory: Path) -> None:
-    os.truncate(directory / "shard-000001.tar", 100_000)
+@pytest.mark.parametrize("size", [0, 100_000, -1])
+def test_tar_is_truncated(directory: Path, size: int) -> None:
+    tar = directory / "shard-000001.tar"
+    os.truncate(tar, size if size >= 0 else tar.stat().st_size + size)
     with pytest.raises(ShardError, match=MISMATCH):
         ShardSet(directory)
 

@@ -118,6 +118,7 @@ class User:
         lines = (self.run(name) / "slurm" / "starts.jsonl").read_text().splitlines()
         return [line["checkpoint"] for line in map(json.loads, lines) if "start" in line]
 
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if lacking := missing():

@@ -1,0 +1,167 @@
+"""`python -m slurm` where there is no cluster: what it prints, refuses and imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm.submit import minutes
+from slurm.view import duration
+from tests.launch import status
+from tests.slurm.conftest import User, same
+from tests.slurm.private_cluster import wait_for
+
+GOLDEN = """\
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=vision
+#SBATCH --comment='a b'
+#SBATCH --cpus-per-task=6
+#SBATCH --exclude=n7
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name='été 1'
+#SBATCH --mem=200G
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output='{home}/runs/été 1/slurm/%j_0_log.out'
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=720
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output '{home}/runs/été 1/slurm/%j_%t_log.out' --kill-on-bad-exit=1 --open-mode=append \
+--cpus-per-task=6 {python} -u -m submitit.core._submit '{home}/runs/été 1/slurm'
+
+
+# teardown
+code=$?
+job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
+# A crash of a start that had reached the trainer, and that Slurm is not ending already: back into the queue.
+if [ $code -ne 0 ] && rm '{home}/runs/été 1/slurm'/"$job".started 2>/dev/null && \
+[ ! -e '{home}/runs/été 1/slurm'/"$job".over ] &&
+    [ -n "$(squeue --noheader --jobs="$job" --states=RUNNING)" ]; then
+  scontrol requeue "$job"
+fi
+exit $code
+"""
+ASKED = "--nodes=4 --gpus-per-node=8 --time=12:00:00 --partition=gpu --account=vision --cpus-per-gpu=6 --mem=200G"
+
+
+@pytest.fixture
+def outsider(tmp_path: Path, shard_sets: Path) -> User:
+    """On a machine without Slurm."""
+    user = User(tmp_path, None, shard_sets)
+    user.environment["PATH"] = str(Path(sys.executable).parent)
+    return user
+
+
+def test_the_sbatch_script(outsider: User) -> None:
+    words = [*ASKED.split(), "--exclude=n7", "--comment=a b", "--run.name=été 1", "--train.global_batch=32"]
+    said = outsider.slurm("submit", "--dry-run", *outsider.training, *words)
+    assert said == GOLDEN.format(home=outsider.home, python=sys.executable)
+    assert not list(outsider.home.iterdir()), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--optim.lrr=1"], "unknown configuration key optim.lrr: did you mean optim.lr?"),
+        (["--nodes=9", "--gpus-per-node=3"], "train.global_batch 24 is smaller than 27 ranks"),
+        (["--data.train=nowhere", "--data.source="], "no shards in nowhere"),
+        (["--train.global_batch=1000"], "larger than the 240 images"),
+        (["--run.name=100%"], "contains '%', which Slurm replaces in file names: choose another name"),
+        (["--time=1", "--signal-before=60"], "--signal-before 60 s leaves nothing of --time"),
+        (["--local", "--nodes=2"], "--local has one node"),
+        ([], "there is no sbatch here: use a node of the cluster, or --local"),
+    ],
+)
+def test_what_is_refused_before_it_is_submitted(outsider: User, words: list[str], complaint: str) -> None:
+    error = outsider.slurm("submit", "--time=30", *outsider.training, "--run.name=x", *words, code=2)
+    assert complaint in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, "one sentence"
+
+
+def test_other_verbs_name_what_they_miss(outsider: User) -> None:
+    assert outsider.slurm("status") == "no submitted runs under runs/\n"
+    for verb in ("logs", "cancel", "requeue", "status"):
+        assert "no submitted run 'nobody'" in outsider.slurm(verb, "nobody", code=2)
+
+
+def test_torch_is_not_imported_until_the_job_runs(outsider: User) -> None:
+    program = "import sys, slurm.__main__ as m; m.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    for words in (
+        ["submit", "--dry-run", "--time=9", *outsider.training],
+        ["status"],
+        ["submit", "--time=9", "--x.y=1"],
+    ):
+        command = [sys.executable, "-c", program, *words]
+        assert not subprocess.run(command, cwd=outsider.home, env=outsider.environment, check=False).returncode, words
+    assert "requeue" in outsider.slurm("--help")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("90:01", 91), ("12:00:00", 720), ("0:30", 1), ("2-12", 3600), ("1-0:5", 1445), ("1-1:1:1", 1502)],
+)
+def test_times_as_slurm_writes_them(text: str, expected: int) -> None:
+    assert minutes(text) == expected
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 119, 120, 7199, 7200, 200000)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "119 min",
+        "2 h",
+        "2 d",
+    ]
+
+
+def test_a_silent_run_is_not_running(outsider: User) -> None:
+    """Nor is one that Slurm does not know; there is neither sacct nor squeue here."""
+    for name, age in (("silent", 720), ("lost", 5)):
+        folder = outsider.run(name) / "slurm"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("train: {epochs: 90}")
+        submission = {"job": "12", "folder": str(folder), "tasks": 1, "local": False, "parameters": {}}
+        (folder / "job.json").write_text(json.dumps(submission))
+        (folder / "starts.jsonl").write_text('{"submitted": "12"}\n' + '{"start": "12"}\n' * 3)
+        body = {"state": "running", "reason": "", "step": 17, "epoch": 3, "heartbeat": time.time() - age}
+        (folder.parent / "status.json").write_text(json.dumps(body))
+        lines = [
+            {"kind": "step", "step": 16, "images_per_s": 812.3},
+            {"kind": "validation", "step": 16, "top1_error": 0.4071},
+        ]
+        (folder.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    head, silent, lost = outsider.slurm("status").splitlines()
+    assert head.split()[:5] == ["RUN", "JOB", "SLURM", "STATE", "EPOCH"]
+    assert "silent for 12 min" in silent
+    assert "running, but not in the queue" in lost
+    for line in (silent, lost):
+        cells = line.split("  ")
+        assert {"12", "3/90", "17", "812", "40.7%", "2"} <= {cell.strip() for cell in cells}
+
+
+def test_a_local_run_stops_and_comes_back(outsider: User, uninterrupted: Path) -> None:
+    """The same job in processes of this machine: four ranks on one node."""
+    words = ("--local", "--gpus-per-node=4", "--time=30", "--run.name=local", "--train.device=cpu")
+    outsider.slurm("submit", *words, *outsider.training)
+    wait_for(lambda: outsider.newest("local"), 120, "a save")
+    said = outsider.slurm("cancel", "local")
+    assert outsider.newest("local") in said
+    assert status(outsider.run("local"))["state"] == "stopped"
+    outsider.slurm("requeue", "local")
+    log = outsider.slurm("logs", "local", "--follow")
+    assert "continuing from step-" in log
+    assert same(outsider.run("local"), uninterrupted)

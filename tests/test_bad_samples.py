@@ -1,0 +1,112 @@
+"""Samples that turn out to be undecodable in the middle of a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.augment import Augment
+from pipelines.dali import Loader
+from pipelines.shards import BadSample, ShardError, ShardSet
+from tests.launch import launch, records, status
+
+
+@pytest.fixture
+def damaged(shard_sets: Path, tmp_path: Path) -> tuple[Path, list[int]]:
+    """A copy of the sets in which three training images are garbage; sizes and headers are as indexed."""
+    root = tmp_path / "damaged"
+    shutil.copytree(shard_sets, root)
+    shards = ShardSet(root / "train")
+    bad = [3, 77, 200]
+    for sample in bad:
+        row = shards.index[sample]
+        with open(root / "train" / shards.names[shards.shard_of(sample)], "r+b") as file:
+            file.seek(int(row["offset"]))
+            file.write(b"\xff" * int(row["size"]))
+    return root, bad
+
+
+def test_replaced_by_the_same_sample_at_any_world_size(
+    damaged: tuple[Path, list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, bad = damaged
+    shards = ShardSet(root / "train")
+    shown: dict[int, list[np.ndarray]] = {}
+    for size in (1, 2, 3):
+        steps: list[list[np.ndarray]] = [[] for _ in range(10)]
+        replaced = 0
+        for rank in range(size):
+            loader = Loader(
+                shards,
+                Augment(72, 67),
+                shards.manifest,
+                batch=24,
+                training=True,
+                seed=4,
+                rank=rank,
+                size=size,
+                threads=1,
+            )
+            for i, batch in enumerate(loader.epoch(1)):
+                steps[i].append(batch.samples)
+                replaced += batch.replaced
+                assert len(batch.inputs) == len(batch.labels) == len(batch.samples)
+                np.testing.assert_array_equal(batch.labels, shards.index["label"][batch.samples])
+        shown[size] = [np.concatenate(s) for s in steps]
+        wanted = Loader(shards, Augment(72, 67), shards.manifest, batch=240, training=True, seed=4).samples(1, 0)[0]
+        seen = np.concatenate(shown[size])
+        assert replaced == 3
+        assert not set(seen) & set(bad)
+        assert (seen != wanted).sum() == 3, "the others keep their places"
+        for a, b in zip(shown[1], shown[size], strict=True):
+            np.testing.assert_array_equal(a, b)
+    told = capsys.readouterr().err
+    for sample in bad:
+        assert told.count(f"{shards.name(sample)} is damaged: another sample takes its place") == 3  # worlds
+
+
+def test_counted_and_limited(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    root, bad = damaged
+    result = launch(root, tmp_path / "run", "--train.epochs=1")
+    assert result.returncode == 0, result.stderr
+    assert records(tmp_path / "run", "step")[-1]["bad_samples"] == len(bad)
+    assert result.stderr.count("is damaged: another sample takes its place") == len(bad)
+    result = launch(root, tmp_path / "strict", "--train.epochs=1", "--data.max_bad=1", ranks=0)
+    assert result.returncode == 2
+    end = status(tmp_path / "strict")
+    assert end["state"] == "failed"
+    assert "2 samples could not be decoded, more than data.max_bad" in end["reason"]
+
+
+def test_what_dali_cannot_decode(shard_sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images whose bytes are as indexed but that DALI refuses (here: cut short) are found and replaced."""
+    shards = ShardSet(shard_sets / "train")
+    bad = {5, 6, 150}
+
+    def read(sample: int) -> np.ndarray:
+        data = shards.read(sample)
+        return data[: len(data) // 3] if sample in bad else data
+
+    def batches(**options: object) -> list[tuple[list[int], int]]:
+        loader = Loader(shards, Augment(72, 67), shards.manifest, batch=24, training=True, threads=2, **options)
+        return [(batch.samples.tolist(), batch.replaced) for batch in loader.epoch(0)]
+
+    whole, mended = batches(), batches(read=read)
+    assert sum(replaced for _, replaced in mended) == 3
+    for (a, _), (b, _) in zip(whole, mended, strict=True):
+        assert all(x == y or (x in bad and y not in bad) for x, y in zip(a, b, strict=True))
+    assert capsys.readouterr().err.count("cannot be decoded: another sample takes its place") == 3
+
+
+def test_nothing_left_to_show(shard_sets: Path) -> None:
+    shards = ShardSet(shard_sets / "val")
+
+    def read(sample: int) -> np.ndarray:
+        raise BadSample("all gone")
+
+    loader = Loader(shards, Augment(72, 67), shards.manifest, batch=63, training=False, read=read)
+    with pytest.raises(ShardError, match=r"no sample of .* can be decoded"):
+        next(loader.epoch())

@@ -1,0 +1,171 @@
+"""Checkpoints that are damaged in every way, and what the store keeps."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.checkpoint import Store
+from dist_train.owner import NoProgress, Owner, Superseded, check_progress
+
+
+def store(directory: Path, keep: int = 2) -> Store:
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    owner = Owner(directory)
+    owner.claim()
+    return Store(directory / "checkpoints", keep, owner)
+
+
+def save(checkpoints: Store, step: int, *, best: bool = False, validated: bool = False) -> None:
+    state = {"w": torch.full((1000,), float(step))}
+    checkpoints.save(state, {"step": step, "epoch": 0, "validated": validated}, best=best)
+    checkpoints.join()
+    assert checkpoints.error is None
+
+
+def names(checkpoints: Store) -> list[str]:
+    return sorted(p.name for p in checkpoints.directory.glob("step-*"))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path)
+    for step in range(1, 7):
+        save(checkpoints, step, best=step == 2)
+    assert names(checkpoints) == ["step-00000002", "step-00000005", "step-00000006"]
+    best = checkpoints.directory / "best"
+    assert torch.load(best / "state.pt", weights_only=True)["w"][0] == 2
+
+
+def test_a_state_after_validation_is_newer_than_before_it(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, keep=5)
+    save(checkpoints, 7)
+    save(checkpoints, 7, validated=True)
+    save(checkpoints, 3)
+    found = checkpoints.newest(print)
+    assert found is not None
+    assert found[0].name == "step-00000007-validated"
+
+
+def test_what_is_saved_is_a_copy(tmp_path: Path) -> None:
+    """Training goes on while the state is written."""
+    checkpoints = store(tmp_path)
+    weights = torch.zeros(3_000_000)
+    checkpoints.save({"w": weights}, {"step": 1, "epoch": 0, "validated": False}, best=False)
+    weights.fill_(7)
+    checkpoints.join()
+    saved = torch.load(checkpoints.directory / "step-00000001" / "state.pt", weights_only=True)
+    assert not saved["w"].any()
+
+
+def damage(path: Path, how: str, rng: random.Random) -> None:
+    state, meta = path / "state.pt", path / "meta.json"
+    data = bytearray(state.read_bytes())
+    if how == "truncated":
+        state.write_bytes(data[: len(data) // 2])
+    elif how == "bit-flipped":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        state.write_bytes(data)
+    elif how == "empty":
+        state.write_bytes(b"")
+    elif how == "missing":
+        state.unlink()
+    elif how == "foreign":
+        torch.save({"something": "else"}, state)
+    elif how == "without meta":
+        meta.unlink()
+    elif how == "meta is garbage":
+        meta.write_bytes(b"\xff\x00{")
+    elif how == "meta is a list":
+        meta.write_text("[]")
+    else:
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "sha256": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("truncated", "bytes instead of"),
+        ("bit-flipped", "the sha256 of state.pt differs"),
+        ("empty", "has 0 bytes instead of"),
+        ("missing", "state.pt is missing"),
+        ("foreign", "bytes instead of"),
+        ("without meta", "meta.json is missing"),
+        ("meta is garbage", "meta.json is damaged"),
+        ("meta is a list", "meta.json is damaged"),
+        ("meta of another", "the sha256 of state.pt differs"),
+    ],
+)
+def test_falls_back_and_says_why(tmp_path: Path, how: str, why: str) -> None:
+    checkpoints = store(tmp_path)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    damage(checkpoints.directory / "step-00000002", how, random.Random(0))
+    told: list[str] = []
+    found = checkpoints.newest(told.append)
+    assert found is not None
+    assert found[0].name == "step-00000001"
+    assert len(told) == 1
+    assert "step-00000002 is bad" in told[0]
+    assert why in told[0]
+    checkpoints.clean()
+    assert names(checkpoints) == ["step-00000001"]
+    assert (checkpoints.directory / "bad-step-00000002").exists()
+    save(checkpoints, 2)  # the run comes to that step again
+    found = checkpoints.newest(told.append)
+    assert found is not None
+    assert found[0].name == "step-00000002"
+
+
+def test_every_single_bit_counts(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path)
+    save(checkpoints, 1)
+    path = checkpoints.directory / "step-00000001" / "state.pt"
+    pristine = path.read_bytes()
+    rng = random.Random(1)
+    for _ in range(300):
+        data = bytearray(pristine)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        assert checkpoints.newest(lambda _: None) is None
+    path.write_bytes(pristine)
+    assert checkpoints.newest(print) is not None
+
+
+def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path)
+    save(checkpoints, 1)
+    (checkpoints.directory / ".step-00000002.tmp").mkdir()
+    (checkpoints.directory / ".step-00000002.tmp" / "state.pt").write_bytes(b"half")
+    assert checkpoints.newest(print) is not None
+    checkpoints.clean()
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["step-00000001"]
+
+
+def test_a_stale_process_renames_nothing(tmp_path: Path) -> None:
+    stale, successor = store(tmp_path), Owner(tmp_path)
+    successor.claim()
+    stale.save({}, {"step": 9, "epoch": 0, "validated": False}, best=True)
+    stale.join()
+    assert isinstance(stale.error, Superseded)
+    assert not list(stale.directory.iterdir())
+
+
+def test_three_automatic_restarts_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(step: int, restarted: Any) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarted))
+        check_progress(tmp_path, step)
+
+    begin(5, 0)
+    begin(5, 1)
+    begin(5, 2)
+    begin(6, 3)  # progress
+    begin(6, 4)
+    with pytest.raises(NoProgress, match="3 automatic restarts began at step 6"):
+        begin(6, 5)
+    begin(6, 0)  # by hand: a new count
+    begin(6, 1)
