@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipelines.augment import Augment
 
@@ -207,6 +207,7 @@ class Config:
 def parse(argv: Sequence[str]) -> tuple[Config, str]:
     """The configuration of a command line and the name of the YAML file it came from. Without `--config` the embedded
     default, `configs/quickstart.yaml`, is used. Raises ConfigError; exits for --help and --print_config."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="dist_train",
         description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST).",

@@ -361,9 +361,8 @@ def _shard_count(source: Source, trial: list[Item], total: int, options: Options
             continue
     sample = float(np.mean(sizes)) if sizes else 0.0
     wanted = round(total * (sample + 4 * HEADER) / (options.shard_mb * 1e6))
-    return min(
-        total, max(1, wanted, min(8, total // 100))
-    )  # a few shards even of a small set: a worker packs a whole shard
+    few = min(8, total // 100)  # even of a small set: a worker packs a whole shard
+    return min(total, max(1, wanted, few))
 
 
 def _reason(error: Exception) -> str:

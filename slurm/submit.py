@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def _hand_over(folder: Path, wanted: dict[str, Any], tasks: Sequence[Callable[[]
         executor = _Executor(folder, max_num_timeout=10**6)
         executor.update_parameters(**wanted)
     try:
-        with _outside():
+        with _outside(), _aside(folder / "controller.log") if local else nullcontext():
             return [str(job.job_id) for job in executor.submit_array(tasks)]
     except FailedJobError as error:
         raise SlurmError(f"sbatch refused the job: {' '.join(str(error).split())}") from error
@@ -200,6 +201,22 @@ def _outside() -> Iterator[None]:
     with clean_env(["TORCHELASTIC_RUN_ID"]):
         os.environ.update(own)
         yield
+
+
+@contextmanager
+def _aside(log: Path) -> Iterator[None]:
+    """Lend our output to `log`: submitit's local controller inherits it, and would hold a pipe open to its end."""
+    sys.stdout.flush()
+    ours = [os.dup(1), os.dup(2)]
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        for number, copy in enumerate(ours, 1):
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def _sweep(path: Path) -> list[list[str]]:

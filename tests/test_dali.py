@@ -229,14 +229,22 @@ def test_validation_covers_every_sample_once(shard_sets: Path, size: int) -> Non
 
 
 def test_a_consumer_that_leaves_ends_the_threads(shard_sets: Path) -> None:
-    loader = make(shard_sets / "train")
+    shards, reads = ShardSet(shard_sets / "train"), []
+
+    def read(sample: int) -> NDArray[np.uint8]:
+        reads.append(sample)
+        return shards.read(sample)
+
+    loader = make(shard_sets / "train", read=read)
     for steps in (0, 1, 5):
+        reads.clear()
         for i, _ in enumerate(loader.epoch()):
             assert "loader" in threads()
             if i == steps:
                 break
         gc.collect()
         assert not threads()
+        assert len(reads) < (steps + 14) * 11  # the rest of the epoch's 21 batches is left unread
     unused = loader.epoch()
     del unused
     assert len(list(loader.epoch())) == 21

@@ -78,6 +78,14 @@ def test_a_torchvision_model(shard_sets: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_compiling_falls_back_where_there_is_no_compiler(shard_sets: Path, tmp_path: Path) -> None:
+    env = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = launch(shard_sets, tmp_path / "r", "--train.compile=auto", "--train.epochs=1", ranks=0, env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("torch.compile is off, it does not work here") == 1
+    assert "Traceback" not in result.stderr
+
+
 def test_the_embedded_source_is_packed_first(tmp_path: Path) -> None:
     """Where the data cannot be had there is one sentence; where it is packed already nothing is fetched."""
     extra = ("--data.source=nosuchset",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,19 @@ import pytest
 
 from tests.launch import EMPTY, SMALL, equal, launch, newest, records, status
 from tests.slurm.private_cluster import Cluster, missing, wait_for
+from tests.slurm.private_cluster import process as process_with
 
 EPOCHS = 3
 TRAINING = [*SMALL, f"--config={EMPTY}", f"--train.epochs={EPOCHS}", "--checkpoint.steps=3"]
 SIZE = ("--nodes=2", "--gpus-per-node=2")
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def job_of(said: str) -> str:
+    """The first job number in what a command says."""
+    found = re.search(r"\bjob (\w+)", said)
+    assert found, said
+    return found[1]
 
 
 class User:
@@ -61,8 +70,7 @@ class User:
 
     def submit(self, name: str, *words: str) -> str:
         """The job number of a new run on 2 nodes x 2 tasks."""
-        said = self.slurm("submit", *SIZE, "--time=30", *self.training, f"--run.name={name}", *words)
-        return said.split()[1].rstrip(":")
+        return job_of(self.slurm("submit", *SIZE, "--time=30", *self.training, f"--run.name={name}", *words))
 
     def run(self, name: str) -> Path:
         return self.home / "runs" / name
@@ -88,7 +96,8 @@ class User:
         """Stop the process of a rank once the run has a checkpoint newer than `newer`: training stands still in the
         middle of an epoch, however fast the machine. Returns the process."""
         wait_for(lambda: self.newest(name) > newer, 120, f"{name} to save\n{self.log(name)}")
-        process = self.cluster.process(job, rank)
+        local = {f"SUBMITIT_LOCAL_JOB_ID={job}", f"SUBMITIT_LOCAL_GLOBALID={rank}"}
+        process = self._cluster.process(job, rank) if self._cluster else process_with(local)
         os.kill(process, signal.SIGSTOP)
         assert status(self.run(name))["state"] == "running", "frozen too late"
         return process

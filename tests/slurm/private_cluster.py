@@ -142,10 +142,8 @@ class Cluster:
         self.run("scontrol", "reconfigure")
 
     def process(self, job: str, rank: int) -> int:
-        """The process of a rank of a job, 0 where there is none."""
-        wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"SLURM_CONF={self.root}/slurm.conf"}
-        found = [number for number, variables in _processes() if wanted <= variables]
-        return min(found, default=0)
+        """The process of a rank of a job."""
+        return process({f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"SLURM_CONF={self.root}/slurm.conf"})
 
     def _of(self, node: str) -> list[int]:
         mine = f"PRIVATE_NODE={self.root}/{node}"  # slurmd has it, and hands it on to its step daemons
@@ -186,6 +184,11 @@ class Cluster:
         names = ",".join(self.nodes)
         gpus = f"AutoDetect=off\nNodeName={names} Name=gpu File={self.root}/dev/gpu[0-3]\n"
         (self.root / "gres.conf").write_text(gpus)
+
+
+def process(variables: set[str]) -> int:
+    """The first process that has these in its environment."""
+    return min(number for number, its in _processes() if variables <= its)
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import struct
 from pathlib import Path
@@ -15,7 +14,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
 from tests.launch import records, status
-from tests.slurm.conftest import EPOCHS, User, same
+from tests.slurm.conftest import EPOCHS, User, job_of, same
 from tests.slurm.private_cluster import wait_for
 
 pytestmark = pytest.mark.slurm
@@ -125,8 +124,7 @@ def test_cancel_saves_and_requeue_goes_on(user: User, uninterrupted: Path) -> No
     assert status(user.run("mind changed"))["state"] == "stopped"
     assert "mind changed" in user.slurm("status", "mind changed")
 
-    said = user.slurm("requeue", "mind changed", f"--exclude={user.cluster.nodes[0]}")
-    job = said.split()[3]
+    job = job_of(user.slurm("requeue", "mind changed", f"--exclude={user.cluster.nodes[0]}"))
     user.wait("mind changed", job, "done")
     assert user.starts("mind changed") == ["", last]
     assert same(user.run("mind changed"), uninterrupted)
@@ -142,7 +140,7 @@ def test_a_sweep_is_one_array_and_its_jobs_share_a_node(user: User, uninterrupte
     elsewhere = f"--exclude={','.join(user.cluster.nodes[1:])}"
     options = ("--array=sweep.txt", "--gpus-per-node=2", "--time=30", elsewhere, "--run.name=lr sweep")
     said = user.slurm("submit", *options, *user.training)
-    array = said.split()[1].split("_")[0]
+    array = job_of(said).split("_")[0]
     names = ["0-optim.lr=0.01", "1-optim.lr=0.02,train.seed=7", "2-train.epochs=1"]
     assert [line.split()[1] for line in said.splitlines()[:3]] == [f"{array}_{i}:" for i in range(3)]
     wait_for(lambda: user.cluster.run("squeue", "-h", "-r", "-t", "R").count("\n") == 2, 20, "two jobs at once")
@@ -163,15 +161,18 @@ def test_no_progress_in_three_starts_ends_the_run(user: User) -> None:
     assert len(user.starts("broken")) == 3
     assert "no progress in 3 starts (on " in user.slurm("status", "broken")
     assert "OSError: the driver is gone" in user.log("broken")
+
     (user.home / "torch.py").unlink()
-    job = user.slurm("requeue", "broken").split()[3]
-    user.wait("broken", job, "done")
+    job = job_of(user.slurm("requeue", "broken"))
+    user.freeze("broken", job, rank=0)
+    assert "is cancelled" in user.slurm("cancel", "broken", "--now")
+    wait_for(lambda: user.cluster.job(job) == "CANCELLED", 30, "the end")
 
 
 def test_packing_as_an_array_gives_the_same_bytes(user: User, image_folder: Path) -> None:
     options = ("--shorter-side=72", "--shard-mb=0.3", "--time=5")
     said = user.slurm("submit", "pack", str(image_folder / "train"), "a set", "--tasks=3", *options)
-    last = re.findall(r"job (\d+)", said)[1]
+    last = job_of(said.partition(";")[2])
     wait_for(lambda: user.cluster.job(last) == "COMPLETED", 120, "the manifest")
     pack(
         ImageFolder(image_folder / "train"),
