@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     try:
         config, file = parse(sys.argv[1:] if argv is None else argv)
+        watch = Watch(config.run.start_timeout, config.run.stop_timeout)
         world = join(config.train.device)
     except ValueError as error:
         if rank_of_launcher() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 0 if launched else USAGE
-    watch = Watch(config.run.start_timeout, config.run.stop_timeout)
     try:
         code = _run(config, file, world, watch)
         dist.barrier()  # leave together
@@ -182,5 +183,12 @@ def _summary(directory: Path, outcome: str, reason: str, state: State) -> str:
     return "\n".join(f"{label:>14}  {text}" for label, text in rows)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process. All is written by now; threads of libraries were seen to abort it while Python unloads them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

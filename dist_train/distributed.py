@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 STOPPED, DIVERGED, USAGE, FAILED = 75, 70, 2, 1  # exit codes of a process without a launcher
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -83,10 +86,37 @@ def join(device: str) -> World:
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    alone = {"store": torch._C._distributed_c10d.HashStore(), "rank": 0, "world_size": 1}
-    store = {} if "MASTER_ADDR" in os.environ else alone
-    dist.init_process_group(backend, timeout=timedelta(hours=1), **store)  # type: ignore[arg-type]
+    if "MASTER_ADDR" in os.environ:
+        shared, rank, size = next(rendezvous("env://", timeout=timedelta(hours=1)))
+        store: Store = PrefixStore(_meet(shared, rank, size), shared)
+    else:
+        store, rank, size = HashStore(), 0, 1
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, place)
+
+
+def _meet(store: Store, rank: int, size: int) -> str:
+    """A name for this start that all its ranks share and no earlier start had.
+
+    torchrun may give a restarted run the store of the run that died, and with it the addresses of dead processes (torch
+    2.14, `--standalone`). So each rank asks under a name of its own, and only the living rank 0 can answer.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"ask/{rank}", mine)
+        name = str(store.get(f"answer/{mine}").decode())
+        store.set(f"joined/{name}/{rank}", "")
+        return name
+    missing, answered = set(range(1, size)), set[str]()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"ask/{other}"]) and (asked := store.get(f"ask/{other}").decode()) not in answered:
+                store.set(f"answer/{asked}", mine)
+                answered.add(asked)
+            if store.check([f"joined/{mine}/{other}"]):
+                missing.remove(other)
+        time.sleep(0.02)
+    return mine
 
 
 class Watch:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from functools import partial
 from pathlib import Path
 
-from slurm.runs import SlurmError
+from slurm import cluster, runs
+from slurm.runs import Run, SlurmError
 
 OVERRIDES = (
     "What is not listed goes to the trainer: --config FILE, --optim.lr 0.02 (see `python -m dist_train --help`)."
@@ -30,8 +32,8 @@ def submit(args: Namespace, rest: list[str]) -> None:
     ranks = f"{args.nodes} nodes x {wanted['ntasks_per_node']} tasks"
     for (run, _), submission in zip(planned, s.submit(planned, folder, wanted, local=args.local), strict=True):
         print(f"job {submission.job}: {ranks}, {run.directory}")
-    name = shlex.quote(planned[0][0].name)
-    for verb, words in (("watch", f"status {name}"), ("read", f"logs {name} --follow"), ("stop", f"cancel {name}")):
+    name, first = shlex.quote(Run(top).name), shlex.quote(planned[0][0].name)
+    for verb, words in (("watch", f"status {name}"), ("read", f"logs {first} --follow"), ("stop", f"cancel {name}")):
         print(f"  {verb:6} python -m slurm {words}")
 
 
@@ -46,60 +48,60 @@ def submit_pack(args: Namespace) -> None:
 
 def status(args: Namespace) -> None:
     """The table."""
-    from slurm import runs, view
+    from slurm import view
 
-    chosen = runs.all_runs() if args.runs in ([], ["all"]) else [runs.find(text) for text in args.runs]
+    everything = args.runs in ([], ["all"])
+    chosen = runs.all_runs() if everything else [run for text in args.runs for run in runs.find(text)]
     print(view.table(chosen) if chosen else f"no submitted runs under {runs.ROOT}/")
 
 
 def logs(args: Namespace) -> None:
     """What a rank said."""
-    from slurm import runs, view
+    from slurm import view
 
-    view.show_log(runs.find(args.run), args.rank, args.follow)
+    run, *others = runs.find(args.run)
+    if others:
+        raise SlurmError(f"{args.run} is a sweep: name one of its runs, such as {shlex.quote(run.name)}")
+    view.show_log(run, args.rank, args.follow)
 
 
 def cancel(args: Namespace) -> None:
     """Save, end, and never requeue."""
-    from slurm import cluster, runs
-
-    run = runs.find(args.run)
-    submission = run.submission()
-    assert submission is not None
-    if not (place := cluster.entry(submission)).active:
-        print(f"{run.name}: job {submission.job} has ended already")
-        return
-    submission.over.touch()
-    if place.state == "RUNNING" and not args.now:
-        cluster.stop(submission)
-        patience = 30 + run.config()["run"]["stop_timeout"]
-        try:
-            cluster.wait(lambda: not cluster.entry(submission).active, patience, f"job {submission.job} does not stop")
-        except SlurmError as error:
-            print(f"{error}; ending it without a save", file=sys.stderr)
-    if cluster.entry(submission).active:
-        cluster.end(submission)
-    newest = run.newest_checkpoint()
-    print(f"{run.name}: job {submission.job} is cancelled; {f'saved: {newest}' if newest else 'nothing was saved'}")
+    for run in runs.find(args.run):
+        submission = run.last
+        if cluster.ended(submission):
+            print(f"{run.name}: job {submission.job} has ended already")
+            continue
+        submission.over.touch()
+        if cluster.entry(submission).state == "RUNNING" and not args.now:
+            cluster.stop(submission)
+            patience = 30 + run.config()["run"]["stop_timeout"]
+            try:
+                cluster.wait(partial(cluster.ended, submission), patience, "it does not stop")
+            except SlurmError as error:
+                print(f"{run.name}: {error}; ending it without a save", file=sys.stderr)
+        if not cluster.ended(submission):
+            cluster.end(submission)
+        newest = run.newest_checkpoint()
+        print(f"{run.name}: job {submission.job} is cancelled; {f'saved: {newest}' if newest else 'nothing was saved'}")
 
 
 def requeue(args: Namespace) -> None:
-    """Put a run back into the queue: the same job where Slurm still runs it, otherwise a new one."""
-    from slurm import cluster, runs
+    """Put a run back into the queue: the same job where Slurm still has it there, otherwise a new one."""
+    from slurm import submit as s
 
-    run = runs.find(args.run)
-    submission = run.submission()
-    assert submission is not None
-    submission.over.unlink(missing_ok=True)
-    if cluster.entry(submission).active and not submission.local:
-        cluster.requeue(submission, args.exclude or "")
-        run.tell(submitted=submission.job)
-    else:
-        from slurm import submit as s
-
-        wanted = submission.parameters | ({"exclude": args.exclude} if args.exclude else {})
-        (submission,) = s.launch([run], Path(submission.folder), wanted, local=submission.local)
-    print(f"{run.name}: job {submission.job} is in the queue")
+    for run in runs.find(args.run):
+        submission, active = run.last, not cluster.ended(run.last)
+        if active and submission.local:
+            raise SlurmError(f"{run.name} runs on this machine: cancel it first")
+        submission.over.unlink(missing_ok=True)
+        if active:
+            cluster.requeue(submission, args.exclude or "")
+            run.tell(submitted=submission.job)
+        else:
+            wanted = submission.parameters | ({"exclude": args.exclude} if args.exclude else {})
+            (submission,) = s.launch([run], Path(submission.folder), wanted, local=submission.local)
+        print(f"{run.name}: job {submission.job} is in the queue")
 
 
 def _time(text: str) -> int:

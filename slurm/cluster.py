@@ -66,6 +66,11 @@ def entry(submission: Submission) -> Entry:
     return look([submission]).get(submission.job, Entry("COMPLETED", "not in the queue"))
 
 
+def ended(submission: Submission) -> bool:
+    """Whether a job neither runs nor will."""
+    return not entry(submission).active
+
+
 def stop(submission: Submission) -> None:
     """Ask all ranks to save and leave."""
     if submission.local:

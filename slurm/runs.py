@@ -67,7 +67,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As `find` takes it back: relative to `runs/` where it lies there."""
+        """As `find` takes it: relative to `runs/` where it lies there."""
         try:
             return str(self.directory.relative_to(ROOT.absolute()))
         except ValueError:
@@ -90,6 +90,13 @@ class Run:
         """The newest one."""
         path = self.folder / "job.json"
         return Submission(**json.loads(path.read_bytes())) if path.exists() else None
+
+    @property
+    def last(self) -> Submission:
+        """The newest one of a run that `find` gave."""
+        submission = self.submission()
+        assert submission
+        return submission
 
     def submitted(self, submission: Submission) -> None:
         """Keep a new submission. It gets its own three starts to make progress."""
@@ -117,11 +124,13 @@ class Run:
         return status
 
 
-def find(text: str) -> Run:
-    """The run of that path, or of that name under `runs/`. Raises SlurmError."""
-    for path in (Path(text), ROOT / text):
-        if (run := Run(path.absolute())).submission():
-            return run
+def find(text: str) -> list[Run]:
+    """The run of that path, or of that name under `runs/`; or the members of that sweep. Raises SlurmError."""
+    for path in (Path(text).absolute(), (ROOT / text).absolute()):
+        if Run(path).submission():
+            return [Run(path)]
+        if members := sorted(path.glob("*/slurm/job.json")):
+            return [Run(record.parent.parent) for record in members]
     known = ", ".join(run.name for run in all_runs()) or "none"
     raise SlurmError(f"no submitted run {text!r}: give its directory, or its name under {ROOT}/ (there: {known})")
 

@@ -31,7 +31,7 @@ TAIL = 1 << 16  # bytes of metrics.jsonl that are read from its end
 
 def table(runs: list[Run]) -> str:
     """One row a run."""
-    queue = look(submission for run in runs if (submission := run.submission()))
+    queue = look(run.last for run in runs)
     rows = [HEAD, *(row(run, queue, time.time()) for run in runs)]
     widths = [max(len(line[i]) for line in rows) for i in range(len(HEAD))]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in rows)
@@ -39,12 +39,12 @@ def table(runs: list[Run]) -> str:
 
 def row(run: Run, queue: dict[str, Entry], now: float) -> tuple[str, ...]:
     """The cells under HEAD."""
-    submission, status = run.submission(), run.status()
-    assert submission is not None  # `find` and `all_runs` see to it
-    place = queue.get(submission.job)
+    status, place = run.status(), queue.get(run.last.job)
     state, age = status.get("state", "not started"), now - status.get("heartbeat", now)
     heartbeat = f"{duration(age)} ago" if status else "-"
-    if state == "running" and age > SILENT:
+    if state == "running" and place and place.state == "PENDING":
+        state = "interrupted"  # without a word: a lost node, a crash
+    elif state == "running" and age > SILENT:
         state, heartbeat = f"silent for {duration(age)}", "-"
     elif state == "running" and not (place and place.active):
         state = "running, but not in the queue"
@@ -54,7 +54,7 @@ def row(run: Run, queue: dict[str, Entry], now: float) -> tuple[str, ...]:
     starts = sum("start" in line for line in run.story())
     return (
         run.name,
-        submission.job,
+        run.last.job,
         "not in the queue" if place is None else f"{place.state}{f' ({place.reason})' if place.reason else ''}",
         state,
         f"{status['epoch']}/{run.config()['train']['epochs']}" if "epoch" in status else "-",
@@ -77,18 +77,16 @@ def duration(seconds: float) -> str:
 
 def read_log(run: Run, rank: int, follow: bool) -> Iterator[str]:
     """What a rank said over all restarts, as pieces of text. With `follow` to the end of the job. Raises SlurmError."""
-    submission = run.submission()
-    assert submission is not None
-    if not 0 <= rank < submission.tasks:
-        raise SlurmError(f"{run.name} has no rank {rank}: its ranks are 0 to {submission.tasks - 1}")
-    path = submission.log(rank)
+    if not 0 <= rank < run.last.tasks:
+        raise SlurmError(f"{run.name} has no rank {rank}: its ranks are 0 to {run.last.tasks - 1}")
+    path = run.last.log(rank)
     if not path.exists() and not follow:
         raise SlurmError(f"{run.name} has not started yet, so there is no {path}: see `status`, or add --follow")
     place, asked = 0, float("-inf")
     active = follow
     while True:
         if follow and time.monotonic() - asked > 3:
-            active, asked = entry(submission).active, time.monotonic()
+            active, asked = entry(run.last).active, time.monotonic()
         if path.exists():
             with open(path, "rb") as file:
                 file.seek(place)

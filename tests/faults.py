@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dist_train import __main__, checkpoint, evaluate, monitor, train
+from dist_train import __main__, checkpoint, evaluate, owner, train
 
 FAULT: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
 RANK = int(os.environ.get("RANK", 0))
@@ -79,9 +79,9 @@ def strike(what: str) -> None:
         raise AssertionError(what)
 
 
-def around(owner: Any, name: str, moment: str, *, after: bool = False) -> None:
-    """Pass through `moment` before (or after) each call of `owner.name`."""
-    original = getattr(owner, name)
+def around(place: Any, name: str, moment: str, *, after: bool = False) -> None:
+    """Pass through `moment` before (or after) each call of `place.name`."""
+    original = getattr(place, name)
 
     def wrapped(*args: Any, **options: Any) -> Any:
         if not after:
@@ -91,13 +91,13 @@ def around(owner: Any, name: str, moment: str, *, after: bool = False) -> None:
             reach(moment)
         return result
 
-    setattr(owner, name, wrapped)
+    setattr(place, name, wrapped)
 
 
 def logged_step(self: train.Trainer, batch: Any, lr: float, original: Any = train.Trainer.train_step) -> Any:
     """Note which samples a rank was shown, then take the step."""
     LOOP[:] = [self]
-    with open(DIRECTORY / f"samples-{RANK}.jsonl", "a") as file:
+    with open(DIRECTORY / f"samples-{RANK}.jsonl", "a") if DIRECTORY.exists() else open(os.devnull, "w") as file:
         where = {"epoch": self.state.epoch, "step": self.state.step, "start": batch.start}
         line = where | {"samples": batch.samples.tolist(), "time": time.time()}
         file.write(json.dumps(line) + "\n")
@@ -115,9 +115,9 @@ def main() -> int:
     around(checkpoint, "_place", "save:renaming")
     around(checkpoint, "_place", "save:renamed", after=True)
     around(checkpoint, "_remove", "save:pruning")
-    around(monitor.Monitor, "_write", "record")
+    around(owner.Owner, "check", "record")  # what stands before every write of the run directory
     return __main__.main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    __main__.leave(main())

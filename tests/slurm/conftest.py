@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from tests.launch import EMPTY, SMALL, equal, launch, newest, records, status
-from tests.slurm.private_cluster import Cluster, missing, wait_for
-from tests.slurm.private_cluster import process as process_with
+from tests.slurm.private_cluster import Cluster, missing, process_with, wait_for
 
 EPOCHS = 3
 TRAINING = [*SMALL, f"--config={EMPTY}", f"--train.epochs={EPOCHS}", "--checkpoint.steps=3"]
@@ -92,13 +91,21 @@ class User:
             queue = self.cluster.run("squeue", "-t", "all", "-l")
             raise AssertionError(f"{error}\n{self.slurm('status')}\n{queue}\n{self.log(name)}") from error
 
+    def _process(self, job: str, rank: int) -> int:
+        if self._cluster:
+            return self._cluster.process(job, rank)
+        return process_with({f"SUBMITIT_LOCAL_JOB_ID={job}", f"SUBMITIT_LOCAL_GLOBALID={rank}"})
+
     def freeze(self, name: str, job: str, rank: int, newer: str = "") -> int:
         """Stop the process of a rank once the run has a checkpoint newer than `newer`: training stands still in the
         middle of an epoch, however fast the machine. Returns the process."""
-        wait_for(lambda: self.newest(name) > newer, 120, f"{name} to save\n{self.log(name)}")
-        local = {f"SUBMITIT_LOCAL_JOB_ID={job}", f"SUBMITIT_LOCAL_GLOBALID={rank}"}
-        process = self._cluster.process(job, rank) if self._cluster else process_with(local)
+        # first the start that follows that checkpoint, so as not to find a rank of the start before
+        wait_for(lambda: self.starts(name)[-1:] == [newer], 60, f"the start after {newer}")
+        wait_for(lambda: self._process(job, rank), 60, f"rank {rank} of job {job}")
+        process = self._process(job, rank)
+        wait_for(lambda: self.newest(name) > newer, 120, f"{name} to save\n{self.log(name)}", every=0.01)
         os.kill(process, signal.SIGSTOP)
+        wait_for(lambda: field(process, "State").startswith("T"), 10, "the process to stand still", every=0.01)
         assert status(self.run(name))["state"] == "running", "frozen too late"
         return process
 
@@ -106,9 +113,8 @@ class User:
         """Let a frozen process go on once a signal has come for it."""
 
         def come() -> bool:
-            lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-            pending = int(lines["ShdPnd"], 16) >> (number - 1) & 1
-            return bool(pending) or not lines["State"].startswith("T")  # Slurm sends SIGCONT before some signals
+            pending = int(field(process, "ShdPnd"), 16) >> (number - 1) & 1
+            return bool(pending) or not field(process, "State").startswith("T")  # Slurm sends SIGCONT before SIGTERM
 
         wait_for(come, 90, f"{number.name} for process {process}")
         os.kill(process, signal.SIGCONT)
@@ -126,6 +132,12 @@ class User:
         """The checkpoint that each start found."""
         lines = (self.run(name) / "slurm" / "starts.jsonl").read_text().splitlines()
         return [line["checkpoint"] for line in map(json.loads, lines) if "start" in line]
+
+
+def field(process: int, name: str) -> str:
+    """Of /proc/<process>/status."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines)[name]
 
 
 @pytest.fixture(scope="session")

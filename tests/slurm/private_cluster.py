@@ -142,8 +142,9 @@ class Cluster:
         self.run("scontrol", "reconfigure")
 
     def process(self, job: str, rank: int) -> int:
-        """The process of a rank of a job."""
-        return process({f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"SLURM_CONF={self.root}/slurm.conf"})
+        """The process of a rank of a job, 0 where there is none."""
+        step = {f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}"}  # the batch script has a rank too
+        return process_with({*step, f"SLURM_CONF={self.root}/slurm.conf"})
 
     def _of(self, node: str) -> list[int]:
         mine = f"PRIVATE_NODE={self.root}/{node}"  # slurmd has it, and hands it on to its step daemons
@@ -186,17 +187,19 @@ class Cluster:
         (self.root / "gres.conf").write_text(gpus)
 
 
-def process(variables: set[str]) -> int:
-    """The first process that has these in its environment."""
-    return min(number for number, its in _processes() if variables <= its)
+def process_with(variables: set[str]) -> int:
+    """The process that has these in its environment, but whose parent has not; 0 where there is none."""
+    found = [number for number, its in _processes() if variables <= its]
+    parents = {number: int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1]) for number in found}
+    return next((number for number in found if parents[number] not in found), 0)
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+def wait_for(condition: Callable[[], object], seconds: float, what: str, every: float = 0.1) -> None:
     """Poll. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
-        time.sleep(0.1)
+        time.sleep(every)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -88,10 +88,12 @@ def test_a_requeue_loses_nothing_and_a_crashed_rank_comes_back(user: User, unint
     user.thaw(process, signal.SIGTERM)
     last = user.stopped(name)
     process = user.freeze(name, job, rank=2, newer=last)
+    (user.run(name) / "slurm" / f"{job}_submitted.pkl.save_tmp").touch()  # a left-over that fails submitit's requeues
     os.kill(process, signal.SIGKILL)
     user.wait(name, job, "done")
     assert user.starts(name)[:2] == ["", last]
     assert len(user.starts(name)) == 3
+    assert not list(user.run(name).glob("slurm/*.save_tmp"))
     assert name in user.slurm("status", name)
     assert same(user.run(name), uninterrupted)
 
@@ -150,7 +152,11 @@ def test_a_sweep_is_one_array_and_its_jobs_share_a_node(user: User, uninterrupte
     assert [status(run)["epoch"] for run in runs] == [EPOCHS, EPOCHS, 1]
     config = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
     assert [(c["optim"]["lr"], c["train"]["seed"]) for c in config] == [(0.01, 0), (0.02, 7), (0.01, 0)]
-    assert [f"lr sweep/{name}" in user.slurm("status") for name in names] == [True] * 3
+    assert [line.split("  ")[0] for line in user.slurm("status", "lr sweep").splitlines()[1:]] == [
+        f"lr sweep/{name}" for name in names
+    ]
+    assert user.slurm("cancel", "lr sweep").count("has ended already") == 3
+    assert "is a sweep: name one of its runs" in user.slurm("logs", "lr sweep", code=2)
     assert "top-1 error" in user.slurm("logs", f"lr sweep/{names[2]}")
 
 
