@@ -4,6 +4,7 @@ VENV ?= .venv
 EXTRA ?= cuda13
 BIN = $(VENV)/bin
 NPROC ?= 2
+MARK ?= not slow and not gpu
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,10 +15,10 @@ demo: $(VENV)/ready  ## pack Fashion-MNIST, train with two processes, show the r
 	$(BIN)/torchrun --nproc_per_node=$(NPROC) -m dist_train --run.name demo --monitor.wandb offline $(ARGS)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -m '$(MARK)' $(ARGS)
 
-test-gpu: $(VENV)/ready
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+test-gpu:
+	$(MAKE) test MARK=gpu
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

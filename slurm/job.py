@@ -3,13 +3,14 @@ of last month still runs."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from submitit import JobEnvironment
 from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributedEnvironment
@@ -42,16 +43,17 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         _remove_stale(here)
         if rank == 0 and not _begin(run, here):
             os._exit(GIVEN_UP)
-        from dist_train.__main__ import main
+        from dist_train.__main__ import leave, main
         from dist_train.distributed import DIVERGED, STOPPED, USAGE
 
         code = main(["--config", str(run.config_file), "--run.dir", str(self.directory)])
         if code == STOPPED:
-            _leave(here, rank, requeue, STOPPED)
+            leave(_come_back(here, rank, requeue, STOPPED))
         if code in (DIVERGED, USAGE):  # trying again would end in the same way
             _over(here).touch()
         if code:
-            sys.exit(code)
+            leave(code)
+        atexit.register(leave, 0)  # once submitit has written the result
 
     def checkpoint(self) -> DelayedSubmission | None:
         """submitit's question on what to run next: the same, unless the run is over."""
@@ -108,9 +110,9 @@ def _begin(run: Run, here: JobEnvironment) -> bool:
     return True
 
 
-def _leave(here: JobEnvironment, rank: int, requeue: Any, code: int) -> NoReturn:
+def _come_back(here: JobEnvironment, rank: int, requeue: Any, code: int) -> int:
     """The state is saved. Rank 0 sees to it that the job comes back, the others wait to be ended: a rank that returned
-    would leave a result, and the job would look finished."""
+    would leave a result, and the job would look finished. Returns the exit code, which ends the others."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
@@ -129,6 +131,4 @@ def _leave(here: JobEnvironment, rank: int, requeue: Any, code: int) -> NoReturn
             os.execlp("scancel", "scancel", here.job_id)
     elif not local:
         time.sleep(600)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return code

@@ -51,11 +51,14 @@ def start(*args: Any, env: dict[str, str] | None = None, **options: Any) -> subp
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Wait for it; a process that hangs is killed with its whole group, and fails the test."""
+    """Wait for it; what hangs is killed, with the workers that torchrun put into sessions of their own."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
