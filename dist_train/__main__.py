@@ -14,13 +14,13 @@ import torch.distributed as dist
 
 from dist_train.checkpoint import CheckpointError, Store
 from dist_train.config import Config, ConfigError, as_dict, default_name, dump, parse
+from dist_train.data import check_batch, open_sets, pack_source, to_pack
 from dist_train.distributed import DIVERGED, FAILED, STOPPED, USAGE, Watch, World, join, rank_of_launcher
 from dist_train.monitor import Monitor, draw_curves, read_records
 from dist_train.owner import NoProgress, Owner, Superseded, check_progress
 from dist_train.train import BadData, Diverged, NotSaved, State, Stopped, Trainer
-from pipelines.pack import Options, pack
 from pipelines.shards import ShardError, ShardSet, write_atomically
-from pipelines.sources import SourceError, Torchvision
+from pipelines.sources import SourceError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(config, file, world, watch)
         dist.barrier()  # leave together
     finally:
+        watch.close()
         dist.destroy_process_group()
     return 0 if launched and code != FAILED else code
 
@@ -120,38 +121,17 @@ def _begin(directory: Path, config: Config, owner: Owner, store: Store, step: in
 
 def _open(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
     """The training and the validation set. Packs them first where the configuration names a source; rank 0 does."""
-    data, batch = config.data, config.train.global_batch
-    missing = not all((Path(path) / "manifest.json").exists() for path in (data.train, data.val))
-    if data.source and world.share(missing):
+    check_batch(config, world.size)
+    if world.share(to_pack(config)):
         error: Exception | None = None
-        try:
-            if world.rank == 0:
-                for path, training in ((data.train, True), (data.val, False)):
-                    source = Torchvision(data.source, training, Path(data.train).parent / "raw")
-                    workers = len(os.sched_getaffinity(0))
-                    pack(source, Path(path), Options(shorter_side=0), split=Path(path).name, workers=workers)
-        except (SourceError, ShardError, OSError) as failure:
-            error = failure
+        if world.rank == 0:
+            try:
+                pack_source(config)
+            except (SourceError, ShardError, OSError) as failure:
+                error = failure
         if message := world.first_error(error):
             raise SourceError(message)
-    train, val = ShardSet(data.train), ShardSet(data.val)
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))[:3]
-        raise ShardError(
-            f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ"
-            f"{' in ' + ', '.join(odd) if odd else ' in their order'}: labels would not mean the same, pack both from "
-            f"folders of the same names"
-        )
-    if batch < world.size * config.train.accumulate:
-        raise ConfigError(
-            f"train.global_batch {batch} is smaller than {world.size} ranks x train.accumulate "
-            f"{config.train.accumulate}: raise it, or start fewer ranks"
-        )
-    if batch > len(train):
-        raise ConfigError(
-            f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it"
-        )
-    return train, val
+    return open_sets(config)
 
 
 def _reproducible(config: Config) -> None:

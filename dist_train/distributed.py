@@ -135,6 +135,7 @@ class Watch:
         self.stop = False
         self.last_words: Callable[[str], None] = lambda _: None
         self.grace = grace
+        self._open = True
         self.beat(patience)
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -147,9 +148,14 @@ class Watch:
         """The main thread is alive, and will be heard again within `patience` seconds."""
         self._patience, self._heard = patience, time.monotonic()
 
+    def close(self) -> None:
+        """Training is over: watch no more."""
+        self._open = False
+        signal.set_wakeup_fd(-1)
+
     def _run(self) -> None:
         first: float | None = None
-        while True:
+        while self._open:
             ready, _, _ = select.select([self._reader], [], [], 0.2)
             now = time.monotonic()
             if ready and any(number in STOPS for number in os.read(self._reader, 64)):

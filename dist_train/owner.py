@@ -39,10 +39,12 @@ class NoProgress(Exception):
 
 
 def check_progress(directory: Path, step: int) -> None:
-    """Note that a start begins at `step`. Raises NoProgress where it is the third automatic restart in a row to begin
-    there; a start by hand begins a new count."""
+    """Note that a start begins at `step`. Raises NoProgress where it is torchrun's third restart in a row to begin there.
+
+    A start by hand begins a new count. Under Slurm `slurm.job` counts, since there a start may fail before this.
+    """
     path = directory / STARTS
-    automatic = any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    automatic = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     before = json.loads(path.read_text()) if path.exists() else {}
     count = before["count"] + 1 if automatic and before.get("step") == step else int(automatic)
     write_atomically(path, json.dumps({"step": step, "count": count}).encode())

@@ -113,7 +113,6 @@ def _begin(run: Run, here: JobEnvironment) -> bool:
 def _come_back(here: JobEnvironment, rank: int, requeue: Any, code: int) -> int:
     """The state is saved. Rank 0 sees to it that the job comes back, the others wait to be ended: a rank that returned
     would leave a result, and the job would look finished. Returns the exit code, which ends the others."""
-    signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     local = here.cluster == "local"

@@ -17,8 +17,9 @@ from submitit import LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
-from dist_train.config import Config, ConfigError, default_name, dump, parse
-from pipelines.shards import ShardSet, write_atomically
+from dist_train.config import Config, default_name, dump, parse
+from dist_train.data import check_batch, open_sets, to_pack
+from pipelines.shards import write_atomically
 from slurm.cluster import entry
 from slurm.job import Job, Pack
 from slurm.runs import Run, SlurmError, Submission
@@ -64,24 +65,9 @@ def plan(argv: Sequence[str], options: Namespace) -> list[tuple[Run, Config]]:
 
 def check(config: Config, ranks: int) -> None:
     """What would otherwise fail after hours in the queue. Raises ConfigError and ShardError."""
-    data, train = config.data, config.train
-    if train.global_batch < ranks * train.accumulate:
-        raise ConfigError(
-            f"train.global_batch {train.global_batch} is smaller than {ranks} ranks x train.accumulate "
-            f"{train.accumulate}: raise it, or ask for fewer nodes or GPUs"
-        )
-    paths = (data.train, data.val)
-    if data.source and not all((Path(path) / "manifest.json").exists() for path in paths):
-        return  # the job packs it first
-    images, val = (ShardSet(path) for path in paths)
-    if images.classes != val.classes:
-        raise ConfigError(
-            f"{data.train} and {data.val} have different classes: pack both from folders of the same names"
-        )
-    if train.global_batch > len(images):
-        raise ConfigError(
-            f"train.global_batch {train.global_batch} is larger than the {len(images)} images of {data.train}: lower it"
-        )
+    check_batch(config, ranks)
+    if not to_pack(config):  # else the job packs first
+        open_sets(config)
 
 
 def parameters(options: Namespace, name: str, folder: Path) -> dict[str, Any]:

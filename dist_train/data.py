@@ -1,0 +1,54 @@
+"""The shard sets of a run, and whether they fit it. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dist_train.config import Config, ConfigError
+from pipelines.shards import MANIFEST, ShardError, ShardSet
+from pipelines.sources import Torchvision
+
+
+def to_pack(config: Config) -> bool:
+    """Whether the sets do not exist yet but can be made from `data.source`."""
+    paths = (config.data.train, config.data.val)
+    return bool(config.data.source) and not all((Path(path) / MANIFEST).exists() for path in paths)
+
+
+def pack_source(config: Config) -> None:
+    """Pack training and validation set from `data.source`. Raises SourceError, ShardError, OSError."""
+    from pipelines.pack import Options, pack  # webdataset imports torch
+
+    for path, training in ((config.data.train, True), (config.data.val, False)):
+        source = Torchvision(config.data.source, training, Path(config.data.train).parent / "raw")
+        workers = len(os.sched_getaffinity(0))
+        pack(source, Path(path), Options(shorter_side=0), split=Path(path).name, workers=workers)
+
+
+def check_batch(config: Config, ranks: int) -> None:
+    """Raises ConfigError where a rank would get no sample of a batch."""
+    batch, pieces = config.train.global_batch, config.train.accumulate
+    if batch < ranks * pieces:
+        raise ConfigError(
+            f"train.global_batch {batch} is smaller than {ranks} ranks x train.accumulate {pieces}: raise it, or start "
+            f"fewer ranks"
+        )
+
+
+def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
+    """The training and the validation set. Raises ShardError and ConfigError where they do not fit together."""
+    data, batch = config.data, config.train.global_batch
+    train, val = ShardSet(data.train), ShardSet(data.val)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))[:3]
+        raise ShardError(
+            f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ"
+            f"{' in ' + ', '.join(odd) if odd else ' in their order'}: labels would not mean the same, pack both from "
+            f"folders of the same names"
+        )
+    if batch > len(train):
+        raise ConfigError(
+            f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it"
+        )
+    return train, val
