@@ -39,9 +39,10 @@ class NoProgress(Exception):
 
 
 def check_progress(directory: Path, step: int) -> None:
-    """Note that a start begins at `step`. Raises NoProgress where it is torchrun's third restart in a row to begin there.
+    """Note that a start begins at `step`. Raises NoProgress where it is the third restart in a row to begin there.
 
-    A start by hand begins a new count. Under Slurm `slurm.job` counts, since there a start may fail before this.
+    torchrun's restarts count; a start by hand begins anew. Under Slurm `slurm.job` counts, since there a start may fail
+    before this.
     """
     path = directory / STARTS
     automatic = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
