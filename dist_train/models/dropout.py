@@ -38,8 +38,8 @@ class Dropout(nn.Module):
     """ "setting to zero the output of each hidden neuron with probability 0.5" (section 4.2), by hashed masks: a sample
     meets the same mask at any world size and after any restart.
 
-    Kept outputs are divided by 1 - p in training, as is usual now. The paper instead multiplies by 1 - p at test time: the
-    same family of nets, with weights twice as large, but training starts in another place.
+    Kept outputs are divided by 1 - p in training, as is usual now. The paper instead multiplies by 1 - p at test time:
+    the same family of nets, with weights twice as large, but training starts in another place.
 
     Args:
         units: number of units of one sample.
