@@ -29,7 +29,7 @@ from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 
 
-def photographs(root: Path, count: int = 600) -> Path:
+def photographs(root: Path, count: int = 1200) -> Path:
     """Random photographs of 400 x 300 pixels, packed at shorter side 256."""
     rng = np.random.default_rng(0)
     (root / "folder" / "all").mkdir(parents=True)
