@@ -136,7 +136,11 @@ class Monitor:
         elif now - self._told > 30:
             self.say(f"epoch {epoch + 1} step {step}: {line()}")
             self._told = now
-        if now - self._heartbeat > HEARTBEAT:
+        self.heartbeat()
+
+    def heartbeat(self) -> None:
+        """The run is alive: freshen status.json now and then."""
+        if time.monotonic() - self._heartbeat > HEARTBEAT:
             self.status("running")
 
     def say(self, text: str) -> None:

@@ -247,6 +247,7 @@ class Trainer:
 
         def each() -> None:
             self.watch.beat(self.config.run.step_timeout)
+            self.monitor.heartbeat()
             flags = torch.tensor([float(self.watch.stop), float(self.monitor.superseded)], device=self.world.device)
             if work := self.world.reduce(flags):
                 work.wait()
