@@ -229,19 +229,21 @@ def test_saving_does_not_stop_the_steps(shard_sets: Path, undisturbed: Path, tmp
 
 
 def test_settings_that_cannot_change(shard_sets: Path, undisturbed: Path) -> None:
+    """Another model, seed, batch, augmentation or data set is refused with the difference, and nothing is touched."""
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
-    for key, value in (
-        ("model.hidden", "16"),
-        ("train.seed", "1"),
-        ("train.global_batch", "12"),
-        ("data.lighting", "0"),
-    ):
+    cases = {
+        "model.hidden": ("16", "model.hidden was 32, now 16"),
+        "train.seed": ("1", "train.seed was 0, now 1"),
+        "train.global_batch": ("12", "train.global_batch was 24, now 12"),
+        "data.lighting": ("0", "data.lighting was 0.1, now 0"),
+        "data.train": (str(shard_sets / "val"), "training set was"),
+    }
+    for key, (value, message) in cases.items():
         result = launch(shard_sets, undisturbed, f"--{key}={value}", ranks=0)
         assert result.returncode == 2
         line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
         assert "was begun with other settings" in line
-        assert key in line
-        assert f"now {value}" in line
+        assert message in line
     assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
 
 
