@@ -198,6 +198,12 @@ def test_double_start(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> No
     TABLE.append(("double start", "the later one takes over", "-"))
 
 
+def alive(pid: str) -> bool:
+    """Whether it runs: neither gone nor a zombie that nobody has reaped."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_an_orphan_leaves(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The launcher is killed; its workers go on as orphans until a new start takes over."""
     run = tmp_path / "run"
@@ -211,7 +217,10 @@ def test_an_orphan_leaves(shard_sets: Path, undisturbed: Path, tmp_path: Path) -
     late = launch(shard_sets, run, EVERY)
     assert late.returncode == 0, late.stderr
     finish(early)  # its pipes close when the orphans are gone
-    assert not any(Path(f"/proc/{pid}").exists() for pid in orphans)
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in orphans):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     same(run, undisturbed)
     TABLE.append(("orphans of a killed launcher", "they leave", "-"))
 
