@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -181,14 +182,20 @@ def test_no_endless_restarts(shard_sets: Path, tmp_path: Path) -> None:
     TABLE.append(("a crash at every start", "failed after three restarts", "-"))
 
 
-def test_double_start(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The later start takes over; the earlier one finds another's token and leaves without touching anything."""
-    run = tmp_path / "run"
-    early = start(shard_sets, run, EVERY, module="tests.faults", env={"STEP_SECONDS": "1"})
+def under_way(shard_sets: Path, run: Path) -> subprocess.Popen[str]:
+    """A slow run that has made its first checkpoint."""
+    process = start(shard_sets, run, EVERY, module="tests.faults", env={"STEP_SECONDS": "1"})
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "step-00000004").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    return process
+
+
+def test_double_start(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The later start takes over; the earlier one finds another's token and leaves without touching anything."""
+    run = tmp_path / "run"
+    early = under_way(shard_sets, run)
     late = launch(shard_sets, run, EVERY)
     assert late.returncode == 0, late.stderr
     left = finish(early)
@@ -207,11 +214,7 @@ def alive(pid: str) -> bool:
 def test_an_orphan_leaves(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The launcher is killed; its workers go on as orphans until a new start takes over."""
     run = tmp_path / "run"
-    early = start(shard_sets, run, EVERY, module="tests.faults", env={"STEP_SECONDS": "1"})
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step-00000004").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    early = under_way(shard_sets, run)
     orphans = Path(f"/proc/{early.pid}/task/{early.pid}/children").read_text().split()
     early.kill()
     late = launch(shard_sets, run, EVERY)
