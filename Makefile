@@ -1,4 +1,4 @@
-# make demo | test | lint | drills | bench | test-gpu, each with its own set-up; EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
+# make demo | test | lint | drills | bench | experiments | test-gpu, each with its own set-up; EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cuda13
@@ -26,7 +26,10 @@ lint: $(VENV)/ready
 drills: $(VENV)/ready  ## break runs in every way and print what came of it
 	$(BIN)/python -m pytest -q -s -m 'not slow' tests/test_drills.py $(ARGS)
 
+experiments: $(VENV)/ready  ## the paper's own comparisons, and why re-implementations fail: tables and pictures in docs/experiments
+	$(BIN)/python -m dist_train experiments $(ARGS)
+
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
 
-.PHONY: demo test test-gpu lint drills bench
+.PHONY: demo test test-gpu lint drills bench experiments

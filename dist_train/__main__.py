@@ -1,7 +1,12 @@
-"""`torchrun --nproc_per_node=N -m dist_train [--config FILE] [--key value ...]`; `python -m dist_train` for one."""
+"""`torchrun --nproc_per_node=N -m dist_train [--config FILE] [--key value ...]`; `python -m dist_train` for one.
+
+`python -m dist_train VERB ...` does something else than train; see VERBS.
+"""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -18,17 +23,31 @@ from dist_train.data import check_batch, open_sets, pack_source, to_pack
 from dist_train.distributed import DIVERGED, FAILED, STOPPED, USAGE, Watch, World, join, rank_of_launcher
 from dist_train.monitor import Monitor, draw_curves, read_records
 from dist_train.owner import NoProgress, Owner, Superseded, check_progress
-from dist_train.train import BadData, Diverged, NotSaved, State, Stopped, Trainer
+from dist_train.state import State
+from dist_train.train import BadData, Diverged, NotSaved, Stopped, Trainer
 from pipelines.shards import ShardError, ShardSet, write_atomically
 from pipelines.sources import SourceError
+
+# Each module has a `main(argv) -> exit code`.
+VERBS = {
+    "evaluate": "dist_train.ensemble",
+    "figures": "dist_train.figures",
+    "experiments": "dist_train.experiments",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 75 stopped, 70 diverged, 2 usage, 1 not saved. Under a launcher non-zero means
     "restart me", so there all but the last are 0, and `status.json` tells them apart."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in VERBS:
+        return int(importlib.import_module(VERBS[argv[0]]).main(argv[1:]))
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     try:
-        config, file = parse(sys.argv[1:] if argv is None else argv)
+        if argv and not argv[0].startswith("-"):
+            nearest = difflib.get_close_matches(argv[0], VERBS, 1, cutoff=0)[0]
+            raise ConfigError(f"unknown verb {argv[0]}: did you mean {nearest}? Without a verb a net is trained")
+        config, file = parse(argv)
         watch = Watch(config.run.start_timeout, config.run.stop_timeout)
         world = join(config.train.device)
     except ValueError as error:
@@ -54,6 +73,8 @@ def _run(config: Config, file: str, world: World, watch: Watch) -> int:
         if world.rank == 0:
             print(f"error: {message}", file=sys.stderr)
         return USAGE
+    if config.train.tower_parallel:
+        world = world.in_pairs()
     name = world.share(config.run.name or Path(config.run.dir).name or default_name(file))
     directory = Path(config.run.dir or Path(config.run.root) / name)
     config = replace(config, run=replace(config.run, name=name, dir=str(directory)))

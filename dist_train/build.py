@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train import models
+from dist_train import models, towers
 from dist_train.config import Config, as_dict
 from dist_train.distributed import World
 from pipelines.dali import Loader
@@ -32,11 +32,11 @@ def build_loader(
         training=training,
         seed=config.train.seed,
         shuffle_shards=data.shuffle_shards,
-        rank=world.rank,
-        size=world.size,
+        rank=world.dp_rank,
+        size=world.dp_size,
         device="gpu" if on_gpu else "cpu",
         device_id=world.local_rank if on_gpu else None,
-        divide_by_std=data.divide_by_std,
+        inputs=data.inputs,
         threads=data.threads or world.threads,
         readers=data.readers,
         ahead=data.ahead,
@@ -44,37 +44,39 @@ def build_loader(
 
 
 def build_model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.Module:
-    """The model on this rank's device, its weights from the seed. Raises ValueError for a bad name or crop."""
+    """The model, or this rank's tower of it, on this rank's device, its weights from the seed. Raises ValueError for a
+    bad name or crop."""
     torch.manual_seed(config.train.seed)
-    model = models.build(
-        config.model.name,
-        classes=classes,
-        crop=config.data.crop,
-        hidden=config.model.hidden,
-        dropout=config.model.dropout,
-    )
+    model = models.build(config.model, classes=classes, crop=config.data.crop)
+    if world.mesh is not None:
+        towers.place(model, world)
     model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
         model.compile(dynamic=False)  # a size has one kernel, whatever sizes came before
     return model
 
 
-def compiler_works(device: torch.device) -> str:
+def compiler_works(world: World) -> str:
     """Why `torch.compile` does not work here, or nothing. A missing compiler shows only at the first call."""
+    if world.mesh is not None:
+        return "train.tower_parallel exchanges activations in the midst of the net"
     try:
-        torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
+        torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=world.device))
         return ""
     except Exception as error:
         return str(error).strip().splitlines()[-1][:120]
 
 
 def precision(config: Config, world: World) -> str:
-    """`auto`: off on the CPU, where bfloat16 was measured to be slower; on a GPU bf16 where it has it, else fp16."""
+    """`auto`: off on the CPU, where bfloat16 was measured to be slower; on a GPU bf16 where it has it, else fp16, or
+    off for towers on two ranks: a GradScaler would know of the overflows of one alone."""
     if config.train.precision != "auto":
         return config.train.precision
     if world.device.type == "cpu":
         return "off"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if torch.cuda.is_bf16_supported():
+        return "bf16"
+    return "fp16" if world.mesh is None else "off"
 
 
 def distribute(model: nn.Module, config: Config, world: World, autocast: torch.autocast) -> nn.Module:
@@ -83,11 +85,11 @@ def distribute(model: nn.Module, config: Config, world: World, autocast: torch.a
     DDP rebuilds its buckets after its first step, and gloo then sums in another order. Two throw-away steps put that
     behind us, so that a resumed run sums as one that never stopped.
     """
-    if world.size == 1:
+    if world.dp_size == 1:
         return model
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    net = DistributedDataParallel(model, process_group=world.group("data"), gradient_as_bucket_view=True)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    low, high = part(config.train.global_batch, world.rank, world.size)
+    low, high = part(config.train.global_batch, world.dp_rank, world.dp_size)
     share = part(high - low, 0, config.train.accumulate)[1]
     side = config.data.crop
     inputs = torch.zeros(share, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
@@ -106,6 +108,6 @@ def identity(config: Config, shards: ShardSet) -> dict[str, Any]:
     flat = as_dict(config)
     free = {"train", "val", "source", "device", "threads", "readers", "ahead", "max_bad"}
     kept = {k: v for k, v in flat.items() if k.startswith("data.") and k.removeprefix("data.") not in free}
-    kept |= {k: v for k, v in flat.items() if k.startswith("model.")}
+    kept |= {k: v for k, v in flat.items() if k.startswith("model.") and k != "model.init_from"}
     kept |= {k: flat[k] for k in ("train.seed", "train.global_batch", "optim.name")}
     return kept | {"classes": len(shards.classes), "training set": shards.fingerprint[:16]}

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -66,14 +66,14 @@ class Store:
 
     def newest(self, complain: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint whose hash matches, and its meta. Bad ones are named, with the reason."""
-        self.bad = []
-        for path in sorted(self.directory.glob("step-*"), reverse=True):
-            why = _fault(path)
-            if why is None:
-                return path, json.loads((path / META).read_bytes())
+
+        def bad(path: Path, why: str) -> None:
             complain(f"checkpoint {path.name} is bad ({why}): looking for an older one")
             self.bad.append(path.name)
-        return None
+
+        self.bad = []
+        path = newest(self.directory.glob("step-*"), bad)
+        return (path, json.loads((path / META).read_bytes())) if path else None
 
     def clean(self) -> None:
         """Remove what killed saves left, and set the bad checkpoints that `newest` met aside as `bad-*`."""
@@ -120,6 +120,15 @@ class Store:
                 hidden = self.directory / f".{path.name}.tmp"
                 os.rename(path, hidden)  # never a half-deleted directory under a good name
                 _remove(hidden)
+
+
+def newest(paths: Iterable[Path], bad: Callable[[Path, str], None] = lambda *_: None) -> Path | None:
+    """The last, by name, whose hash matches. `bad` hears of those that do not count, and why."""
+    for path in sorted(paths, reverse=True):
+        if (why := _fault(path)) is None:
+            return path
+        bad(path, why)
+    return None
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:

@@ -39,9 +39,9 @@ class Data(Augment):
     """Shard set for the validation error."""
     source: str = ""
     """Name of a torchvision data set that is packed first where the shard sets do not exist."""
-    divide_by_std: bool = False
-    """Divide inputs by the standard deviation too. The paper only subtracts the mean, and its weights N(0, 0.01) need
-    inputs of that size."""
+    inputs: Literal["mean_subtracted", "minus_one_to_one", "standardized"] = "mean_subtracted"
+    """Scale of the inputs. The paper only subtracts the mean (section 2), and its weights N(0, 0.01) need inputs of that
+    size; [-1, 1] is common in re-implementations; standardized also divides by the standard deviation."""
     shuffle_shards: int = 16
     """Samples are shuffled inside blocks of this many shards."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -61,11 +61,34 @@ class Model:
     """The net."""
 
     name: str = "alexnet"
-    """alexnet, or torchvision:<name>."""
+    """alexnet (the paper's: two towers, as groups), alexnet_two_tower (the same function as two explicit towers),
+    alexnet_one_tower (no groups), or torchvision:<name>. All below but init_from is for alexnet alone."""
     hidden: int = 4096
-    """Units of each hidden dense layer (alexnet)."""
+    """Units of each hidden dense layer, over both towers."""
     dropout: float = 0.5
-    """Probability that a unit of the first two dense layers is set to zero (alexnet)."""
+    """Probability that an output of the first two dense layers is set to zero (section 4.2); 0: none."""
+    dropout_scaling: Literal["test", "training"] = "test"
+    """Multiply these outputs by 1 - dropout at test time, as the paper, or divide them by it in training, as is usual
+    now."""
+    outputs: int = 0
+    """Units of the last layer; 0: one a class. More than classes are never a label."""
+    width: float = 1.0
+    """Kernels of each convolution, as a multiple of the paper's 96-256-384-384-256."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Section 3.1."""
+    pooling: Literal["overlapping", "plain"] = "overlapping"
+    """Windows of 3 every 2 pixels, or of 2 (section 3.4)."""
+    lrn: Literal["paper", "every", "none"] = "paper"
+    """Response normalisation after conv 1 and 2 (section 3.3), after every convolution, or nowhere."""
+    lrn_alpha: float = 1e-4
+    """Of response normalisation; torch.nn.LocalResponseNorm(5, alpha=1e-4) divides by its size and so means 2e-5."""
+    left_out: Literal["none", "conv3", "conv4", "conv5"] = "none"
+    """A middle convolution to do without (sections 1 and 7)."""
+    biases: Literal["paper", "ones"] = "paper"
+    """Initial biases: 1 in conv 2, 4, 5 and the hidden dense layers, else 0 (section 5); or 1 everywhere."""
+    init_from: str = ""
+    """A run, or one of its checkpoints, whose weights a new run begins with wherever name and shape agree. A last layer
+    for other classes begins anew."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +135,17 @@ class Train:
     """Samples an update, over all ranks."""
     accumulate: int = 1
     """Parts into which each rank cuts its share of a batch, to save memory."""
+    until_error: float = 0.0
+    """Stop early when the training error, a running mean of top-1 over some 50 steps, falls below this; 0: never."""
+    tower_parallel: bool = False
+    """Put the two towers of alexnet_two_tower on two ranks, as the paper did, with data parallelism over the pairs."""
     seed: int = 0
     """Of weights, order, augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Mixed precision; auto: bf16 on a GPU that has it, otherwise fp16, and off on the CPU."""
+    """Mixed precision; auto: bf16 on a GPU that has it, else fp16 (off with tower_parallel), and off on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: where a compiler works."""
+    """torch.compile; auto: where a compiler works, and not with tower_parallel."""
     deterministic: bool = True
     """Resuming gives the same bits as never having stopped. On the GPU this costs some speed."""
 
@@ -141,6 +168,8 @@ class Monitor:
 
     log_every: int = 20
     """Steps between two records in metrics.jsonl."""
+    probes: tuple[int, ...] = ()
+    """Steps before which activations, gradients and curvature are measured layer by layer (dist_train/probe.py)."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "dist_train"
 
@@ -181,6 +210,7 @@ class Config:
             self, 1, "train.epochs train.global_batch train.accumulate data.shuffle_shards data.readers data.ahead"
         )
         _at_least(self, 1, "data.crop data.resize model.hidden monitor.log_every checkpoint.keep schedule.patience")
+        _at_least(self, 0, "model.outputs model.lrn_alpha train.until_error")
         _at_least(
             self,
             0,
@@ -195,6 +225,22 @@ class Config:
             )
         if not 0 <= self.model.dropout < 1:
             raise ConfigError(f"model.dropout is {self.model.dropout}: it must lie in [0, 1)")
+        if not self.model.width > 0:
+            raise ConfigError(f"model.width is {self.model.width}: it must be above 0")
+        if self.train.tower_parallel and self.model.name != "alexnet_two_tower":
+            raise ConfigError(
+                f"train.tower_parallel needs two towers, and model.name is {self.model.name}: set it to alexnet_two_tower"
+            )
+        if self.train.tower_parallel and self.train.precision == "fp16":
+            raise ConfigError(
+                "train.precision is fp16, whose scale would follow the overflows of one tower alone with "
+                "train.tower_parallel: set it to bf16 or off"
+            )
+        if self.train.tower_parallel and self.train.compile == "on":
+            raise ConfigError(
+                "train.compile is on, but train.tower_parallel exchanges activations in the midst of the net, which "
+                "is not compiled: set it to auto or off"
+            )
         if self.data.crop > self.data.resize:
             raise ConfigError(
                 f"data.crop {self.data.crop} is larger than data.resize {self.data.resize}, the shorter side that "
@@ -210,7 +256,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="dist_train",
-        description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST).",
+        description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
+        "`python -m dist_train evaluate|figures RUN` looks at a trained one; each has its own --help.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file")

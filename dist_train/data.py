@@ -27,8 +27,14 @@ def pack_source(config: Config) -> None:
 
 
 def check_batch(config: Config, ranks: int) -> None:
-    """Raises ConfigError where a rank would get no sample of a batch."""
+    """Raises ConfigError where a rank would get no sample of a batch, or no partner for the other tower."""
     batch, pieces = config.train.global_batch, config.train.accumulate
+    if config.train.tower_parallel:
+        if ranks % 2:
+            raise ConfigError(
+                f"train.tower_parallel puts each net on two ranks, and {ranks} cannot be paired: start an even number"
+            )
+        ranks //= 2
     if batch < ranks * pieces:
         raise ConfigError(
             f"train.global_batch {batch} is smaller than {ranks} ranks x train.accumulate {pieces}: raise it, or start "

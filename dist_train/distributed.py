@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Thread
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 STOPPED, DIVERGED, USAGE, FAILED = 75, 70, 2, 1  # exit codes of a process without a launcher
@@ -26,13 +27,46 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of a run."""
+    """This process among the ranks of a run.
+
+    Attributes:
+        mesh: (data, tower), where the towers of a net are on two ranks; else each rank has the whole net.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    mesh: DeviceMesh | None = None
+
+    def in_pairs(self) -> World:
+        """These ranks, an even number, in pairs: rank 2 d + t has tower t of data-parallel rank d."""
+        shape, names = (self.size // 2, 2), ("data", "tower")
+        return replace(self, mesh=init_device_mesh(self.device.type, shape, mesh_dim_names=names))
+
+    @property
+    def dp_rank(self) -> int:
+        """The data-parallel rank: which share of a batch this rank sees."""
+        return self.rank if self.mesh is None else self.mesh.get_local_rank("data")
+
+    @property
+    def dp_size(self) -> int:
+        """Into how many shares a batch is cut."""
+        return self.size if self.mesh is None else self.mesh.size(0)
+
+    @property
+    def tower(self) -> int:
+        return 0 if self.mesh is None else self.mesh.get_local_rank("tower")
+
+    @property
+    def counts(self) -> int:
+        """1 where what this rank saw is to be counted; 0 where it is another tower that saw the same."""
+        return int(self.tower == 0)
+
+    def group(self, dimension: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one in nothing but `dimension`, data or tower; None for all ranks."""
+        return None if self.mesh is None else self.mesh.get_group(dimension)
 
     @property
     def threads(self) -> int:
@@ -47,6 +81,11 @@ class World:
     def reduce(self, values: Tensor) -> dist.Work | None:
         """Begin to sum `values` over all ranks in place; `wait` on the result before reading them."""
         return dist.all_reduce(values, async_op=True)
+
+    def agree(self, flag: Tensor) -> None:
+        """Set `flag`, one number, to the largest of the towers of a net, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group("tower"))
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank."""

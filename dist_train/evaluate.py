@@ -28,7 +28,8 @@ def validate(
 ) -> Scores:
     """Top-1 and top-5 error of `model` over all images of `loader`, the same on all ranks.
 
-    Counts are integers and are reduced once. `each` is called after every batch, on all ranks alike.
+    Counts are integers and are reduced once; where the towers are on two ranks, one of these counts. `each` is called
+    after every batch, on all ranks alike.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
@@ -45,6 +46,7 @@ def validate(
                 total += F.cross_entropy(logits, labels, reduction="sum")
             each()
     model.train()
+    counts, total = counts * world.counts, total * world.counts
     for work in (world.reduce(counts), world.reduce(total)):
         if work:
             work.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +24,14 @@ def build(config: Optim, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
 
 
-def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
+def update(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, agree: Callable[[Tensor], None] = lambda _: None
+) -> Tensor:
     """Step, except where a gradient is not finite: then weights and state stay as they are, decided on the device.
 
     Returns 1.0 where the step was refused for that reason, else 0.0: a float32 scalar on the device. With a scaler
-    that is always 0: there an overflow is ordinary, skipped by the scaler, which lowers its scale.
+    that is always 0: there an overflow is ordinary, skipped by the scaler, which lowers its scale. `agree` makes it one
+    of several ranks that hold different parts of a net (`World.agree`).
     """
     if scaler.is_enabled():
         scaler.step(optimizer)
@@ -35,6 +39,7 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Te
         return torch.zeros((), device=next(iter(optimizer.param_groups[0]["params"])).device)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     refused = (~torch.isfinite(nn.utils.get_total_norm(gradients))).float()
+    agree(refused)
     optimizer.found_inf = refused  # type: ignore[attr-defined]  # how GradScaler tells a fused optimizer to skip
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()

@@ -6,7 +6,8 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_train import build, optim
-from dist_train.checkpoint import CheckpointError, Store, load
+from dist_train.checkpoint import Store, load
 from dist_train.config import Config, as_dict
 from dist_train.distributed import Watch, World
 from dist_train.evaluate import validate
 from dist_train.models.dropout import mask_keys
 from dist_train.monitor import Monitor
 from dist_train.owner import Superseded
+from dist_train.probe import measure
+from dist_train.state import MEMORY, Parts, State, begin_from, choose
 from pipelines.dali import Batch
 from pipelines.order import part
 from pipelines.shards import ShardSet
@@ -44,38 +47,11 @@ class BadData(Exception):
     """More samples than allowed cannot be decoded."""
 
 
-@dataclass
-class State:
-    """Where a run stands: `step_in_epoch` steps of `epoch` are done, `step` in all.
-
-    `validated` is true between an epoch's validation and the first step of the next epoch. `bad_samples` were met, and
-    replaced, in all ranks.
-    """
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    validated: bool = False
-    best_error: float = 1.0
-    best_epoch: int = -1
-    bad_samples: int = 0
-
-    def advance(self) -> None:
-        self.step, self.step_in_epoch, self.validated = self.step + 1, self.step_in_epoch + 1, False
-
-    def next_epoch(self, error: float) -> bool:
-        """Take the epoch's validation error; returns whether it is the best."""
-        best = self.best_epoch < 0 or error < self.best_error
-        if best:
-            self.best_error, self.best_epoch = error, self.epoch
-        self.epoch, self.step_in_epoch, self.validated = self.epoch + 1, 0, True
-        return best
-
-
 class Agreed(NamedTuple):
     """What one small all-reduce at each step carries; sums over the ranks."""
 
     loss: float
+    wrong: float
     refused: float
     stop: float
     due: float
@@ -115,10 +91,10 @@ class Trainer:
         self.shards, val = data
         batch = config.train.global_batch
         self.train_loader = build.build_loader(config, world, self.shards, self.shards, batch=batch, training=True)
-        check = max(world.size, batch // config.train.accumulate)
+        check = max(world.dp_size, batch // config.train.accumulate)
         self.val_loader = build.build_loader(config, world, val, self.shards, batch=check, training=False)
         compiled = config.train.compile != "off"
-        if config.train.compile == "auto" and (why := build.compiler_works(world.device)):
+        if config.train.compile == "auto" and (why := build.compiler_works(world)):
             compiled = False
             monitor.say(f"torch.compile is off, it does not work here: {why}")
         self.model = build.build_model(config, world, len(self.shards.classes), compiled=compiled)
@@ -129,6 +105,7 @@ class Trainer:
         self.optimizer = optim.build(config.optim, self.model)
         self.schedule = optim.Schedule(config.schedule, config.optim.lr)
         self.state = State()
+        self.parts = Parts(self.model, self.optimizer, self.scaler, self.schedule, self.state)
         self.changed: dict[str, Any] = {}  # settings that differ from those that the checkpoint was made with
         self._pending: Pending | None = None
         self._saved_at = time.monotonic()
@@ -143,10 +120,14 @@ class Trainer:
             self._began, self._images, self.train_loader.waited = time.monotonic(), 0, 0.0
             for batch in self.train_loader.epoch(state.epoch, start=state.step_in_epoch):
                 lr = self.schedule.lr(state.epoch, state.step_in_epoch, steps)
+                if state.step in config.monitor.probes:
+                    self.probe(batch, lr)
                 under_way = self.train_step(batch, lr)
                 state.advance()
                 before, self._pending = self._pending, under_way
                 self.settle(before)  # a step late, so that the device is never waited for
+                if self.learnt():
+                    break
             self.settle(self._drain())
             error = self.validate()
             if self.schedule.step(error, state.epoch):
@@ -156,38 +137,53 @@ class Trainer:
         self.finish()
 
     def exhausted(self) -> bool:
-        """Whether the error stopped improving after the last division, and the run is to stop then."""
-        return self.config.schedule.stop_early and self.schedule.exhausted
+        """Whether the run is to stop before its last epoch: the error stopped improving after the last division, or the
+        training error is as low as was asked for."""
+        return (self.config.schedule.stop_early and self.schedule.exhausted) or self.learnt()
+
+    def learnt(self) -> bool:
+        """Whether the training error has fallen below `train.until_error`."""
+        return self.state.step > MEMORY and self.state.train_error < self.config.train.until_error
 
     def train_step(self, batch: Batch, lr: float) -> Pending:
-        """Forward, backward, update. The rank's loss is its sum times ranks / global batch, so that DDP's average over
-        ranks is the mean over the global batch, however the samples are spread."""
+        """Forward, backward, update. The rank's loss is its sum times data-parallel ranks / global batch, so that DDP's
+        average over those is the mean over the global batch, however the samples are spread."""
         config, world, state = self.config, self.world, self.state
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
         positions = batch.start + np.arange(len(batch.labels))
         keys = mask_keys(config.train.seed, state.step, positions).to(world.device)
-        own = mask_keys(config.train.seed, state.step, np.array([world.rank]))
+        own = mask_keys(config.train.seed, state.step, np.array([world.dp_rank]))
         torch.manual_seed(int(own[0]))  # for models that bring their own dropout
         inputs, labels = batch.inputs.to(world.device, non_blocking=True), batch.labels.to(world.device)
-        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        total, wrong = torch.zeros(2, dtype=torch.float64, device=world.device)
         pieces = config.train.accumulate
         for i in range(pieces):
             low, high = part(len(labels), i, pieces)
-            alone = i == pieces - 1 or world.size == 1
+            alone = i == pieces - 1 or world.dp_size == 1
             with nullcontext() if alone else self.net.no_sync():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.net(inputs[low:high], keys[low:high])
                 loss = F.cross_entropy(logits.float(), labels[low:high], reduction="sum")
-                scaled = self.scaler.scale(loss * (world.size / config.train.global_batch))
+                scaled = self.scaler.scale(loss * (world.dp_size / config.train.global_batch))
                 scaled.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        refused = optim.update(self.optimizer, self.scaler)
+            wrong += (logits.argmax(1) != labels[low:high]).sum()
+        refused = optim.update(self.optimizer, self.scaler, world.agree)
         due = world.rank == 0 and self._due()
-        rest = (self.watch.stop, due, self.monitor.superseded, batch.replaced)
-        values = torch.stack([total, refused.double(), *torch.tensor(rest, dtype=torch.float64).to(world.device)])
+        rest = (self.watch.stop, due, self.monitor.superseded, batch.replaced * world.counts)
+        sums = (total * world.counts, wrong * world.counts, refused.double())
+        values = torch.stack([*sums, *torch.tensor(rest, dtype=torch.float64).to(world.device)])
         return Pending(values, world.reduce(values), state.epoch, state.step_in_epoch, state.step, lr)
+
+    def probe(self, batch: Batch, lr: float) -> None:
+        """Record what `dist_train.probe` measures on a batch, and leave the state of training as it is."""
+        positions = batch.start + np.arange(len(batch.labels))
+        keys = mask_keys(self.config.train.seed, self.state.step, positions).to(self.world.device)
+        values = measure(self.model, batch.inputs.to(self.world.device), batch.labels.to(self.world.device), keys)
+        images = self.state.step * self.config.train.global_batch
+        self.monitor.record("probe", step=self.state.step, epoch=self.state.epoch, images=images, lr=lr, **values)
 
     def settle(self, pending: Pending | None) -> None:
         """Do what the ranks agreed on at a step: record it, save, stop."""
@@ -216,12 +212,14 @@ class Trainer:
                 f"{self.state.bad_samples} samples could not be decoded, more than data.max_bad: run "
                 f"`python -m pipelines verify {self.config.data.train}`, or raise it"
             )
+        self.state.average(agreed.wrong / batch, step)
         self._images += batch
         if step % self.config.monitor.log_every == 0:
             progress = pending.epoch + (pending.step_in_epoch + 1) / self.train_loader.steps
             where = {"step": step, "epoch": pending.epoch, "progress": progress, "images": step * batch}
             bad = {"bad_samples": self.state.bad_samples} if self.state.bad_samples else {}
-            self.monitor.record("step", **where, loss=loss, lr=pending.lr, **bad, **self._rates())
+            values = {"loss": loss, "train_error": self.state.train_error, "lr": pending.lr}
+            self.monitor.record("step", **where, **values, **bad, **self._rates())
         self.monitor.progress(step, pending.epoch, lambda: self._line(loss, pending))
         return bool(agreed.stop), bool(agreed.due)
 
@@ -233,7 +231,7 @@ class Trainer:
     def finish(self) -> None:
         """Wait for the last save; try once more where it failed. Raises NotSaved where it fails again, on all ranks."""
         self.store.join()
-        if self.store.error and not self.monitor.superseded:
+        if self.world.share(bool(self.store.error) and not self.monitor.superseded):
             self.save(best=False)
             self.store.join()
         if self.world.share(self.monitor.superseded or isinstance(self.store.error, Superseded)):
@@ -273,6 +271,7 @@ class Trainer:
     def save(self, *, best: bool) -> None:
         """Save the state beside training; rank 0 writes."""
         self._saved_at = time.monotonic()
+        state = self.parts.state_dict()
         if self.world.rank or self.monitor.superseded:
             return
         self.store.join()
@@ -284,49 +283,28 @@ class Trainer:
         else:
             self.monitor.publish(self._covered)
         size = self.monitor.size()
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "state": asdict(self.state),
-            "record": size,
-        }
         versions = {"torch": torch.__version__, "world_size": self.world.size}
         meta = asdict(self.state) | build.identity(self.config, self.shards) | {"config": as_dict(self.config)}
-        self.store.save(state, meta | versions, best=best)
+        self.store.save(state | {"record": size}, meta | versions, best=best)
         self._covered = size
 
     def restore(self) -> int:
-        """Take over the newest good checkpoint, if there is one. Rank 0 chooses.
+        """Take over the newest good checkpoint, if there is one; else `model.init_from`, if that is given.
 
-        Returns how many bytes of the record it covers. Raises CheckpointError where it is of another model, data set,
-        seed or batch, or where there are checkpoints and none is good.
+        Returns how many bytes of the record it covers. Raises CheckpointError.
         """
-        found = self.store.newest(self.monitor.say) if self.world.rank == 0 else None
-        if (chosen := self.world.share(found)) is None:
-            if self.world.share(self.store.bad):
-                raise CheckpointError(
-                    f"no checkpoint in {self.store.directory} is good: put a good one back, or delete the directory to "
-                    f"begin anew"
-                )
+        config, say = self.config, self.monitor.say
+        chosen = choose(self.store, self.world, config, self.shards, say)
+        if chosen is None:
+            if config.model.init_from:
+                taken, fresh = begin_from(self.model, Path(config.model.init_from), self.world.device)
+                say(f"{len(taken)} tensors from {config.model.init_from}; new: {', '.join(fresh) or 'none'}")
             return 0
         path, meta = chosen
-        ours = json.loads(json.dumps(build.identity(self.config, self.shards)))
-        different = [f"{k} was {meta.get(k)!r}, now {v!r}" for k, v in ours.items() if meta.get(k) != v]
-        if different:
-            raise CheckpointError(
-                f"{path.parent.parent} was begun with other settings ({'; '.join(different)}): restore them, or choose "
-                f"another run.name"
-            )
         saved = load(path, self.world.device)
-        self.model.load_state_dict(saved["model"])
-        optim.load_state(self.optimizer, saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.schedule.load_state_dict(saved["schedule"])
-        vars(self.state).update(saved["state"])
-        self.monitor.say(f"continuing from {path.name}: epoch {self.state.epoch + 1}, step {self.state.step}")
-        told = {k: v for k, v in as_dict(self.config).items() if k.startswith(("optim.", "schedule.", "train.epochs"))}
+        self.parts.load_state_dict(saved)
+        say(f"continuing from {path.name}: epoch {self.state.epoch + 1}, step {self.state.step}")
+        told = {k: v for k, v in as_dict(config).items() if k.startswith(("optim.", "schedule.", "train.epochs"))}
         self.changed = {k: v for k, v in json.loads(json.dumps(told)).items() if meta["config"].get(k) != v}
         return int(saved["record"])
 

@@ -59,11 +59,40 @@ class Augment:
     """Standard deviation of the factors of PCA lighting; 0: none."""
 
 
-def centre_views(size: NDArray[np.int64], augment: Augment) -> Views:
-    """The central crop, without reflection or lighting. `size`: original width and height, [n, 2]."""
-    now = resized(size, augment.resize)
+# As shares of the room that a crop leaves: of the width, of the height.
+PLACES = np.array([(0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+
+
+def fixed_views(size: NDArray[np.int64], augment: Augment, view: int = 0) -> Views:
+    """One of the ten patches that predictions are averaged over (section 4.1), without lighting.
+
+    "At test time, the network makes a prediction by extracting five 224x224 patches (the four corner patches and the
+    center patch) as well as their horizontal reflections (hence ten patches in all)". With `center_square` they are
+    those of the central square, otherwise of the whole resized image. The pixels are those of torchvision's
+    CenterCrop(resize) and TenCrop(crop). It reflects first and cuts then, so where the room beside the centre patch is
+    odd, that of the reflected image begins one pixel further to the right.
+
+    Args:
+        size: original width and height, [n, 2].
+        view: 0: the centre; 1 to 4: the corners, the upper left and right, the lower left and right; 5 to 9: the same
+            places, reflected.
+    """
+    assert 0 <= view < 2 * len(PLACES)
+    now, mirrored = resized(size, augment.resize), view >= len(PLACES)
+    square, room = _room(now, augment)
+    places = room * PLACES[view % len(PLACES)]
+    inside = np.rint(places)  # half to even, as torchvision's round
+    if mirrored:
+        inside[:, 0] = room[:, 0] - np.rint(room[:, 0] - places[:, 0])
+    corner = (square + inside).astype(np.int32)
     n = len(size)
-    return Views(now, (now - augment.crop) // 2, np.zeros(n, np.bool_), np.zeros((n, 3), np.float32))
+    return Views(now, corner, np.full(n, mirrored), np.zeros((n, 3), np.float32))
+
+
+def _room(now: NDArray[np.int32], augment: Augment) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Left top corner of the region that crops are cut from, and how far a crop can move in it: int32 [n, 2] each."""
+    side = np.full_like(now, augment.resize) if augment.center_square else now
+    return np.rint((now - side) / 2).astype(np.int32), side - augment.crop
 
 
 def random_views(
@@ -90,8 +119,8 @@ def random_views(
     bits.advance(BLOCKS * start)
     uniform = (bits.random_raw(WORDS * n).reshape(n, WORDS) >> np.uint64(11)) * 2.0**-53  # [0, 1)
     now = resized(size, augment.resize)
-    room = np.full_like(now, augment.resize) if augment.center_square else now
-    corner = (now - room) // 2 + np.floor(uniform[:, :2] * (room - augment.crop + 1)).astype(np.int32)
+    square, room = _room(now, augment)
+    corner = square + np.floor(uniform[:, :2] * (room + 1)).astype(np.int32)
     radius = np.sqrt(-2 * np.log1p(-uniform[:, 3:5]))
     angle = 2 * np.pi * uniform[:, 5:7]
     normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import Augment, Views, centre_views, random_views
+from pipelines.augment import Augment, Views, fixed_views, random_views
 from pipelines.order import REPLACE, Ints, Order, part, philox
 from pipelines.shards import BadSample, Manifest, ShardError, ShardSet
 
@@ -33,6 +33,7 @@ with warnings.catch_warnings():
     from nvidia.dali import Pipeline, fn, types
 
 Device = Literal["cpu", "gpu"]
+Inputs = Literal["mean_subtracted", "minus_one_to_one", "standardized"]
 Feed = tuple[Sequence[NDArray[np.uint8] | None], NDArray[Any], NDArray[Any], NDArray[np.int32], NDArray[np.float32]]
 
 
@@ -115,7 +116,7 @@ class Loader:
         batch: the global batch, in samples.
         rank, size: this data-parallel rank, and how many there are.
         device: where DALI decodes; "gpu" needs `device_id`.
-        divide_by_std: also divide by the standard deviation, for models that want it; the paper does not.
+        inputs: mean_subtracted as the paper, minus_one_to_one, or standardized (divided by the standard deviation too).
         threads: DALI's decoding threads; 0: the CPUs of this process.
         readers: threads that read files ahead.
         ahead: batches that are read ahead.
@@ -136,7 +137,7 @@ class Loader:
         size: int = 1,
         device: Device = "cpu",
         device_id: int | None = None,
-        divide_by_std: bool = False,
+        inputs: Inputs = "mean_subtracted",
         threads: int = 0,
         readers: int = 32,
         ahead: int = 4,
@@ -148,8 +149,7 @@ class Loader:
         self.device_id = device_id
         self.order = Order(shards.shard_samples, seed, shuffle_shards)
         self.steps = len(shards) // batch if training else -(-len(shards) // batch)
-        self.mean = 255 * np.array(statistics.mean, np.float32)
-        self.std = 255 * np.array(statistics.std, np.float32) if divide_by_std else np.ones(3, np.float32)
+        self.mean, self.std = _scale(inputs, statistics)
         self.components = np.array(statistics.eigenvectors) * np.array(statistics.eigenvalues)
         self.threads = threads or len(os.sched_getaffinity(0))
         self.readers, self.ahead = readers, ahead
@@ -178,11 +178,12 @@ class Loader:
         return samples, start
 
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
-        """How these samples are shown at positions `start` ... of an epoch."""
+        """How these samples are shown at positions `start` ... of an epoch. Without training the number of the epoch is
+        that of the fixed view: 0 the centre, up to 9."""
         sizes = self._sizes(samples)
         if self.training:
             return random_views(sizes, self.augment, self.components, seed=self.seed, epoch=epoch, start=start)
-        return centre_views(sizes, self.augment)
+        return fixed_views(sizes, self.augment, view=epoch)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches of steps `start` ... of an epoch. Raises ShardError where a tar is not what was indexed."""
@@ -234,11 +235,15 @@ class Loader:
 
     def _find_bad(self, epoch: int, steps: range) -> bool:
         """Decode the samples of these steps one by one, the way they failed together; name those that fail again."""
-        todo = [int(s) for step in steps for s in self.usable(epoch, step)[0]]
+        todo = [
+            (int(s), start + i)
+            for samples, start in (self.usable(epoch, step) for step in steps)
+            for i, s in enumerate(samples)
+        ]
         known = len(self.bad)
         while todo:
-            pipeline = self._build((self._one(sample) for sample in todo), alone=True)
-            for i, sample in enumerate(todo):
+            pipeline = self._build((self._one(epoch, *one) for one in todo), alone=True)
+            for i, (sample, _) in enumerate(todo):
                 try:
                     pipeline.run()
                 except RuntimeError:
@@ -249,9 +254,9 @@ class Loader:
                 break
         return len(self.bad) > known
 
-    def _one(self, sample: int) -> Feed:
+    def _one(self, epoch: int, sample: int, position: int) -> Feed:
         samples = np.array([sample])
-        return self._arguments([self.read(sample)], samples, centre_views(self._sizes(samples), self.augment))
+        return self._arguments([self.read(sample)], samples, self.views(epoch, samples, position))
 
     def _sizes(self, samples: Ints) -> Ints:
         return self.shards.sizes[samples].astype(np.int64)
@@ -334,3 +339,11 @@ class Loader:
     def _empty(self) -> Tensor:
         side = self.augment.crop
         return torch.empty(0, 3, side, side, device="cpu" if self.device == "cpu" else f"cuda:{self.device_id}")
+
+
+def _scale(inputs: Inputs, statistics: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What is subtracted from each channel, and what it is then divided by, in levels: float32 [3] each."""
+    if inputs == "minus_one_to_one":
+        return np.full(3, 127.5, np.float32), np.full(3, 127.5, np.float32)
+    mean, std = (255 * np.array(values, np.float32) for values in (statistics.mean, statistics.std))
+    return mean, std if inputs == "standardized" else np.ones(3, np.float32)

@@ -18,13 +18,19 @@ VERSIONS = 5  # of each image
 INCHES = 1.3  # a cell
 
 
-class _Chosen(Loader):
-    """The loader of training with the same samples in every epoch, which shows them in that epoch's way."""
+class Chosen(Loader):
+    """A loader of one rank that shows the samples it is told to, the same ones in every epoch. In training it shows
+    them in that epoch's way."""
 
     chosen: Ints
 
+    def choose(self, samples: Ints) -> None:
+        """From now on an epoch is these `samples` (rows of the index, int64 [n]), in this order."""
+        self.chosen, self.steps = samples, -(-len(samples) // self.batch)
+
     def samples(self, epoch: int, step: int) -> tuple[Ints, int]:
-        return self.chosen, step * self.batch
+        first = step * self.batch
+        return self.chosen[first : first + self.batch].copy(), first
 
 
 def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed: int) -> None:
@@ -35,10 +41,10 @@ def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed:
     """
     shards = ShardSet(directory)
     rows = min(rows, len(shards))
-    loader = _Chosen(shards, Augment(resize, crop), shards.manifest, batch=rows, training=True, seed=seed)
+    loader = Chosen(shards, Augment(resize, crop), shards.manifest, batch=rows, training=True, seed=seed)
     candidates = loader.order.samples(0, 0, len(shards))
     first = np.unique(shards.index["label"][candidates], return_index=True)[1]  # of each class
-    loader.chosen = np.concatenate([candidates[np.sort(first)], np.delete(candidates, first)])[:rows]
+    loader.choose(np.concatenate([candidates[np.sort(first)], np.delete(candidates, first)])[:rows])
     columns = [[np.asarray(Image.open(BytesIO(shards.read(int(k)).tobytes())).convert("RGB")) for k in loader.chosen]]
     for epoch in range(VERSIONS):
         batch = next(loader.epoch(epoch))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipelines.augment import Augment, centre_views, random_views, reference_crop, resized
+from pipelines.augment import Augment, fixed_views, random_views, reference_crop, resized
 
 N = 40_000
 COMPONENTS = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0] * np.array([0.22, 0.019, 0.0045])
@@ -86,7 +86,7 @@ def test_center_square_keeps_crops_in_the_central_square() -> None:
         views = random_views(np.tile([size], (2000, 1)), square, COMPONENTS, seed=0, epoch=0, start=0)
         assert set(views.corner[:, axis]) == set(range(36, 42))  # the square covers 36 .. 108
         assert set(views.corner[:, 1 - axis]) == set(range(6))
-        centre = centre_views(np.array([size]), square)
+        centre = fixed_views(np.array([size]), square)
         assert centre.corner[0, axis] == 38
 
 
@@ -107,14 +107,35 @@ def test_resized_sizes_are_torchvisions() -> None:
             assert now == list(F.resize(Image.new("1", (width, height)), [shorter]).size)
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 72), (72, 90)])
-def test_centre_views_are_torchvisions_centre_crop(width: int, height: int) -> None:
+def patches(image: Image.Image, augment: Augment, views: range) -> list[bytes]:
+    """What `fixed_views` shows of an image, which is as large as after the resize."""
+    size = np.array([image.size])
+    return [reference_crop(image, fixed_views(size, augment, v), 0, augment.crop).tobytes() for v in views]
+
+
+@pytest.mark.parametrize("center_square", [False, True])
+@pytest.mark.parametrize("crop", [60, 65, 67, 70, 72])
+@pytest.mark.parametrize(("width", "height"), [(72, 72), (75, 72), (72, 77), (80, 72), (72, 91), (97, 72)])
+def test_fixed_views_are_torchvisions_ten_crop(width: int, height: int, crop: int, center_square: bool) -> None:
+    pixels = np.random.default_rng(width + height).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    augment = Augment(resize=72, crop=crop, center_square=center_square)
+    square = F.center_crop(image, [72]) if center_square else image
+    upper_left, upper_right, lower_left, lower_right, centre = (p.tobytes() for p in F.five_crop(square, [crop]))
+    assert patches(image, augment, range(5)) == [centre, upper_left, upper_right, lower_left, lower_right]
+    assert sorted(patches(image, augment, range(10))) == sorted(p.tobytes() for p in F.ten_crop(square, [crop]))
+    for view in range(10):
+        views = fixed_views(np.array([image.size]), augment, view)
+        assert views.mirror[0] == (view >= 5)
+        assert not views.shift.any()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 72), (72, 90), (75, 72), (72, 77)])
+def test_the_first_fixed_view_is_torchvisions_centre_crop(width: int, height: int) -> None:
     pixels = np.random.default_rng(4).integers(0, 256, (height, width, 3), np.uint8)
-    views = centre_views(np.array([[width, height]]), Augment(resize=72, crop=68))
+    views = fixed_views(np.array([[width, height]]), Augment(resize=72, crop=68))
     expected = np.asarray(F.center_crop(Image.fromarray(pixels), [68]))
     assert np.array_equal(reference_crop(Image.fromarray(pixels), views, 0, 68), expected)
-    assert not views.mirror.any()
-    assert not views.shift.any()
 
 
 def test_reference_crop_is_torchvisions() -> None:

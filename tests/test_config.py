@@ -15,7 +15,7 @@ def test_the_defaults_are_the_paper() -> None:
         "data.resize": 256,
         "data.crop": 227,
         "data.lighting": 0.1,
-        "data.divide_by_std": False,
+        "data.inputs": "mean_subtracted",
         "model.name": "alexnet",
         "model.hidden": 4096,
         "model.dropout": 0.5,

@@ -85,11 +85,17 @@ def test_lighting_and_mean_are_fused_as_the_paper_adds_them(shard_sets: Path) ->
         )
 
 
-def test_divide_by_std(shard_sets: Path) -> None:
-    plain, divided = make(shard_sets / "train"), make(shard_sets / "train", divide_by_std=True)
-    std = 255 * torch.tensor(plain.shards.manifest.std).view(1, 3, 1, 1)
-    for one, two in zip(plain.epoch(1), divided.epoch(1), strict=True):
+def test_scales_of_the_inputs(shard_sets: Path) -> None:
+    """The same pixels, lighting included, in each of the three scales."""
+    plain, divided, unit = (
+        make(shard_sets / "train", inputs=inputs) for inputs in ("mean_subtracted", "standardized", "minus_one_to_one")
+    )
+    mean, std = (
+        255 * torch.tensor(v).view(1, 3, 1, 1) for v in (plain.shards.manifest.mean, plain.shards.manifest.std)
+    )
+    for one, two, three in zip(plain.epoch(1), divided.epoch(1), unit.epoch(1), strict=True):
         torch.testing.assert_close(two.inputs * std, one.inputs, atol=1e-3, rtol=0)
+        torch.testing.assert_close((three.inputs + 1) * 127.5, one.inputs + mean, atol=1e-3, rtol=0)
 
 
 def test_statistics_are_the_training_sets(shard_sets: Path) -> None:
@@ -157,8 +163,8 @@ def test_shards_of_other_tools(tmp_path: Path) -> None:
     (batch,) = loader.epoch()
     pixels = levels(loader, batch, np.zeros((9, 3), np.float32))
     for i, image in enumerate(images):
-        left = (image.shape[1] - 72) // 2
-        np.testing.assert_allclose(pixels[i], image[:, left : left + 72], atol=1e-4)
+        centre = np.asarray(F.center_crop(Image.fromarray(image), [72]))
+        np.testing.assert_allclose(pixels[i], centre, atol=1e-4)
     assert batch.labels.tolist() == [0, 1, 2] * 3
 
 
@@ -220,9 +226,8 @@ def test_validation_covers_every_sample_once(shard_sets: Path, size: int) -> Non
             assert batch.inputs.shape == (len(batch.samples), 3, 67, 67)
             assert batch.labels.tolist() == loader.shards.index["label"][batch.samples].tolist()
             for image, sample in zip(levels(loader, batch, np.zeros((1, 3), np.float32)), batch.samples, strict=True):
-                whole = np.asarray(decoded(loader.shards, int(sample)))
-                top, left = ((side - 67) // 2 for side in whole.shape[:2])
-                np.testing.assert_allclose(image, whole[top : top + 67, left : left + 67], atol=1e-4)
+                centre = np.asarray(F.center_crop(decoded(loader.shards, int(sample)), [67]))
+                np.testing.assert_allclose(image, centre, atol=1e-4)
     assert sorted(seen) == list(range(63))
     assert {len(row) for row in lengths} == {3}  # 31 + 31 + 1
     assert sorted(row[2] for row in lengths) == [0] * (size - 1) + [1]

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dist_train import models, optim
-from dist_train.config import Optim
+from dist_train.config import Model, Optim
 from dist_train.models.dropout import mask_keys
 from tests.launch import STEPS, equal, launch, newest, records, status
 
@@ -46,7 +46,7 @@ def test_mixed_precision_resumes(shard_sets: Path, tmp_path: Path, precision: st
 
 
 def test_the_same_dropout_masks_as_on_the_cpu() -> None:
-    net = models.build("alexnet", classes=10, crop=67, hidden=64, dropout=0.5)
+    net = models.build(Model(hidden=64), classes=10, crop=67)
     x, keys = torch.randn(8, 3, 67, 67) * 60, mask_keys(0, 3, np.arange(8))
     on_cpu = net(x, keys)
     on_gpu = net.cuda()(x.cuda(), keys.cuda())

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_train import models
+from dist_train.config import Model
 from dist_train.models.alexnet import AlexNet, feature_side
 from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.models.lrn import local_response_norm
@@ -32,7 +33,7 @@ def test_parameters_of_the_paper() -> None:
 def test_forward_is_the_paper_layer_by_layer() -> None:
     """Against the same function written with torch.nn modules, LocalResponseNorm with its alpha divided by n."""
     torch.manual_seed(0)
-    net = AlexNet(7, crop=99, hidden=32).double().eval()
+    net = AlexNet(7, 99, Model(hidden=32)).double().eval()
     x = torch.randn(2, 3, 99, 99, dtype=torch.float64) * 60
 
     def norm(x: torch.Tensor) -> torch.Tensor:
@@ -42,14 +43,14 @@ def test_forward_is_the_paper_layer_by_layer() -> None:
     y = F.max_pool2d(norm(net.conv1(x).relu()), 3, 2)
     y = F.max_pool2d(norm(net.conv2(y).relu()), 3, 2)
     y = F.max_pool2d(net.conv5(net.conv4(net.conv3(y).relu()).relu()).relu(), 3, 2)
-    y = net.fc8(net.fc7(net.fc6(y.flatten(1)).relu()).relu())
+    y = net.fc8(0.5 * net.fc7(0.5 * net.fc6(y.flatten(1)).relu()).relu())
     assert y.std() > 0
     torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-6)
 
 
 def test_initialisation_of_section_5() -> None:
     torch.manual_seed(0)
-    net = AlexNet(10, crop=67, hidden=256)
+    net = AlexNet(10, 67, Model(hidden=256))
     for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"):
         layer = getattr(net, name)
         n = layer.weight.numel()
@@ -135,25 +136,41 @@ def test_dropout_rate_and_independence(p: float) -> None:
     assert np.abs(correlation).max() < 5.5 / 400**0.5
 
 
-def test_dropout_keeps_the_mean_and_rests_in_evaluation() -> None:
-    layer = Dropout(4096, 0.5, layer=6)
-    x = torch.ones(64, 4096)
-    assert abs(layer(x, mask_keys(0, 0, np.arange(64))).mean() - 1) < 0.02
-    layer.eval()
-    assert layer(x, None) is x
+def test_dropout_keeps_the_mean() -> None:
+    """ "At test time, we use all the neurons but multiply their outputs by 0.5"; the usual form scales in training."""
+    x, keys = torch.ones(64, 4096), mask_keys(0, 0, np.arange(64))
+    for scaling, dropped, tested in (("test", 1.0, 0.8), ("training", 1.25, 1.0)):
+        layer = Dropout(4096, 0.2, 6, scaling)
+        out = layer(x, keys)
+        assert set(out.unique().tolist()) == {0.0, dropped}
+        assert abs(out.mean() - tested) < 0.02
+        assert (layer.eval()(x, None) == tested).all()
+
+
+def test_dropout_is_of_the_outputs_of_the_hidden_layers() -> None:
+    """Section 4.2: about half of what enters fc 7 and fc 8 is zero, and next to nothing of what enters fc 6."""
+    torch.manual_seed(0)
+    net = AlexNet(10, 67, Model(hidden=512))
+    entering: dict[str, torch.Tensor] = {}
+    for name in ("fc6", "fc7", "fc8"):
+        net.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: entering.update({name: args[0]}))
+    net(torch.randn(16, 3, 67, 67) * 60, mask_keys(0, 0, np.arange(16)))
+    assert (entering["fc6"] > 0).double().mean() > 0.95, "biases of 1 keep nearly all of conv 5 above zero"
+    for name in ("fc7", "fc8"):
+        assert abs((entering[name] > 0).double().mean() - 0.5) < 0.05, name
 
 
 def test_models_by_name() -> None:
-    net = models.build("torchvision:resnet18", classes=5, crop=64, hidden=8, dropout=0.5)
+    net = models.build(Model("torchvision:resnet18"), classes=5, crop=64)
     assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
     with pytest.raises(ValueError, match="'alexnt' is unknown: did you mean 'alexnet'"):
-        models.build("alexnt", classes=5, crop=64, hidden=8, dropout=0.5)
+        models.build(Model("alexnt"), classes=5, crop=64)
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     torch.manual_seed(0)
-    net = AlexNet(10, crop=67, hidden=64).to(memory_format=torch.channels_last)
+    net = AlexNet(10, 67, Model(hidden=64)).to(memory_format=torch.channels_last)
     x, keys = torch.randn(8, 3, 67, 67) * 60, mask_keys(0, 3, np.arange(8))
     eager = torch.autograd.grad(F.cross_entropy(net(x, keys), torch.arange(8)), list(net.parameters()))
     net.compile(dynamic=False)

@@ -73,7 +73,7 @@ def test_mixed_precision(shard_sets: Path, tmp_path: Path, precision: str) -> No
 
 
 def test_a_torchvision_model(shard_sets: Path, tmp_path: Path) -> None:
-    extra = ("--model.name=torchvision:squeezenet1_1", "--data.divide_by_std=true", "--optim.name=adam")
+    extra = ("--model.name=torchvision:squeezenet1_1", "--data.inputs=standardized", "--optim.name=adam")
     result = launch(shard_sets, tmp_path / "r", *extra, "--optim.lr=1e-4", "--train.epochs=1", ranks=0)
     assert result.returncode == 0, result.stderr
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
+from dist_train.config import Model
 from dist_train.models.alexnet import AlexNet
+from dist_train.models.towers import TwoTowers
 
 TORCHVISION = "torchvision:"
 
@@ -28,14 +32,24 @@ class TorchvisionModel(nn.Module):
         return main
 
 
-def build(name: str, *, classes: int, crop: int, hidden: int, dropout: float) -> nn.Module:
-    """The model `alexnet` or `torchvision:<name>`. Raises ValueError with the nearest name."""
-    if name == "alexnet":
-        return AlexNet(classes, crop, hidden, dropout)
+OURS: dict[str, Callable[..., nn.Module]] = {
+    "alexnet": AlexNet,
+    "alexnet_one_tower": partial(AlexNet, towers=1),
+    "alexnet_two_tower": TwoTowers,
+}
+
+
+def build(options: Model, *, classes: int, crop: int) -> nn.Module:
+    """The model of that name, of `options.outputs` outputs or one a class. Raises ValueError with the nearest name."""
+    outputs = options.outputs or classes
+    if outputs < classes:
+        raise ValueError(f"model.outputs is {outputs}, fewer than the {classes} classes: raise it, or leave it 0")
+    if options.name in OURS:
+        return OURS[options.name](outputs, crop, options)
     from torchvision import models
 
     known = [TORCHVISION + model for model in models.list_models(module=models)]
-    if name in known:
-        return TorchvisionModel(name.removeprefix(TORCHVISION), classes)
-    nearest = difflib.get_close_matches(name, ["alexnet", *known], 1, cutoff=0)
-    raise ValueError(f"model.name {name!r} is unknown: did you mean {nearest[0]!r}?")
+    if options.name in known:
+        return TorchvisionModel(options.name.removeprefix(TORCHVISION), outputs)
+    nearest = difflib.get_close_matches(options.name, [*OURS, *known], 1, cutoff=0)
+    raise ValueError(f"model.name {options.name!r} is unknown: did you mean {nearest[0]!r}?")

@@ -8,66 +8,91 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_train.config import Model
 from dist_train.models.dropout import Dropout
 from dist_train.models.lrn import local_response_norm
 
 TOWERS = 2  # the paper's two GPUs: "the kernels of the second, fourth, and fifth layers" see one tower's maps
+KERNELS = {"conv1": (96, 11, 4, 0), "conv2": (256, 5, 1, 2), "conv3": (384, 3, 1, 1)}  # number, side, stride, padding
+KERNELS |= {"conv4": (384, 3, 1, 1), "conv5": (256, 3, 1, 1)}
+PAPER = Model()
+ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
 
-class AlexNet(nn.Module):
-    """Five convolutional and three dense layers, figure 2, with the towers as groups.
+class Layers(nn.Module):
+    """What lies between the layers with weights, and how those begin: the same in all forms of the net."""
 
-    Input [n, 3, crop, crop], pixels in levels minus the mean. Output: logits [n, classes]. 60,965,224 parameters at
-    1000 classes, crop 227 and 4096 hidden units.
-
-    Args:
-        classes: number of classes.
-        crop: side of the input in pixels; one for which every layer's stride divides its way (227, 67, ...).
-        hidden: units of each hidden dense layer.
-        dropout: probability that a unit is set to zero in the first two dense layers.
-    """
-
-    def __init__(self, classes: int, crop: int = 227, hidden: int = 4096, dropout: float = 0.5) -> None:
+    def __init__(self, options: Model) -> None:
         super().__init__()
-        side = feature_side(crop)
-        self.conv1 = nn.Conv2d(3, 96, 11, stride=4)
-        self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=TOWERS)
-        self.conv3 = nn.Conv2d(256, 384, 3, padding=1)
-        self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=TOWERS)
-        self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=TOWERS)
-        self.fc6 = nn.Linear(256 * side * side, hidden)
-        self.fc7 = nn.Linear(hidden, hidden)
-        self.fc8 = nn.Linear(hidden, classes)
-        self.drop6 = Dropout(self.fc6.in_features, dropout, layer=6)
-        self.drop7 = Dropout(hidden, dropout, layer=7)
-        self.reset_parameters()
+        self.options = options
+        self.activation = torch.tanh if options.activation == "tanh" else F.relu
 
-    def reset_parameters(self) -> None:
+    def normalise(self, x: Tensor, layer: str, groups: int) -> Tensor:
+        """Section 3.3: after "the ReLU nonlinearity in certain layers", the first and second (3.5)."""
+        where = {"paper": ("conv1", "conv2"), "every": tuple(KERNELS), "none": ()}[self.options.lrn]
+        return local_response_norm(x, groups, alpha=self.options.lrn_alpha) if layer in where else x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Overlapping pooling, section 3.4: s = 2, z = 3; or plain, z = 2, which gives maps of the same size."""
+        return F.max_pool2d(x, 3 if self.options.pooling == "overlapping" else 2, 2)
+
+    def dropout(self, layer: int) -> Dropout:
+        """Of the outputs "in the first two fully-connected layers" (section 4.2)."""
+        return Dropout(self.options.hidden, self.options.dropout, layer, self.options.dropout_scaling)
+
+    def reset(self, name: str, layer: nn.Conv2d | nn.Linear) -> None:
         """Section 5: weights from "a zero-mean Gaussian distribution with standard deviation 0.01"; "the neuron biases
         in the second, fourth, and fifth convolutional layers, as well as in the fully-connected hidden layers, with the
         constant 1"; the remaining ones 0."""
-        ones = (self.conv2, self.conv4, self.conv5, self.fc6, self.fc7)
-        for layer in (self.conv1, *ones[:1], self.conv3, *ones[1:], self.fc8):
-            nn.init.normal_(layer.weight, std=0.01)
-            assert layer.bias is not None
-            nn.init.constant_(layer.bias, float(layer in ones))
+        nn.init.normal_(layer.weight, std=0.01)
+        if layer.bias is not None:
+            nn.init.constant_(layer.bias, float(self.options.biases == "ones" or name in ONES))
+
+
+class AlexNet(Layers):
+    """Five convolutional and three dense layers, figure 2, with the towers as groups.
+
+    Input [n, 3, crop, crop], pixels in levels minus the mean. Output: logits [n, outputs]. 60,965,224 parameters at
+    1000 outputs, crop 227 and 4096 hidden units; 62,378,344 with one tower.
+
+    Args:
+        outputs: units of the last layer.
+        crop: side of the input in pixels; one for which every layer's stride divides its way (227, 67, ...).
+        options: hidden units, dropout and the paper's own comparisons.
+        towers: 2 as the paper, or 1.
+    """
+
+    def __init__(self, outputs: int, crop: int = 227, options: Model = PAPER, towers: int = TOWERS) -> None:
+        super().__init__(options)
+        self.towers = towers
+        side, hidden = feature_side(crop), options.hidden
+        self.convolutions = [name for name in KERNELS if name != options.left_out]
+        maps = 3
+        for name in self.convolutions:
+            number, size, stride, padding = KERNELS[name]
+            groups = towers if name in ("conv2", "conv4", "conv5") else 1
+            number = round(number * options.width)
+            self.add_module(name, nn.Conv2d(maps, number, size, stride, padding, groups=groups))
+            maps = number
+        self.fc6 = nn.Linear(maps * side * side, hidden)
+        self.drop6 = self.dropout(6)
+        self.fc7 = nn.Linear(hidden, hidden)
+        self.drop7 = self.dropout(7)
+        self.fc8 = nn.Linear(hidden, outputs)
+        for name in (*self.convolutions, "fc6", "fc7", "fc8"):
+            self.reset(name, self.get_submodule(name))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """keys: of `mask_keys`, int64 [n]; needed in training."""
-        x = _pool(local_response_norm(F.relu(self.conv1(x)), TOWERS))
-        x = _pool(local_response_norm(F.relu(self.conv2(x)), TOWERS))
-        x = F.relu(self.conv3(x))
-        x = F.relu(self.conv4(x))
-        x = _pool(F.relu(self.conv5(x)))
-        x = F.relu(self.fc6(self.drop6(torch.flatten(x, 1), keys)))
-        x = F.relu(self.fc7(self.drop7(x, keys)))
+        for name in self.convolutions:
+            x = self.activation(self.get_submodule(name)(x))
+            x = self.normalise(x, name, self.towers)
+            if name in ("conv1", "conv2", self.convolutions[-1]):
+                x = self.pool(x)
+        x = self.drop6(self.activation(self.fc6(torch.flatten(x, 1))), keys)
+        x = self.drop7(self.activation(self.fc7(x)), keys)
         logits: Tensor = self.fc8(x)
         return logits
-
-
-def _pool(x: Tensor) -> Tensor:
-    """Overlapping pooling, section 3.4: s = 2, z = 3."""
-    return F.max_pool2d(x, 3, 2)
 
 
 def feature_side(crop: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -38,26 +40,28 @@ class Dropout(nn.Module):
     """ "setting to zero the output of each hidden neuron with probability 0.5" (section 4.2), by hashed masks: a sample
     meets the same mask at any world size and after any restart.
 
-    Kept outputs are divided by 1 - p in training, as is usual now. The paper instead multiplies by 1 - p at test time:
-    the same family of nets, with weights twice as large, but training starts in another place.
-
     Args:
         units: number of units of one sample.
         p: probability of zero.
         layer: number of this layer, so that layers have independent masks.
+        scaling: test: "at test time, we use all the neurons but multiply their outputs by 0.5" (1 - p), as the paper;
+            training: kept outputs are divided by 1 - p in training, as is usual now. Each net of one form is one of the
+            other with other weights, but the two begin, and learn, differently.
     """
 
     units: Tensor
 
-    def __init__(self, units: int, p: float, layer: int) -> None:
+    def __init__(self, units: int, p: float, layer: int, scaling: Literal["test", "training"] = "test") -> None:
         super().__init__()
-        self.p = p
+        self.p, self.scaling = p, scaling
         self.register_buffer("units", mix(torch.arange(units) + (layer << 24)), persistent=False)
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """x: [n, units]; keys: of `mask_keys`, int64 [n], needed in training."""
-        if not self.training or self.p == 0:
+    def forward(self, x: Tensor, keys: Tensor | None, first: int = 0) -> Tensor:
+        """x: [n, units], or those from unit `first` on; keys: of `mask_keys`, int64 [n], needed in training."""
+        if self.p == 0:
             return x
+        if not self.training:
+            return x * (1 - self.p) if self.scaling == "test" else x
         assert keys is not None
-        kept = mix(self.units ^ keys[:, None]) >= int(self.p * 2**32)
-        return x * kept / (1 - self.p)
+        kept = mix(self.units[first : first + x.shape[1]] ^ keys[:, None]) >= int(self.p * 2**32)
+        return x * kept if self.scaling == "test" else x * kept / (1 - self.p)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dist_train import models
+from dist_train.config import Model
 from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.models.lrn import local_response_norm
 from pipelines.augment import Augment
@@ -138,7 +139,7 @@ def net() -> None:
         keys = mask_keys(0, 0, np.arange(batch))
         entries = {}
         for mode in ("eager", "compiled"):
-            model = models.build("alexnet", classes=10, crop=crop, hidden=hidden, dropout=0.5)
+            model = models.build(Model(hidden=hidden), classes=10, crop=crop)
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if mode == "compiled":
                 model.compile(dynamic=False)

@@ -1,0 +1,115 @@
+"""The net as the paper ran it: two towers, each on its own GPU, that "communicate only in certain layers" (3.2)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import Model
+from dist_train.models.alexnet import KERNELS, PAPER, TOWERS, Layers, feature_side
+
+State = dict[str, Tensor]
+
+
+class Exchange(Protocol):
+    """Where the lines of figure 2 cross. Each takes what the towers of this process made."""
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The parts [n, maps / 2, ...] of both towers as [n, maps, ...]."""
+
+    def add(self, parts: list[Tensor]) -> Tensor:
+        """The sum [n, outputs] of both towers' parts."""
+
+
+class Together:
+    """Both towers in this process."""
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, 1)
+
+    def add(self, parts: list[Tensor]) -> Tensor:
+        return parts[0] + parts[1]
+
+
+class Tower(nn.Module):
+    """Half of the net: 48-128-192-192-128 maps and half of the hidden units. The third convolution and the dense layers
+    see both halves' maps, all others their own."""
+
+    def __init__(self, layers: Layers, outputs: int, side: int) -> None:
+        super().__init__()
+        options = layers.options
+        whole, own, hidden = 3, 3, options.hidden // TOWERS
+        for name in (name for name in KERNELS if name != options.left_out):
+            number, size, stride, padding = KERNELS[name]
+            number = round(number * options.width) // TOWERS
+            self.add_module(name, nn.Conv2d(whole if name == "conv3" else own, number, size, stride, padding))
+            whole, own = TOWERS * number, number
+        self.fc6 = nn.Linear(whole * side * side, hidden)
+        self.fc7 = nn.Linear(options.hidden, hidden)
+        self.fc8 = nn.Linear(hidden, outputs, bias=False)  # both towers' parts are added, and the bias once
+        for name, layer in self.named_children():
+            layers.reset(name, layer)  # type: ignore[arg-type]
+
+
+class TwoTowers(Layers):
+    """Two explicit towers that exchange their maps before conv 3, fc 6, fc 7 and the classifier, as in figure 2.
+
+    The same function as `AlexNet` with the same weights (`grouped_state`): 60,965,224 parameters at 1000 outputs. With
+    `keep` one of them moves to another process, where it has the same names.
+
+    Args: as `AlexNet`. Raises ValueError where hidden units or kernels cannot be halved.
+    """
+
+    def __init__(self, outputs: int, crop: int = 227, options: Model = PAPER) -> None:
+        super().__init__(options)
+        side = feature_side(crop)
+        if options.hidden % TOWERS or any(round(k[0] * options.width) % TOWERS for k in KERNELS.values()):
+            raise ValueError(
+                f"two towers need an even model.hidden and even numbers of kernels: not {options.hidden} hidden units "
+                f"at model.width {options.width}"
+            )
+        self.exchange: Exchange = Together()
+        self.towers = nn.ModuleDict({str(t): Tower(self, outputs, side) for t in range(TOWERS)})
+        self.bias = nn.Parameter(torch.full((outputs,), float(options.biases == "ones")))
+        self.drop6, self.drop7 = self.dropout(6), self.dropout(7)
+
+    def own(self) -> list[Tower]:
+        """The towers of this process."""
+        return list(self.towers.values())  # type: ignore[arg-type]
+
+    def keep(self, tower: int, exchange: Exchange) -> None:
+        """Drop the other tower: it is in another process, which `exchange` reaches."""
+        del self.towers[str(1 - tower)]
+        self.exchange = exchange
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """As `AlexNet.forward`."""
+        towers, join = self.own(), self.exchange.join
+        convolutions = [name for name in KERNELS if name != self.options.left_out]
+        xs = [x for _ in towers]  # figure 2: both towers see the whole image
+        for name in convolutions:
+            if name == "conv3":
+                xs = [join(xs)] * len(xs)
+            xs = [self.activation(tower.get_submodule(name)(x)) for tower, x in zip(towers, xs, strict=True)]
+            xs = [self.normalise(x, name, 1) for x in xs]
+            if name in ("conv1", "conv2", convolutions[-1]):
+                xs = [self.pool(x) for x in xs]
+        x = torch.flatten(join(xs), 1)
+        x = self.drop6(join([self.activation(tower.fc6(x)) for tower in towers]), keys)
+        half = self.options.hidden // TOWERS
+        firsts = [int(name) * half for name in self.towers]  # a tower drops its own of the hidden units
+        xs = [
+            self.drop7(self.activation(tower.fc7(x)), keys, first) for tower, first in zip(towers, firsts, strict=True)
+        ]
+        return self.exchange.add([tower.fc8(x) for tower, x in zip(towers, xs, strict=True)]) + self.bias
+
+
+def grouped_state(state: State) -> State:
+    """The weights of `AlexNet` that make it the same function as the two towers with these weights."""
+    grouped = {"fc8.bias": state["bias"]}
+    for name in (key.removeprefix("towers.0.") for key in state if key.startswith("towers.0.")):
+        halves = [state[f"towers.{t}.{name}"] for t in range(TOWERS)]
+        grouped[name] = torch.cat(halves, 1 if name == "fc8.weight" else 0)
+    return grouped

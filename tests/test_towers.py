@@ -1,0 +1,207 @@
+"""Tower parallel: the two towers on two ranks compute what one process computes that has both.
+
+`python -m tests.test_towers` under torchrun is what one rank of `test_every_gradient` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_train import build, optim
+from dist_train.config import Config, ConfigError, Data, Model, Train
+from dist_train.data import check_batch
+from dist_train.distributed import World, join
+from dist_train.models.dropout import mask_keys
+from dist_train.models.towers import TwoTowers
+from pipelines.order import part
+from tests.launch import equal, launch, newest, records, status
+
+STEPS = 8  # an epoch: 240 images in batches of 30
+WHOLE = ("--model.name=alexnet_two_tower", "--model.width=0.25", "--train.global_batch=30", "--train.epochs=1")
+PAIRS = (*WHOLE, "--train.tower_parallel=true")
+
+
+def fault(at: str, n: int, do: str, rank: int) -> dict[str, str]:
+    return {"FAULT": json.dumps({"at": at, "n": n, "do": do, "rank": rank})}
+
+
+def run(data: Path, where: Path, *extra: str, ranks: int, env: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run to its end, or to the fault in `env`; its status."""
+    (where / f"fault-{json.loads(env['FAULT'])['rank'] if env else 0}").unlink(missing_ok=True)
+    result = launch(data, where, *extra, ranks=ranks, module="tests.faults" if env else "dist_train", env=env)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return status(where)
+
+
+@pytest.fixture(scope="module")
+def alone(shard_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that has both towers."""
+    where = tmp_path_factory.mktemp("alone")
+    assert run(shard_sets, where, *WHOLE, ranks=1)["state"] == "done"
+    return where
+
+
+@pytest.fixture(scope="module")
+def pair(shard_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tower on each of two ranks."""
+    where = tmp_path_factory.mktemp("pair")
+    assert run(shard_sets, where, *PAIRS, ranks=2)["state"] == "done"
+    return where
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Equal up to the order of summation: losses to 1e-5 of their size, weights and momenta to 1e-5 of the largest of
+    each tensor. The checkpoints are made alike: names, numbers, shapes, dtypes and memory formats."""
+    steps = [[r for r in records(where) if r["kind"] != "probe"] for where in (a, b)]
+    for ours, theirs in zip(*steps, strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert len(steps[0]) == STEPS + 1
+    assert steps[0][-1]["samples"] == 63
+    ours, theirs = newest(a), newest(b)
+    assert list(ours["model"]) == list(theirs["model"])
+    assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+    assert list(ours["optimizer"]["state"]) == list(theirs["optimizer"]["state"])
+    assert ours["state"] == pytest.approx(theirs["state"])
+    momenta = [
+        {str(i): m["momentum_buffer"] for i, m in saved["optimizer"]["state"].items()} for saved in (ours, theirs)
+    ]
+    assert len(momenta[0]) == len(ours["model"]) == 2 * 15 + 1
+    for left, right in ((ours["model"], theirs["model"]), momenta):
+        for name, value in left.items():
+            assert value.stride() == right[name].stride(), name
+            torch.testing.assert_close(value, right[name], rtol=0, atol=1e-5 * float(right[name].abs().max()))
+
+
+def test_a_pair_is_one_process(alone: Path, pair: Path) -> None:
+    assert_same_run(pair, alone)
+
+
+def test_two_pairs_are_one_process(shard_sets: Path, tmp_path: Path, alone: Path) -> None:
+    """Two data-parallel ranks of two towers; the probe, which goes through the towers too, changes nothing."""
+    assert run(shard_sets, tmp_path, *PAIRS, "--monitor.probes=[2]", ranks=4)["state"] == "done"
+    assert_same_run(tmp_path, alone)
+    (probe,) = records(tmp_path, "probe")
+    assert all(name.startswith("towers.0.") for name in probe["layers"])
+
+
+def test_stopping_and_going_on(shard_sets: Path, tmp_path: Path, alone: Path, pair: Path) -> None:
+    """A SIGTERM to tower 1 saves the whole net, and going on gives the bits of never having stopped. So does the same
+    checkpoint, up to rounding, where one process goes on, is stopped, and a pair finishes; a save fails there, and the
+    other try needs both towers."""
+    stopped, mixed = tmp_path / "stopped", tmp_path / "mixed"
+    end = run(shard_sets, stopped, *PAIRS, ranks=2, env=fault("step", 3, "SIGTERM", 1))
+    assert end["state"] == "stopped"
+    assert 3 <= newest(stopped)["state"]["step"] < STEPS
+    shutil.copytree(stopped, mixed)
+
+    assert run(shard_sets, stopped, *PAIRS, ranks=2)["state"] == "done"
+    assert records(stopped) == records(pair)
+    assert equal(newest(stopped) | {"record": 0}, newest(pair) | {"record": 0})
+
+    assert run(shard_sets, mixed, *WHOLE, ranks=1, env=fault("step", 2, "SIGTERM", 0))["state"] == "stopped"
+    assert 5 <= newest(mixed)["state"]["step"] < STEPS
+    full = fault("save:written", 1, "disk full", 0)
+    assert run(shard_sets, mixed, *PAIRS, ranks=2, env=full)["state"] == "done"
+    assert (mixed / "fault-0").exists(), "the save has failed once"
+    assert_same_run(mixed, alone)
+
+
+def test_a_gradient_of_one_tower_that_is_not_finite(shard_sets: Path, tmp_path: Path) -> None:
+    end = run(shard_sets, tmp_path, *PAIRS, ranks=2, env=fault("step", 3, "nan", 1))
+    assert end["state"] == "diverged"
+    assert "the gradient is not finite at step 3 " in end["reason"]
+
+
+def test_what_cannot_be_paired_is_one_sentence(shard_sets: Path, tmp_path: Path) -> None:
+    result = launch(shard_sets, tmp_path / "r", *PAIRS, ranks=0)
+    assert result.returncode == 2
+    message = "error: train.tower_parallel puts each net on two ranks, and 1 cannot be paired: start an even number"
+    assert result.stderr.splitlines() == [message]
+    config = Config(model=Model("alexnet_two_tower"), train=Train(global_batch=2, accumulate=2, tower_parallel=True))
+    check_batch(config, 2)  # the two ranks see the same samples
+    with pytest.raises(ConfigError, match=r"smaller than 2 ranks x train\.accumulate 2"):
+        check_batch(config, 4)
+    for setting, remedy in (({"precision": "fp16"}, "set it to bf16 or off"), ({"compile": "on"}, "auto or off")):
+        with pytest.raises(ConfigError, match=remedy):
+            Config(model=Model("alexnet_two_tower"), train=Train(tower_parallel=True, **setting))
+
+
+def test_every_gradient() -> None:
+    """In float64, on two data-parallel ranks of two towers; see `compare`."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*ranks, "-m", "tests.test_towers"], env=env, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("as one process") == 4
+
+
+def compare() -> None:
+    """One rank: weights, logits and gradients against the same net whole, on the same samples."""
+    world = join("cpu").in_pairs()
+    assert (world.dp_rank, world.tower) == divmod(world.rank, 2)
+    options = Model("alexnet_two_tower", hidden=32, width=0.25)
+    config = Config(model=options, data=Data(crop=67), train=Train(global_batch=7, tower_parallel=True))
+    whole = build.build_model(config, World(0, 1, 0, 1, world.device), 9, compiled=False)
+    model = build.build_model(config, world, 9, compiled=False)
+    assert isinstance(model, TwoTowers)
+    assert [name.partition(".")[0] for name, _ in model.towers.named_children()] == [str(world.tower)]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), "the weights follow from the seed"
+
+    images = torch.randn(7, 3, 67, 67, generator=torch.Generator().manual_seed(1)) * 60
+    images, keys = images.to(memory_format=torch.channels_last), mask_keys(0, 0, np.arange(7))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        maps = torch.arange(2 * 6 * 5 * 4.0).view(2, 6, 5, 4).to(memory_format=layout)
+        joined = model.exchange.join([maps.chunk(2, 1)[world.tower].contiguous(memory_format=layout)])
+        assert torch.equal(joined, maps)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(images, keys), whole(images, keys))
+
+    model, whole, images, labels = model.double(), whole.double(), images.double(), torch.arange(7)
+    low, high = part(7, world.dp_rank, world.dp_size)
+    net = DistributedDataParallel(model, process_group=world.group("data"))
+    logits, expected = net(images[low:high], keys[low:high]), whole(images, keys)
+    torch.testing.assert_close(logits, expected[low:high], rtol=1e-12, atol=0)
+    (F.cross_entropy(logits, labels[low:high], reduction="sum") * (world.dp_size / 7)).backward()
+    F.cross_entropy(expected, labels).backward()
+    theirs = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient, reference = parameter.grad, theirs[name].grad
+        assert gradient is not None
+        assert reference is not None
+        assert reference.abs().max() > 0, name
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-12 * float(reference.abs().max()), msg=name)
+
+    optimizer, off = optim.build(config.optim, model), torch.amp.GradScaler("cpu", enabled=False)
+    assert optim.update(optimizer, off, world.agree) == 0
+    biases = [torch.empty_like(model.bias) for _ in range(world.size)]
+    dist.all_gather(biases, model.bias.detach())
+    assert all(torch.equal(bias, biases[0]) for bias in biases), "each rank has this parameter: it must stay one"
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    if world.tower == 1:
+        optimizer.param_groups[0]["params"][1].grad.fill_(float("nan"))
+    assert optim.update(optimizer, off, world.agree) == 1
+    assert equal(dict(model.state_dict()), before), "refused on both"
+    print("as one process", flush=True)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    compare()
+    dist.destroy_process_group()
