@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from dist_train.config import Config, parse
 from dist_train.experiments import Arm, Experiment
-from dist_train.monitor import read_records
+from dist_train.monitor import STATUS, read_records
 from dist_train.probe import stable_lr
 from pipelines.shards import write_atomically
 
@@ -25,9 +25,10 @@ OFF = 0.8  # a training error that guessing among 10 classes does not reach: the
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its settings and records."""
+    """One run: its settings, whether it diverged, and its records."""
 
     config: Config
+    diverged: bool
     steps: list[Record]
     checks: list[Record]
     probes: list[Record]
@@ -66,16 +67,17 @@ def table(arms: dict[Arm, list[Run]], errors: dict[Arm, list[float]]) -> str:
     probed = sorted({p["step"] for runs in arms.values() for run in runs for p in run.probes})
     head = ["arm", "runs", f"training error below {OFF:.0%} at step"]
     head += [f"below {level:.0%} at step"] if level else []
-    head += ["top-1 error, validation", "epochs"] + [f"largest stable lr at step {step}" for step in probed]
+    head += ["top-1 error, validation", "steps"] + [f"largest stable lr at step {step}" for step in probed]
     rows = []
     for arm, values in errors.items():
         runs = arms.get(arm, [])
-        row = [arm.name, str(len(values)), _when(runs, OFF) if runs else ""]
+        row = [arm.name, str(len(runs) or len(values)), _when(runs, OFF) if runs else ""]
         row += [_when(runs, level) if runs else ""] if level else []
-        row += [
-            _span(values, lambda v: f"{v:.2%}") if values else "",
-            _span([_epochs(r) for r in runs], "{:.2f}".format),
-        ]
+        diverged = sum(run.diverged for run in runs)
+        told = [_span(values, "{:.2%}".format)] * bool(values) + [f"{diverged} of {len(runs)} diverged"] * bool(
+            diverged
+        )
+        row += ["; ".join(told), _span([_steps(run) for run in runs], "{:.0f}".format)]
         for step in probed:
             lrs = [
                 stable_lr(p["curvature"], run.config.optim.momentum) if run.config.optim.name == "sgd" else 0.0
@@ -168,16 +170,16 @@ def _load(directory: Path) -> Run | None:
     kinds: dict[str, list[Record]] = {
         kind: [r for r in records if r["kind"] == kind] for kind in ("step", "validation", "probe")
     }
-    if not kinds["step"]:
+    file, state = directory / "config.yaml", directory / STATUS
+    if not file.exists() or not state.exists():
         return None
-    config, _ = parse(["--config", str(directory / "config.yaml")])
-    return Run(config, kinds["step"], kinds["validation"], kinds["probe"])
+    diverged = json.loads(state.read_text())["state"] == "diverged"
+    return Run(parse(["--config", str(file)])[0], diverged, kinds["step"], kinds["validation"], kinds["probe"])
 
 
 def _smooth(steps: Sequence[Record], over: int = 25) -> tuple[list[int], list[float]]:
     """The loss as means of about `over` steps."""
-    every = steps[0]["step"]
-    n = max(1, over // every)
+    n = max(1, over // steps[0]["step"]) if steps else 1
     groups = [steps[i : i + n] for i in range(0, len(steps), n)]
     return [g[-1]["step"] for g in groups], [float(np.mean([r["loss"] for r in g])) for g in groups]
 
@@ -186,7 +188,7 @@ def _when(runs: Sequence[Run], error: float) -> str:
     found = [step for run in runs if (step := run.first_below(error)) is not None]
     if len(found) == len(runs):
         return _span(found, "{:.0f}".format)
-    last = min(run.steps[-1]["step"] for run in runs)
+    last = min(_steps(run) for run in runs)
     never = f"never in {last}"
     return f"{_span(found, '{:.0f}'.format)}; {len(runs) - len(found)} of {len(runs)} {never}" if found else never
 
@@ -198,8 +200,8 @@ def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
     return mean if len(values) == 1 else f"{mean} ({show(min(values))} to {show(max(values))})"
 
 
-def _epochs(run: Run) -> float:
-    return float(run.steps[-1]["progress"])
+def _steps(run: Run) -> int:
+    return int(run.steps[-1]["step"]) if run.steps else 0
 
 
 def _plain(*many: Axes) -> None:

@@ -40,8 +40,8 @@ class Data(Augment):
     source: str = ""
     """Name of a torchvision data set that is packed first where the shard sets do not exist."""
     inputs: Literal["mean_subtracted", "minus_one_to_one", "standardized"] = "mean_subtracted"
-    """Scale of the inputs. The paper only subtracts the mean (section 2), and its weights N(0, 0.01) need inputs of that
-    size; [-1, 1] is common in re-implementations; standardized also divides by the standard deviation."""
+    """Scale of the inputs. The paper only subtracts the mean (section 2), and its weights N(0, 0.01) need inputs of
+    that size; [-1, 1] is common in re-implementations; standardized also divides by the standard deviation."""
     shuffle_shards: int = 16
     """Samples are shuffled inside blocks of this many shards."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -137,6 +137,8 @@ class Train:
     """Parts into which each rank cuts its share of a batch, to save memory."""
     until_error: float = 0.0
     """Stop early when the training error, a running mean of top-1 over some 50 steps, falls below this; 0: never."""
+    max_steps: int = 0
+    """Stop early after this many steps; 0: not."""
     tower_parallel: bool = False
     """Put the two towers of alexnet_two_tower on two ranks, as the paper did, with data parallelism over the pairs."""
     seed: int = 0
@@ -210,7 +212,7 @@ class Config:
             self, 1, "train.epochs train.global_batch train.accumulate data.shuffle_shards data.readers data.ahead"
         )
         _at_least(self, 1, "data.crop data.resize model.hidden monitor.log_every checkpoint.keep schedule.patience")
-        _at_least(self, 0, "model.outputs model.lrn_alpha train.until_error")
+        _at_least(self, 0, "model.outputs model.lrn_alpha train.until_error train.max_steps")
         _at_least(
             self,
             0,
@@ -229,7 +231,7 @@ class Config:
             raise ConfigError(f"model.width is {self.model.width}: it must be above 0")
         if self.train.tower_parallel and self.model.name != "alexnet_two_tower":
             raise ConfigError(
-                f"train.tower_parallel needs two towers, and model.name is {self.model.name}: set it to alexnet_two_tower"
+                f"train.tower_parallel needs two towers, and model.name is {self.model.name}: make it alexnet_two_tower"
             )
         if self.train.tower_parallel and self.train.precision == "fp16":
             raise ConfigError(

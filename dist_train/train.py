@@ -126,7 +126,7 @@ class Trainer:
                 state.advance()
                 before, self._pending = self._pending, under_way
                 self.settle(before)  # a step late, so that the device is never waited for
-                if self.learnt():
+                if self.enough():
                     break
             self.settle(self._drain())
             error = self.validate()
@@ -137,13 +137,13 @@ class Trainer:
         self.finish()
 
     def exhausted(self) -> bool:
-        """Whether the run is to stop before its last epoch: the error stopped improving after the last division, or the
-        training error is as low as was asked for."""
-        return (self.config.schedule.stop_early and self.schedule.exhausted) or self.learnt()
+        """Whether the run is to stop before its last epoch."""
+        return (self.config.schedule.stop_early and self.schedule.exhausted) or self.enough()
 
-    def learnt(self) -> bool:
-        """Whether the training error has fallen below `train.until_error`."""
-        return self.state.step > MEMORY and self.state.train_error < self.config.train.until_error
+    def enough(self) -> bool:
+        """Whether the training error is as low, or the steps are as many, as was asked for."""
+        state, config = self.state, self.config.train
+        return (state.step > MEMORY and state.train_error < config.until_error) or 0 < config.max_steps <= state.step
 
     def train_step(self, batch: Batch, lr: float) -> Pending:
         """Forward, backward, update. The rank's loss is its sum times data-parallel ranks / global batch, so that DDP's

@@ -21,24 +21,8 @@ from torchvision.transforms.functional import center_crop
 
 from dist_train import models
 from dist_train.config import Model
-from dist_train.figures import (
-    PINK,
-    RED,
-    FigureError,
-    choose,
-    draw_kernels,
-    draw_nearest,
-    draw_top5,
-    forward,
-    kernel_blocks,
-    kernel_levels,
-    main,
-    nearest,
-    predict,
-    rounds,
-    searched,
-    varied_tests,
-)
+from dist_train.features import FigureError, choose, forward, nearest, predict, rounds, searched, varied_tests
+from dist_train.figures import PINK, RED, draw_kernels, draw_nearest, draw_top5, kernel_blocks, kernel_levels, main
 from dist_train.models.towers import TwoTowers, grouped_state
 from dist_train.runs import Trained, open_run
 from pipelines.shards import ShardSet

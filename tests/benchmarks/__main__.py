@@ -28,6 +28,7 @@ from pipelines.dali import Loader
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
+from tests.benchmarks import towers
 
 
 def photographs(root: Path, count: int = 1200) -> Path:
@@ -162,6 +163,7 @@ def main() -> int:
                 print("  " + measure(directory, resize=resize, crop=crop, batch=64, read_ms=read_ms))
         loader_output(packed)
     net()
+    towers.table()
     return 0
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn import functional as F
 
-from dist_train import build
+from dist_train import build, models
 from dist_train.config import Config, Data, Model, Train
 from dist_train.distributed import World, join
 from dist_train.models.dropout import mask_keys
@@ -31,22 +30,17 @@ FLOAT = 4  # bytes
 def by_formula(crop: int, hidden: int, outputs: int, batch: int) -> dict[str, float]:
     """What each of two ranks sends in a step, in bytes.
 
-    Data parallel: a ring all-reduce sends 2 (W - 1) / W of the gradient of all weights, for W = 2 once. Tower parallel:
-    for each sample half of the maps that conv 3, fc 6 and fc 7 see, and in the backward pass as much gradient; and one
-    part of the logits.
+    Data parallel: a ring all-reduce sends 2 (W - 1) / W of the gradients of all weights, for W = 2 once. Tower
+    parallel: for each sample half of the maps that conv 3, fc 6 and fc 7 see, and in the backward pass as much
+    gradient; and one part of the logits.
     """
     with torch.device("meta"):
-        weights = sum(p.numel() for p in models_of(crop, hidden, outputs).parameters())
+        net = models.build(Model("alexnet_two_tower", hidden=hidden), classes=outputs, crop=crop)
+    weights = sum(p.numel() for p in net.parameters())
     side = (crop - 11) // 4 + 1
     sides = [side := (side - 3) // 2 + 1 for _ in range(3)]  # after each pooling
     halves = 128 * sides[1] ** 2 + 128 * sides[2] ** 2 + hidden // 2
-    return {"data": 2 * (2 - 1) / 2 * FLOAT * weights, "tower": FLOAT * batch * (2 * halves + outputs)}
-
-
-def models_of(crop: int, hidden: int, outputs: int) -> nn.Module:
-    from dist_train import models
-
-    return models.build(Model("alexnet_two_tower", hidden=hidden), classes=outputs, crop=crop)
+    return {"data": FLOAT * weights, "tower": FLOAT * batch * (2 * halves + outputs)}
 
 
 def sent() -> int:
@@ -73,7 +67,7 @@ def measured(world: World, crop: int, hidden: int, outputs: int, batch: int) -> 
         before = sent()
         dist.barrier()
         if work:
-            F.cross_entropy(net(images, keys), labels).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(net(images, keys), labels).backward()
         dist.barrier()
         return sent() - before
 
@@ -100,7 +94,7 @@ def table() -> None:
         [*launcher, "-m", "tests.benchmarks.towers"], env=env, stdout=subprocess.PIPE, text=True, check=True
     )
     print("\nMB that each of two ranks sends in a step, measured (by formula)")
-    print(f"  {'crop, hidden, outputs':<24} {'batch':>5}  {'data parallel':>17}  {'tower parallel':>17}   equal at batch")
+    print(f"  {'crop, hidden, outputs':<24} batch  {'data parallel':>17}  {'tower parallel':>17}   equal at batch")
     for case, found in zip(CASES, json.loads(result.stdout.splitlines()[-1]), strict=True):
         formula = by_formula(*case)
         cells = [f"{found[way] / 1e6:7.2f} ({formula[way] / 1e6:7.2f})" for way in ("data", "tower")]

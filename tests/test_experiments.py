@@ -1,0 +1,97 @@
+"""The experiments: sweeps are configurations that run, and the table says what the records say."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dist_train import experiments
+from dist_train.config import CONFIGS, parse
+from tests.launch import records, status
+
+NAMES = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.sweep"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sweeps_parse_and_say_what_was_measured(name: str, tmp_path: Path) -> None:
+    experiment = experiments.read(name, 3, tmp_path)
+    assert len({arm.name for arm in experiment.arms}) == len(experiment.arms) > 1
+    for arm in experiment.arms:
+        parse(["--config", str(experiment.config), *arm.overrides])
+    head = experiment.config.read_text().partition("data:")[0]
+    for word in ("# Data:", "# Hardware:", "# Measured:", "# Time:", "make experiments"):
+        assert word in head, word
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A small experiment; returns what to call it with."""
+    monkeypatch.setattr(experiments, "SWEEPS", tmp_path)
+    (tmp_path / "small.yaml").write_text(
+        f"data: {{train: {shard_sets}/train, val: {shard_sets}/val, resize: 72, crop: 67}}\n"
+        "model: {hidden: 32}\n"
+        "train: {epochs: 1, global_batch: 24, max_steps: 4, compile: 'off', device: cpu}\n"
+        "monitor: {log_every: 1, probes: [0, 2]}\n"
+    )
+    (tmp_path / "small.sweep").write_text(
+        "--optim.lr 0.001  # as it is\n\n"
+        "--train.seed 7 --optim.name adam  # Adam, one seed\n"
+        "--train.seed 7 --optim.lr 1e9  # diverges\n"
+        "# ensemble of two: as it is\n"
+    )
+    places = ["--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    return ["small", "--seeds", "2", "--jobs", "2", *places]
+
+
+def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert experiments.main(sweep) == 0, capfd.readouterr().err
+    runs = tmp_path / "runs" / "small"
+    table = (tmp_path / "out" / "small.md").read_text().splitlines()
+    assert table[0].startswith("| arm | runs |")
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in table[2:] if (cells := line.split("|"))
+    }
+    assert list(rows) == ["as it is", "Adam, one seed", "diverges", "two of: as it is, averaged"]
+    errors = [records(runs / f"as-it-is-{seed}", "validation")[-1]["top1_error"] for seed in (0, 1)]
+    mean = f"{sum(errors) / 2:.2%} ({min(errors):.2%} to {max(errors):.2%})"
+    assert rows["as it is"][0] == "2"
+    assert mean in rows["as it is"]
+    assert rows["Adam, one seed"][0] == "1"
+    assert status(runs / "diverges-7")["state"] == "diverged"
+    assert "diverged" in rows["diverges"]
+    result = json.loads((runs / "as-it-is-0+as-it-is-1.json").read_text())
+    assert [run["run"] for run in result["runs"]] == [str(runs / f"as-it-is-{seed}") for seed in (0, 1)]
+    assert f"{result['top1_error']:.2%}" in rows["two of: as it is, averaged"]
+    probe = records(runs / "as-it-is-0", "probe")
+    assert [p["step"] for p in probe] == [0, 2]
+    for picture in ("small.png", "small-layers.png"):
+        with Image.open(tmp_path / "out" / picture) as image:
+            assert image.size[0] > 600
+
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
+    assert experiments.main(sweep) == 0
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")} == before, "what is done stays"
+
+
+def test_what_cannot_run_is_said(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "small.sweep").write_text("--model.nmae x  # misspelt\n--train.seed 0 --train.max_steps 1  # good\n")
+    assert experiments.main(sweep) == 1
+    said = capfd.readouterr().err
+    assert "misspelt-0 is not begun: see" in said
+    assert "did you mean model.name" in (tmp_path / "runs" / "small" / "misspelt-0.log").read_text()
+    assert experiments.main(["nothing"]) == 2
+    assert "there is no experiment nothing: choose from small" in capfd.readouterr().err
+
+
+def test_sweeps_are_what_slurm_takes() -> None:
+    """`python -m slurm submit --array` reads the same lines."""
+    from slurm.submit import _sweep
+
+    for name in NAMES:
+        path = CONFIGS / "experiments" / f"{name}.sweep"
+        lines = [shlex.split(line, comments=True) for line in path.read_text().splitlines()]
+        assert _sweep(path) == [line for line in lines if line]
