@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_train import build, optim
 from dist_train.checkpoint import CheckpointError, Store, load, newest
-from dist_train.config import Config, as_dict
+from dist_train.config import Config
 from dist_train.distributed import World
 from dist_train.towers import pair_of
 from pipelines.shards import ShardSet
@@ -105,9 +105,8 @@ def choose(
             )
         return None
     path, meta = chosen
-    before = as_dict(Config()) | meta  # settings that are younger than the checkpoint had their default
     ours = json.loads(json.dumps(build.identity(config, shards)))
-    different = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in ours.items() if before.get(k) != v]
+    different = [f"{k} was {meta.get(k)!r}, now {v!r}" for k, v in ours.items() if meta.get(k) != v]
     if different:
         raise CheckpointError(
             f"{path.parent.parent} was begun with other settings ({'; '.join(different)}): restore them, or choose "

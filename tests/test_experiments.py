@@ -22,7 +22,7 @@ def test_sweeps_parse_and_say_what_was_measured(name: str, tmp_path: Path) -> No
     assert len({arm.name for arm in experiment.arms}) == len(experiment.arms) > 1
     for arm in experiment.arms:
         parse(["--config", str(experiment.config), *arm.overrides])
-    head = experiment.config.read_text().partition("data:")[0]
+    head = experiment.config.read_text().partition("\ndata:")[0]
     for word in ("# Data:", "# Hardware:", "# Measured:", "# Time:", "make experiments"):
         assert word in head, word
 
