@@ -85,7 +85,7 @@ def table(arms: dict[Arm, list[Run]], errors: dict[Arm, list[float]]) -> str:
                 for p in run.probes
                 if p["step"] == step
             ]
-            row.append(_span(lrs, "{:.2g}".format) if lrs and min(lrs) > 0 else "")
+            row.append(_span(lrs, "{:.2g}".format) if lrs and 0 < min(lrs) <= max(lrs) < float("inf") else "")
         rows.append(row)
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -95,11 +95,12 @@ def draw(arms: dict[Arm, list[Run]], errors: dict[Arm, list[float]], title: str)
     """Training loss over the steps, and the validation error of each run."""
     figure = Figure(figsize=(13, 2.2 + 0.33 * max(8, len(errors))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    colours = {arm: colormaps["tab20"](i % 20) for i, arm in enumerate(errors)}
+    colours = {arm: colormaps["tab10"](i % 10) for i, arm in enumerate(errors)}
+    styles = {arm: ("-", "--", ":")[i // 10 % 3] for i, arm in enumerate(errors)}
     for arm, runs in arms.items():
         for i, run in enumerate(runs):
             steps, losses = _smooth(run.steps)
-            left.plot(steps, losses, color=colours[arm], lw=1.3, alpha=0.9, label=None if i else arm.name)
+            left.plot(steps, losses, styles[arm], color=colours[arm], lw=1.3, label=None if i else arm.name)
     for i, (arm, values) in enumerate(errors.items()):
         right.plot([100 * v for v in values], [i] * len(values), "o", color=colours[arm], alpha=0.75)
         if values:
@@ -149,9 +150,11 @@ def draw_layers(runs: dict[Arm, Run]) -> Figure:
 def _heat(axes: Axes, tables: dict[Arm, Record], key: str, logarithmic: bool, *, labels: bool) -> None:
     layers = max(tables.values(), key=len)
     values = np.array([[row.get(name, {}).get(key, np.nan) for name in layers] for row in tables.values()], float)
+    values[~np.isfinite(values)] = np.nan  # of a run that diverged
     shown = np.log10(np.maximum(values, 1e-12)) if logarithmic else values
-    axes.imshow(shown, aspect="auto", cmap="viridis", vmin=np.nanmin(shown), vmax=max(np.nanmax(shown), 1e-3))
-    middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
+    low, high = (np.nanmin(shown), np.nanmax(shown)) if logarithmic else (0, 1)
+    axes.imshow(shown, aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    middle = (low + high) / 2
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):
             colour = "black" if shown[i, j] > middle else "white"

@@ -214,7 +214,7 @@ class Trainer:
             )
         self.state.average(agreed.wrong / batch, step)
         self._images += batch
-        if step % self.config.monitor.log_every == 0:
+        if step % self.config.monitor.log_every == 0 or self.enough():
             progress = pending.epoch + (pending.step_in_epoch + 1) / self.train_loader.steps
             where = {"step": step, "epoch": pending.epoch, "progress": progress, "images": step * batch}
             bad = {"bad_samples": self.state.bad_samples} if self.state.bad_samples else {}

@@ -43,7 +43,12 @@ def test_precedence(tmp_path: Path) -> None:
 
 def test_without_arguments_the_embedded_default() -> None:
     config, name = parse([])
-    assert (name, config.data.source, config.data.crop, config.model.hidden) == ("quickstart", "fashion-mnist", 67, 4096)
+    assert (name, config.data.source, config.data.crop, config.model.hidden) == (
+        "quickstart",
+        "fashion-mnist",
+        67,
+        4096,
+    )
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)

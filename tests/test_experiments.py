@@ -62,7 +62,7 @@ def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, cap
     assert mean in rows["as it is"]
     assert rows["Adam, one seed"][0] == "1"
     assert status(runs / "diverges-7")["state"] == "diverged"
-    assert "diverged" in rows["diverges"]
+    assert "1 of 1 diverged" in rows["diverges"]
     result = json.loads((runs / "as-it-is-0+as-it-is-1.json").read_text())
     assert [run["run"] for run in result["runs"]] == [str(runs / f"as-it-is-{seed}") for seed in (0, 1)]
     assert f"{result['top1_error']:.2%}" in rows["two of: as it is, averaged"]

@@ -21,7 +21,7 @@ def cut(n: int, moment: str = "step") -> dict[str, str]:
     ("ranks", "extra"),
     [
         (1, ("--train.accumulate=3",)),
-        (4, ()),
+        pytest.param(4, (), marks=pytest.mark.slow),
         pytest.param(1, ("--train.compile=on",), marks=pytest.mark.slow),
     ],
     ids=["one rank", "four ranks", "one rank, compiled"],
