@@ -27,6 +27,7 @@ from dist_train.config import CONFIGS, ConfigError
 from dist_train.monitor import STATUS
 
 SWEEPS = CONFIGS / "experiments"
+ENDED = ("done", "diverged")  # a run that diverged is a result
 ENSEMBLE = "# ensemble of two: "
 
 
@@ -90,7 +91,7 @@ def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) 
         for arm in experiment.arms
         if not arm.of
         for seed in arm.seeds
-        if _state(arm.run(experiment.root, seed)) != "done"
+        if _state(arm.run(experiment.root, seed)) not in ENDED
     ]
     todo.sort(key=lambda item: item[2])  # a seed of every arm first: a sweep that is cut short shows something
     slots: Queue[int] = Queue()
@@ -111,7 +112,7 @@ def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) 
         finally:
             slots.put(slot)
         state = _state(directory)
-        return "" if state in ("done", "diverged") else f"{directory} is {state or 'not begun'}: see {directory}.log"
+        return "" if state in ENDED else f"{directory} is {state or 'not begun'}: see {directory}.log"
 
     with ThreadPoolExecutor(jobs) as pool:
         results = tqdm(pool.map(one, todo), total=len(todo), unit="run", disable=not sys.stderr.isatty())
