@@ -106,10 +106,10 @@ def draw(arms: dict[Arm, list[Run]], errors: dict[Arm, list[float]], title: str)
         if values:
             right.plot(100 * np.mean(values), i, "|", color="black", ms=16, mew=1.5)
     left.set(xlabel="step (128 images)", ylabel="training loss (nats, mean of 25 steps)", ylim=(0, 3.2))
-    right.set(xlabel="top-1 validation error (%): a dot a run, a bar their mean", ylim=(len(errors) - 0.4, -0.6))
+    right.set(xlabel="top-1 validation error (%), bar: mean of the runs", ylim=(len(errors) - 0.4, -0.6))
     right.set_yticks(range(len(errors)), [arm.name for arm in errors])
     _plain(left, right)
-    left.legend(fontsize="small", framealpha=0.8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(title)
     return figure
 
@@ -183,7 +183,7 @@ def _load(directory: Path) -> Run | None:
 def _smooth(steps: Sequence[Record], over: int = 25) -> tuple[list[int], list[float]]:
     """The loss as means of about `over` steps."""
     n = max(1, over // steps[0]["step"]) if steps else 1
-    groups = [steps[i : i + n] for i in range(0, len(steps), n)]
+    groups = [steps[i : i + n] for i in range(0, len(steps), n) if len(steps) - i > n // 2]  # no noisy tail
     return [g[-1]["step"] for g in groups], [float(np.mean([r["loss"] for r in g])) for g in groups]
 
 
