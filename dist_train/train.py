@@ -152,8 +152,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        positions = batch.start + np.arange(len(batch.labels))
-        keys = mask_keys(config.train.seed, state.step, positions).to(world.device)
+        keys = self.mask_keys(batch)
         own = mask_keys(config.train.seed, state.step, np.array([world.dp_rank]))
         torch.manual_seed(int(own[0]))  # for models that bring their own dropout
         inputs, labels = batch.inputs.to(world.device, non_blocking=True), batch.labels.to(world.device)
@@ -177,11 +176,15 @@ class Trainer:
         values = torch.stack([*sums, *torch.tensor(rest, dtype=torch.float64).to(world.device)])
         return Pending(values, world.reduce(values), state.epoch, state.step_in_epoch, state.step, lr)
 
+    def mask_keys(self, batch: Batch) -> Tensor:
+        """What the dropout masks of a batch follow from at this step, int64 [n]."""
+        positions = batch.start + np.arange(len(batch.labels))
+        return mask_keys(self.config.train.seed, self.state.step, positions).to(self.world.device)
+
     def probe(self, batch: Batch, lr: float) -> None:
         """Record what `dist_train.probe` measures on a batch, and leave the state of training as it is."""
-        positions = batch.start + np.arange(len(batch.labels))
-        keys = mask_keys(self.config.train.seed, self.state.step, positions).to(self.world.device)
-        values = measure(self.model, batch.inputs.to(self.world.device), batch.labels.to(self.world.device), keys)
+        device = self.world.device
+        values = measure(self.model, batch.inputs.to(device), batch.labels.to(device), self.mask_keys(batch))
         images = self.state.step * self.config.train.global_batch
         self.monitor.record("probe", step=self.state.step, epoch=self.state.epoch, images=images, lr=lr, **values)
 
