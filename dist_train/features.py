@@ -123,7 +123,7 @@ class Predictions:
         return np.asarray(self.probabilities.argmax(1) == self.labels)
 
 
-def predict(run: Trained, n: int) -> Predictions:
+def most_probable(run: Trained, n: int) -> Predictions:
     """`n` validation images, chosen by `choose` among the first few hundred of a permutation that follows from the seed
     of the run. Raises ShardError."""
     candidates = _permuted(run, run.val)[: max(LOOKED, n)]

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dist_train.distributed import USAGE
-from dist_train.features import FigureError, Neighbours, Predictions, nearest, predict, searched, varied_tests
+from dist_train.features import FigureError, Neighbours, Predictions, most_probable, nearest, searched, varied_tests
 from dist_train.runs import Trained, open_run
 from pipelines.shards import ShardError, ShardSet, write_atomically
 
@@ -94,7 +94,7 @@ def draw(run: Trained, out: Path, *, images: int, neighbours: int, train_images:
             if name == KERNELS:
                 figure = draw_kernels(run)
             elif name == TOP5:
-                figure = draw_top5(run, predict(run, images))
+                figure = draw_top5(run, most_probable(run, images))
             else:
                 found = nearest(run, varied_tests(run, images), searched(run, train_images), neighbours)
                 figure = draw_nearest(run, found)

@@ -301,7 +301,8 @@ class Trainer:
         if chosen is None:
             if config.model.init_from:
                 taken, fresh = begin_from(self.model, Path(config.model.init_from), self.world.device)
-                say(f"{len(taken)} tensors from {config.model.init_from}; new: {', '.join(fresh) or 'none'}")
+                each = " for each tower" if config.train.tower_parallel else ""
+                say(f"{len(taken)} tensors{each} from {config.model.init_from}; new: {', '.join(fresh) or 'none'}")
             return 0
         path, meta = chosen
         saved = load(path, self.world.device)

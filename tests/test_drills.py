@@ -109,7 +109,19 @@ def same(run: Path, undisturbed: Path) -> None:
     assert len(list((run / "checkpoints").glob("step-*"))) <= 3
 
 
-@pytest.mark.parametrize("drill", DRILLS, ids=lambda d: d.name)
+SLOW = (  # each has a sibling above; `make drills` and `make test MARK=slow` run them
+    "SIGKILL of all ranks",
+    "SIGKILL when it is flushed",
+    "SIGKILL after the rename",
+    "SIGINT to all ranks",
+    "SIGSTOP of one rank",
+)
+
+
+@pytest.mark.parametrize(
+    "drill",
+    [pytest.param(d, id=d.name, marks=[pytest.mark.slow] * (d.name in SLOW)) for d in DRILLS],
+)
 def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     env = {"FAULT": json.dumps(drill.fault), **drill.env}

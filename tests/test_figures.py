@@ -21,7 +21,7 @@ from torchvision.transforms.functional import center_crop
 
 from dist_train import models
 from dist_train.config import Model
-from dist_train.features import FigureError, choose, forward, nearest, predict, rounds, searched, varied_tests
+from dist_train.features import FigureError, choose, forward, most_probable, nearest, rounds, searched, varied_tests
 from dist_train.figures import PINK, RED, draw_kernels, draw_nearest, draw_top5, kernel_blocks, kernel_levels, main
 from dist_train.models.towers import TwoTowers, grouped_state
 from dist_train.runs import Trained, open_run
@@ -185,7 +185,7 @@ def test_the_most_probable_classes(run: Trained) -> None:
     drawn = with_net(run, Model(hidden=32, outputs=7, dropout=0))  # 3 classes: outputs 3 to 6 mean none
     with torch.no_grad():
         drawn.model.get_submodule("fc8").weight.mul_(0.02)  # type: ignore[operator]
-    predictions = predict(drawn, 6)
+    predictions = most_probable(drawn, 6)
     assert len(set(predictions.samples)) == 6
     logits, _ = reference(drawn, run.val, predictions.samples)
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

@@ -20,7 +20,7 @@ def cut(n: int, moment: str = "step") -> dict[str, str]:
 @pytest.mark.parametrize(
     ("ranks", "extra"),
     [
-        (1, ("--train.accumulate=3",)),
+        (0, ("--train.accumulate=3",)),
         pytest.param(4, (), marks=pytest.mark.slow),
         pytest.param(1, ("--train.compile=on",), marks=pytest.mark.slow),
     ],
@@ -45,13 +45,13 @@ def test_right_after_the_division(shard_sets: Path, tmp_path: Path) -> None:
     """A schedule that divides at every epoch: cut at the first step of the next one, and killed there once more."""
     extra = ("--schedule.patience=1", "--schedule.min_improvement=1", "--train.epochs=4", "--schedule.stop_early=true")
     whole, run = tmp_path / "whole", tmp_path / "cut"
-    assert launch(shard_sets, whole, *extra).returncode == 0
-    launch(shard_sets, run, *extra, module="tests.faults", env=cut(2 * STEPS + 1))
+    assert launch(shard_sets, whole, *extra, ranks=0).returncode == 0
+    launch(shard_sets, run, *extra, module="tests.faults", env=cut(2 * STEPS + 1), ranks=0)
     assert status(run)["state"] == "stopped"
     (run / "fault-0").unlink()
     kill = {"FAULT": json.dumps({"at": "step", "n": 2, "do": "kill", "rank": 0})}
-    assert launch(shard_sets, run, *extra, module="tests.faults", env=kill).returncode != 0
-    assert launch(shard_sets, run, *extra).returncode == 0
+    assert launch(shard_sets, run, *extra, module="tests.faults", env=kill, ranks=0).returncode != 0
+    assert launch(shard_sets, run, *extra, ranks=0).returncode == 0
     assert [round(r["lr"], 9) for r in records(run, "validation")] == [0.01, 0.01, 0.001, 0.0001]
     assert records(run) == records(whole)
     assert equal(newest(run) | {"record": 0}, newest(whole) | {"record": 0})

@@ -124,6 +124,13 @@ def test_stopping_and_going_on(shard_sets: Path, tmp_path: Path, alone: Path, pa
     assert_same_run(mixed, alone)
 
 
+def test_weights_of_another_run(shard_sets: Path, tmp_path: Path, alone: Path) -> None:
+    """`init_from` gives each rank its tower's weights of a run that had both in one process; no step changes them."""
+    frozen = (f"--model.init_from={alone}", "--optim.lr=1e-30", "--optim.weight_decay=0", "--train.max_steps=2")
+    assert run(shard_sets, tmp_path, *PAIRS, *frozen, ranks=2)["state"] == "done"
+    assert equal(newest(tmp_path)["model"], newest(alone)["model"])
+
+
 def test_a_gradient_of_one_tower_that_is_not_finite(shard_sets: Path, tmp_path: Path) -> None:
     end = run(shard_sets, tmp_path, *PAIRS, ranks=2, env=fault("step", 3, "nan", 1))
     assert end["state"] == "diverged"

@@ -6,6 +6,7 @@ that were started here are ended, by their numbers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -111,7 +112,8 @@ class Cluster:
         """Every process of the node dies at once."""
         self._kill(node)
         for process in self._of(node):
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it went with its daemon
+                os.kill(process, signal.SIGKILL)
 
     def close(self) -> None:
         """End all."""
