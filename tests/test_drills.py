@@ -35,6 +35,7 @@ class Drill:
     agent: str = ""
     says: str = ""
     env: dict[str, str] = field(default_factory=dict)
+    slow: bool = False  # has a sibling that is not: `make drills` and `make test MARK=slow` run it
 
 
 def at(moment: str, n: int, do: str, rank: int = 0, **more: Any) -> dict[str, Any]:
@@ -43,16 +44,16 @@ def at(moment: str, n: int, do: str, rank: int = 0, **more: Any) -> dict[str, An
 
 DRILLS = [
     Drill("SIGKILL of one rank", at("step", 7, "kill", 1)),
-    Drill("SIGKILL of all ranks", at("step", 14, "kill all")),
+    Drill("SIGKILL of all ranks", at("step", 14, "kill all"), slow=True),
     Drill("SIGKILL during validation", at("validation", 2, "kill", 1)),
     Drill("SIGKILL when the state is written", at("save:written", 2, "kill")),
-    Drill("SIGKILL when it is flushed", at("save:flushed", 3, "kill")),
+    Drill("SIGKILL when it is flushed", at("save:flushed", 3, "kill"), slow=True),
     Drill("SIGKILL before the rename", at("save:renaming", 2, "kill")),
-    Drill("SIGKILL after the rename", at("save:renamed", 2, "kill")),
+    Drill("SIGKILL after the rename", at("save:renamed", 2, "kill"), slow=True),
     Drill("SIGKILL while pruning", at("save:pruning", 1, "kill")),
     Drill("SIGKILL under --max-restarts", at("step", 10, "kill", 1), "done", again=False, agent="--max-restarts=3"),
     Drill("SIGTERM to one rank", at("step", 6, "SIGTERM", 1), "stopped"),
-    Drill("SIGINT to all ranks", at("step", 6, "SIGINT", -1), "stopped"),
+    Drill("SIGINT to all ranks", at("step", 6, "SIGINT", -1), "stopped", slow=True),
     Drill("SIGUSR2 to one rank at an epoch's last step", at("step", 10, "SIGUSR2"), "stopped"),
     Drill("SIGTERM to torchrun", at("step", 6, "launcher SIGTERM", 1), "stopped"),
     Drill("SIGTERM during validation", at("validation", 1, "SIGTERM", 1), "stopped"),
@@ -66,7 +67,12 @@ DRILLS = [
         says="no progress for 6 s",
     ),
     Drill(
-        "SIGSTOP of one rank", at("step", 7, "pause", 1), "failed", extra=("--run.step_timeout=6",), says="no progress"
+        "SIGSTOP of one rank",
+        at("step", 7, "pause", 1),
+        "failed",
+        extra=("--run.step_timeout=6",),
+        says="no progress",
+        slow=True,
     ),
     Drill("full disk at one save", at("save:written", 1, "disk full"), "done", again=False, says="No space left"),
     Drill(
@@ -109,18 +115,9 @@ def same(run: Path, undisturbed: Path) -> None:
     assert len(list((run / "checkpoints").glob("step-*"))) <= 3
 
 
-SLOW = (  # each has a sibling above; `make drills` and `make test MARK=slow` run them
-    "SIGKILL of all ranks",
-    "SIGKILL when it is flushed",
-    "SIGKILL after the rename",
-    "SIGINT to all ranks",
-    "SIGSTOP of one rank",
-)
-
-
 @pytest.mark.parametrize(
     "drill",
-    [pytest.param(d, id=d.name, marks=[pytest.mark.slow] * (d.name in SLOW)) for d in DRILLS],
+    [pytest.param(d, id=d.name, marks=[pytest.mark.slow] * d.slow) for d in DRILLS],
 )
 def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
