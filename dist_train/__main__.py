@@ -17,6 +17,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from dist_train.agreement import BadData, Diverged, NotSaved, Stopped
 from dist_train.checkpoint import CheckpointError, Store
 from dist_train.config import Config, ConfigError, as_dict, default_name, dump, parse
 from dist_train.data import check_batch, open_sets, pack_source, to_pack
@@ -24,7 +25,7 @@ from dist_train.distributed import DIVERGED, FAILED, STOPPED, USAGE, Watch, Worl
 from dist_train.monitor import Monitor, draw_curves, read_records
 from dist_train.owner import NoProgress, Owner, Superseded, check_progress
 from dist_train.state import State
-from dist_train.train import BadData, Diverged, NotSaved, Stopped, Trainer
+from dist_train.train import Trainer
 from pipelines.shards import ShardError, ShardSet, write_atomically
 from pipelines.sources import SourceError
 

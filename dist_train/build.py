@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_train import models, towers
 from dist_train.config import Config, as_dict
 from dist_train.distributed import World
-from pipelines.dali import Loader
+from pipelines.loader import Loader
 from pipelines.order import part
 from pipelines.shards import ShardSet
 

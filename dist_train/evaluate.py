@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_train.distributed import World
-from pipelines.dali import Loader
+from pipelines.loader import Loader
 
 
 @dataclass(frozen=True)

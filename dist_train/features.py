@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dist_train.build import build_loader
+from dist_train.distributed import World
 from dist_train.runs import Trained
 from pipelines.order import SAMPLES, Ints, permutation
-from pipelines.preview import Chosen
 from pipelines.shards import ShardSet
 
 BATCH = 128  # images in a forward pass
@@ -58,22 +59,8 @@ def outputs(run: Trained, shards: ShardSet, samples: Ints, text: str) -> Iterato
     Raises ShardError.
     """
     device = next(run.model.parameters()).device
-    data = run.config.data
-    on_gpu = device.type == "cuda" and data.device != "cpu"
-    loader = Chosen(
-        shards,
-        data,
-        run.train.manifest,
-        batch=min(BATCH, len(samples)),
-        training=False,
-        seed=run.config.train.seed,
-        device="gpu" if on_gpu else "cpu",
-        device_id=(device.index or 0) if on_gpu else None,
-        inputs=data.inputs,
-        threads=data.threads,
-        readers=data.readers,
-        ahead=data.ahead,
-    )
+    alone, size = World(0, 1, device.index or 0, 1, device), min(BATCH, len(samples))
+    loader = build_loader(run.config, alone, shards, run.train, batch=size, training=False)
     loader.choose(samples)
     with tqdm(total=len(samples), desc=text, unit="img", dynamic_ncols=True, disable=None) as bar:
         for batch in loader.epoch():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +72,7 @@ def probabilities(
 ) -> tuple[Ints, Tensor, NDArray[np.bool_]]:
     """This rank's images, int64 [n]; the mean of their softmax outputs over the views, float32 [n, outputs] on the CPU;
     and whether another image stood for them in some view, bool [n]."""
-    config = replace(run.config, data=replace(run.config.data, device="auto"))
+    config = run.config
     loader = build.build_loader(config, world, run.val, run.train, batch=batch * world.size, training=False)
     precision = build.precision(config, world)
     autocast = torch.autocast(world.device.type, build.PRECISIONS[precision], enabled=precision != "off")

@@ -59,10 +59,10 @@ def open_run(directory: Path, device: torch.device, which: str = "last", split: 
     has no good checkpoint, or where its sets are gone or are not those that it was trained on.
     """
     config = read_config(directory)
-    if split is not None:
-        config = replace(config, data=replace(config.data, val=str(split)))
+    val = str(split or config.data.val)
+    config = replace(config, data=replace(config.data, val=val, device="auto"))  # this machine may have no GPU
     _check_paths(directory, config, split)
-    train, val = open_sets(config)
+    train, test = open_sets(config)
     path, meta = _choose(directory, which)
     if (trained_on := meta.get("training set")) != train.fingerprint[:16]:
         raise RunError(
@@ -82,7 +82,7 @@ def open_run(directory: Path, device: torch.device, which: str = "last", split: 
         ) from error
     model.eval()
     return Trained(
-        directory, config, model, train.classes, int(meta["step"]), int(meta["epoch"]), path.name, train, val
+        directory, config, model, train.classes, int(meta["step"]), int(meta["epoch"]), path.name, train, test
     )
 
 

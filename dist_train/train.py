@@ -8,15 +8,15 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from dist_train import build, optim
+from dist_train.agreement import BadData, Diverged, NotSaved, Pending, Stopped
 from dist_train.checkpoint import Store, load
 from dist_train.config import Config, as_dict
 from dist_train.distributed import Watch, World
@@ -26,53 +26,9 @@ from dist_train.monitor import Monitor
 from dist_train.owner import Superseded
 from dist_train.probe import measure
 from dist_train.state import MEMORY, Parts, State, begin_from, choose
-from pipelines.dali import Batch
+from pipelines.loader import Batch
 from pipelines.order import part
 from pipelines.shards import ShardSet
-
-
-class Stopped(Exception):
-    """A stop was asked for, and the state is saved."""
-
-
-class Diverged(Exception):
-    """A loss or a gradient is not finite; the weights were not touched by it."""
-
-
-class NotSaved(Exception):
-    """The last save failed, and so did another try."""
-
-
-class BadData(Exception):
-    """More samples than allowed cannot be decoded."""
-
-
-class Agreed(NamedTuple):
-    """What one small all-reduce at each step carries; sums over the ranks."""
-
-    loss: float
-    wrong: float
-    refused: float
-    stop: float
-    due: float
-    superseded: float
-    bad: float
-
-
-class Pending(NamedTuple):
-    """An all-reduce under way, and the step that it belongs to."""
-
-    values: Tensor
-    work: dist.Work | None
-    epoch: int
-    step_in_epoch: int
-    step: int
-    lr: float
-
-    def read(self) -> Agreed:
-        if self.work:
-            self.work.wait()
-        return Agreed(*self.values.tolist())
 
 
 class Trainer:

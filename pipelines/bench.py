@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.augment import Augment
-from pipelines.dali import Loader
+from pipelines.loader import Loader
 from pipelines.shards import ShardError, ShardSet
 
 WARM_UP = 8  # batches: as many as the loader is ahead by, so that the pace is steady when the clock starts

@@ -11,42 +11,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
-from zlib import crc32
 
 import numpy as np
 import webdataset
-from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.order import PACK, part, permutation
 from pipelines.parallel import parallel, tick
-from pipelines.shards import (
-    HEADER,
-    IMAGES,
-    INDEX,
-    MANIFEST,
-    NAME,
-    SAMPLE,
-    Manifest,
-    ShardError,
-    sha256,
-    tar_samples,
-    write_atomically,
-)
-from pipelines.sources import Item, Source, SourceError, to_jpeg, upright_rgb
-
-WORK = ".pack"  # inside a set while it is being made: the plan, and what is known of each finished shard
-REJECTED = "rejected.jsonl"
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "WEBP",
-    "BMP",
-)  # that DALI decodes on the CPU and on the GPU, whatever the extension says
+from pipelines.parts import WORK, finish, part_of, reason, write_part
+from pipelines.shards import HEADER, MANIFEST, Manifest, ShardError
+from pipelines.sources import Item, Source, SourceError, to_jpeg
 
 
 @dataclass(frozen=True)
@@ -85,7 +59,7 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
     with _unfinished(directory, fingerprint):
         tasks = _tasks(source, directory, options)
         parallel(_pack_shard, tasks, workers=workers, images=len(source.items), label=f"pack {split}")
-        return _finish(
+        return finish(
             directory, [task.path for task in tasks], source.classes, split, vars(options), fingerprint, source.rejected
         )
 
@@ -120,7 +94,7 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
     plan = json.dumps([[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
     with _unfinished(directory, hashlib.sha256(plan.encode()).hexdigest(), foreign=True):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
-        return _finish(directory, tars, classes, split, {}, "", [])
+        return finish(directory, tars, classes, split, {}, "", [])
 
 
 @dataclass
@@ -164,7 +138,7 @@ def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
 
 
 def _pack_shard(task: _Shard) -> None:
-    if _part(task.path).exists():
+    if part_of(task.path).exists():
         for _ in task.samples:
             tick()
         return
@@ -176,126 +150,18 @@ def _pack_shard(task: _Shard) -> None:
                 try:
                     jpeg = to_jpeg(task.source.load(item.reference), task.options.shorter_side, task.options.quality)
                 except Exception as error:  # whatever a decoder makes of garbage
-                    rejected.append({"file": item.name, "reason": _reason(error)})
+                    rejected.append({"file": item.name, "reason": reason(error)})
                 else:
                     tar.write({"__key__": key, "jpg": jpeg, "cls": str(item.label).encode()})
                 tick()
         os.fsync(file.fileno())
     os.replace(temporary, task.path)
-    _write_part(task.path, rejected, count=False)
+    write_part(task.path, rejected, count=False)
 
 
 def _index_shard(path: Path) -> None:
-    if not _part(path).exists():
-        _write_part(path, [], count=True)
-
-
-def _write_part(path: Path, rejected: list[dict[str, str]], *, count: bool) -> None:
-    """Decode every sample of a shard and keep what index and manifest need of it."""
-    rows = []
-    pixels, total, products = 0, np.zeros(3), np.zeros((3, 3))
-    with open(path, "rb") as file:
-        for key, members in tar_samples(path):
-            try:
-                row, image = read_sample(file, members)
-            except Exception as error:  # whatever a decoder makes of garbage
-                rejected.append({"file": f"{path.name}/{key}", "reason": _reason(error)})
-            else:
-                rows.append(row)
-                flat = np.asarray(image, np.float64).reshape(-1, 3)  # sums of integers below 2^53: exact in any order
-                pixels += len(flat)
-                total += flat.sum(0)
-                products += flat.T @ flat
-            if count:
-                tick()
-    _save(path.parent / WORK / f"{path.name}.npy", np.array(rows, SAMPLE))
-    part = {
-        "shard": {"name": path.name, "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)},
-        "pixels": pixels,
-        "total": [int(v) for v in total],
-        "products": [[int(v) for v in row] for row in products],
-        "rejected": rejected,
-    }
-    write_atomically(_part(path), json.dumps(part, ensure_ascii=False).encode(errors="backslashreplace"))
-
-
-def read_sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Image.Image]:
-    """The SAMPLE record and the decoded image of one sample. Raises ValueError and Pillow's errors."""
-    member = next((members[ext] for ext in IMAGES if ext in members), None)
-    if member is None or "cls" not in members:
-        raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
-    file.seek(members["cls"].offset_data)
-    label = int(file.read(members["cls"].size))
-    if not 0 <= label < 1 << 31:
-        raise ValueError(f"label {label} is not a class number")
-    file.seek(member.offset_data - HEADER)
-    header, data = file.read(HEADER), file.read(member.size)
-    image = Image.open(BytesIO(data))
-    if image.format not in FORMATS:
-        raise ValueError(f"is a {image.format} image: pack it from a folder, or write it as JPEG, PNG or WebP")
-    if max(image.size) > 65535:
-        raise ValueError(f"is {image.width}x{image.height} pixels: at most 65535 a side")
-    image.load()
-    return (member.offset_data, member.size, *image.size, label, crc32(header[:NAME]), crc32(data)), upright_rgb(image)
-
-
-def _finish(
-    directory: Path,
-    tars: list[Path],
-    classes: Sequence[str] | None,
-    split: str,
-    stored: dict[str, Any],
-    fingerprint: str,
-    rejected: list[dict[str, str]],
-) -> Manifest:
-    parts = [json.loads(_part(tar).read_bytes()) for tar in tars]
-    rows = np.concatenate([np.load(directory / WORK / f"{tar.name}.npy") for tar in tars])
-    rejected = rejected + [line for part in parts for line in part["rejected"]]
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected)
-    write_atomically(directory / REJECTED, lines.encode(errors="backslashreplace"))
-    if not len(rows):
-        raise ShardError(f"no usable image in {directory}: {len(rejected)} were rejected, see {directory / REJECTED}")
-    top = int(rows["label"].max())
-    names = list(classes) if classes is not None else [str(k) for k in range(top + 1)]
-    if top >= len(names):
-        raise ShardError(
-            f"{directory}: label {top} is out of range for {len(names)} classes: name all of them in --classes"
-        )
-    mean, std, values, vectors = _statistics(parts)
-    _save(directory / INDEX, rows)
-    manifest = Manifest(
-        split=split,
-        samples=len(rows),
-        classes=names,
-        shards=[part["shard"] for part in parts],
-        index_sha256=sha256(directory / INDEX),
-        mean=_digits(mean),
-        std=_digits(std),
-        eigenvalues=_digits(values),
-        eigenvectors=[_digits(row) for row in vectors],
-        stored=stored,
-        source=fingerprint,
-    )
-    manifest.write(directory)
-    return manifest
-
-
-def _statistics(parts: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
-    """Mean, standard deviation, and eigenvalues and eigenvectors (columns) of the RGB covariance, pixels in [0, 1]."""
-    pixels = sum(part["pixels"] for part in parts)
-    total, products = (sum(np.array(part[k], object) for part in parts) for k in ("total", "products"))
-    mean = np.array(total / pixels, np.float64) / 255
-    covariance = np.array(products / pixels, np.float64) / 255**2 - np.outer(mean, mean)
-    values, vectors = np.linalg.eigh(covariance)
-    values, vectors = values[::-1].clip(0), vectors[:, ::-1]
-    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # the sign of an eigenvector is free
-    return mean, np.sqrt(np.diag(covariance)), values, vectors
-
-
-def _save(path: Path, rows: NDArray[Any]) -> None:
-    data = BytesIO()
-    np.save(data, rows)
-    write_atomically(path, data.getvalue())
+    if not part_of(path).exists():
+        write_part(path, [], count=True)
 
 
 def _known_names(directory: Path) -> list[str] | None:
@@ -305,10 +171,6 @@ def _known_names(directory: Path) -> list[str] | None:
     except ShardError:
         return None
     return None if names == [str(k) for k in range(len(names))] else names
-
-
-def _digits(values: NDArray[np.float64]) -> list[float]:
-    return [float(f"{v:.9g}") for v in values]
 
 
 @contextmanager
@@ -341,10 +203,6 @@ def _unfinished(directory: Path, fingerprint: str, *, foreign: bool = False, sha
         shutil.rmtree(work)
 
 
-def _part(path: Path) -> Path:
-    return path.parent / WORK / f"{path.name}.json"
-
-
 def _key(number: int, name: str) -> str:
     """A unique WebDataset key, still telling where the image came from: no dots, ASCII, short enough for ustar."""
     stem = name.rsplit(".", 1)[0] if "/" in name else name
@@ -363,7 +221,3 @@ def _shard_count(source: Source, trial: list[Item], total: int, options: Options
     wanted = round(total * (sample + 4 * HEADER) / (options.shard_mb * 1e6))
     few = min(8, total // 100)  # even of a small set: a worker packs a whole shard
     return min(total, max(1, wanted, few))
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.pack import Options, pack
+from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 
 CLASSES = ("amber", "blue", "green")
@@ -47,3 +49,18 @@ def shard_sets(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         options = Options(shorter_side=72, shard_mb=0.2 if split == "train" else 0.06)
         pack(ImageFolder(image_folder / split), root / split, options, split=split, workers=2)
     return root
+
+
+@pytest.fixture
+def damaged(shard_sets: Path, tmp_path: Path) -> tuple[Path, list[int]]:
+    """A copy of the sets in which three training images are garbage; sizes and headers are as indexed."""
+    root = tmp_path / "damaged"
+    shutil.copytree(shard_sets, root)
+    shards = ShardSet(root / "train")
+    bad = [3, 77, 200]
+    for sample in bad:
+        row = shards.index[sample]
+        with open(root / "train" / shards.names[shards.shard_of(sample)], "r+b") as file:
+            file.seek(int(row["offset"]))
+            file.write(b"\xff" * int(row["size"]))
+    return root, bad

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipelines.augment import Augment
-from pipelines.dali import Loader
+from pipelines.loader import Loader
 from pipelines.shards import BadSample, ShardError, ShardSet
 from tests.launch import launch, records, status
-
-
-@pytest.fixture
-def damaged(shard_sets: Path, tmp_path: Path) -> tuple[Path, list[int]]:
-    """A copy of the sets in which three training images are garbage; sizes and headers are as indexed."""
-    root = tmp_path / "damaged"
-    shutil.copytree(shard_sets, root)
-    shards = ShardSet(root / "train")
-    bad = [3, 77, 200]
-    for sample in bad:
-        row = shards.index[sample]
-        with open(root / "train" / shards.names[shards.shard_of(sample)], "r+b") as file:
-            file.seek(int(row["offset"]))
-            file.write(b"\xff" * int(row["size"]))
-    return root, bad
 
 
 def test_replaced_by_the_same_sample_at_any_world_size(

@@ -19,7 +19,8 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from pipelines.augment import Augment, reference_crop
-from pipelines.dali import Batch, Device, Loader, graph
+from pipelines.dali import Device, graph
+from pipelines.loader import Batch, Loader
 from pipelines.pack import Options, index, pack
 from pipelines.shards import ShardError, ShardSet
 from pipelines.sources import ImageFolder

@@ -354,6 +354,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(shard_sets: Path, tmp_path: 
     assert (run / "checkpoints" / "step-00000002-validated").is_dir(), "nothing is moved"
 
 
+def test_a_run_decoded_on_the_gpu_opens_without_one(
+    shard_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = untrained(tmp_path / "r", shard_sets, "--data.device=gpu")
+    assert evaluate(capsys, run, "--device=cpu")[0] == 0
+
+
 def test_validation_sets_that_differ_cannot_be_averaged(
     shard_sets: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,6 +137,15 @@ def test_a_gradient_of_one_tower_that_is_not_finite(shard_sets: Path, tmp_path: 
     assert "the gradient is not finite at step 3 " in end["reason"]
 
 
+def test_damaged_samples(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    """Both towers see the same images in the place of those that cannot be decoded, each of which counts once."""
+    data, bad = damaged
+    ends = [run(data, tmp_path / "pair", *PAIRS, ranks=2), run(data, tmp_path / "alone", *WHOLE, ranks=0)]
+    assert [end["state"] for end in ends] == ["done", "done"]
+    assert_same_run(tmp_path / "pair", tmp_path / "alone")
+    assert records(tmp_path / "pair", "step")[-1]["bad_samples"] == len(bad)
+
+
 def test_what_cannot_be_paired_is_one_sentence(shard_sets: Path, tmp_path: Path) -> None:
     result = launch(shard_sets, tmp_path / "r", *PAIRS, ranks=0)
     assert result.returncode == 2

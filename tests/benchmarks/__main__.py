@@ -24,7 +24,7 @@ from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.models.lrn import local_response_norm
 from pipelines.augment import Augment
 from pipelines.bench import measure
-from pipelines.dali import Loader
+from pipelines.loader import Loader
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder

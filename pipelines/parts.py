@@ -1,0 +1,158 @@
+"""What is known of each finished shard, and how index and manifest are made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.parallel import tick
+from pipelines.shards import (
+    HEADER,
+    IMAGES,
+    INDEX,
+    NAME,
+    SAMPLE,
+    Manifest,
+    ShardError,
+    sha256,
+    tar_samples,
+    write_atomically,
+)
+from pipelines.sources import upright_rgb
+
+WORK = ".pack"  # inside a set while it is being made: the plan, and what is known of each finished shard
+REJECTED = "rejected.jsonl"
+# What DALI decodes on the CPU and on the GPU, whatever the extension says.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+
+
+def write_part(path: Path, rejected: list[dict[str, str]], *, count: bool) -> None:
+    """Decode every sample of a shard and keep what index and manifest need of it."""
+    rows = []
+    pixels, total, products = 0, np.zeros(3), np.zeros((3, 3))
+    with open(path, "rb") as file:
+        for key, members in tar_samples(path):
+            try:
+                row, image = read_sample(file, members)
+            except Exception as error:  # whatever a decoder makes of garbage
+                rejected.append({"file": f"{path.name}/{key}", "reason": reason(error)})
+            else:
+                rows.append(row)
+                flat = np.asarray(image, np.float64).reshape(-1, 3)  # sums of integers below 2^53: exact in any order
+                pixels += len(flat)
+                total += flat.sum(0)
+                products += flat.T @ flat
+            if count:
+                tick()
+    _save(path.parent / WORK / f"{path.name}.npy", np.array(rows, SAMPLE))
+    part = {
+        "shard": {"name": path.name, "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)},
+        "pixels": pixels,
+        "total": [int(v) for v in total],
+        "products": [[int(v) for v in row] for row in products],
+        "rejected": rejected,
+    }
+    write_atomically(part_of(path), json.dumps(part, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
+def read_sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Image.Image]:
+    """The SAMPLE record and the decoded image of one sample. Raises ValueError and Pillow's errors."""
+    member = next((members[ext] for ext in IMAGES if ext in members), None)
+    if member is None or "cls" not in members:
+        raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
+    file.seek(members["cls"].offset_data)
+    label = int(file.read(members["cls"].size))
+    if not 0 <= label < 1 << 31:
+        raise ValueError(f"label {label} is not a class number")
+    file.seek(member.offset_data - HEADER)
+    header, data = file.read(HEADER), file.read(member.size)
+    image = Image.open(BytesIO(data))
+    if image.format not in FORMATS:
+        raise ValueError(f"is a {image.format} image: pack it from a folder, or write it as JPEG, PNG or WebP")
+    if max(image.size) > 65535:
+        raise ValueError(f"is {image.width}x{image.height} pixels: at most 65535 a side")
+    image.load()
+    return (member.offset_data, member.size, *image.size, label, crc32(header[:NAME]), crc32(data)), upright_rgb(image)
+
+
+def finish(
+    directory: Path,
+    tars: list[Path],
+    classes: Sequence[str] | None,
+    split: str,
+    stored: dict[str, Any],
+    fingerprint: str,
+    rejected: list[dict[str, str]],
+) -> Manifest:
+    """Write the list of rejected files, the index, and last the manifest, from the parts of all shards. Raises
+    ShardError where no image is left, or where a label has no name."""
+    parts = [json.loads(part_of(tar).read_bytes()) for tar in tars]
+    rows = np.concatenate([np.load(directory / WORK / f"{tar.name}.npy") for tar in tars])
+    rejected = rejected + [line for part in parts for line in part["rejected"]]
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected)
+    write_atomically(directory / REJECTED, lines.encode(errors="backslashreplace"))
+    if not len(rows):
+        raise ShardError(f"no usable image in {directory}: {len(rejected)} were rejected, see {directory / REJECTED}")
+    top = int(rows["label"].max())
+    names = list(classes) if classes is not None else [str(k) for k in range(top + 1)]
+    if top >= len(names):
+        raise ShardError(
+            f"{directory}: label {top} is out of range for {len(names)} classes: name all of them in --classes"
+        )
+    mean, std, values, vectors = _statistics(parts)
+    _save(directory / INDEX, rows)
+    manifest = Manifest(
+        split=split,
+        samples=len(rows),
+        classes=names,
+        shards=[part["shard"] for part in parts],
+        index_sha256=sha256(directory / INDEX),
+        mean=_digits(mean),
+        std=_digits(std),
+        eigenvalues=_digits(values),
+        eigenvectors=[_digits(row) for row in vectors],
+        stored=stored,
+        source=fingerprint,
+    )
+    manifest.write(directory)
+    return manifest
+
+
+def _statistics(parts: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
+    """Mean, standard deviation, and eigenvalues and eigenvectors (columns) of the RGB covariance, pixels in [0, 1]."""
+    pixels = sum(part["pixels"] for part in parts)
+    total, products = (sum(np.array(part[k], object) for part in parts) for k in ("total", "products"))
+    mean = np.array(total / pixels, np.float64) / 255
+    covariance = np.array(products / pixels, np.float64) / 255**2 - np.outer(mean, mean)
+    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = values[::-1].clip(0), vectors[:, ::-1]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # the sign of an eigenvector is free
+    return mean, np.sqrt(np.diag(covariance)), values, vectors
+
+
+def _save(path: Path, rows: NDArray[Any]) -> None:
+    data = BytesIO()
+    np.save(data, rows)
+    write_atomically(path, data.getvalue())
+
+
+def _digits(values: NDArray[np.float64]) -> list[float]:
+    return [float(f"{v:.9g}") for v in values]
+
+
+def part_of(path: Path) -> Path:
+    """Where the part of a shard is kept while its set is unfinished; it stands once the shard does."""
+    return path.parent / WORK / f"{path.name}.json"
+
+
+def reason(error: Exception) -> str:
+    """Why a sample is rejected, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
