@@ -16,6 +16,7 @@ SMALL = [
     "--data.resize=72",
     "--data.crop=67",
     "--model.hidden=32",
+    "--model.width=0.25",
     "--train.compile=off",
     "--train.device=cpu",
     "--train.global_batch=24",

@@ -192,8 +192,8 @@ def test_a_run_with_probes_that_stops_at_a_training_error(shard_sets: Path, tmp_
     plain, probed = tmp_path / "plain", tmp_path / "probed"
     assert launch(shard_sets, plain, *options, ranks=0).returncode == 0
     errors = [r["train_error"] for r in records(plain, "step")]
-    level = min(errors[50:55]) + 1e-9  # not before the mean is one of 50 steps
-    stop = next(i for i, error in enumerate(errors) if i >= 50 and error < level)
+    level = min(errors[49:54]) + 1e-9  # not before the mean is one of 50 steps
+    stop = next(i for i, error in enumerate(errors) if i >= 49 and error < level)
     until = f"--train.until_error={level}"
     result = launch(shard_sets, probed, *options, until, "--monitor.probes=[0,3,12]", ranks=0)
     assert result.returncode == 0, result.stderr

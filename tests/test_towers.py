@@ -31,7 +31,7 @@ from pipelines.order import part
 from tests.launch import equal, launch, newest, records, status
 
 STEPS = 8  # an epoch: 240 images in batches of 30
-WHOLE = ("--model.name=alexnet_two_tower", "--model.width=0.25", "--train.global_batch=30", "--train.epochs=1")
+WHOLE = ("--model.name=alexnet_two_tower", "--train.global_batch=30", "--train.epochs=1")
 PAIRS = (*WHOLE, "--train.tower_parallel=true")
 
 

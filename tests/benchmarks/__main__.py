@@ -28,7 +28,7 @@ from pipelines.loader import Loader
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
-from tests.benchmarks import towers
+from tests.benchmarks import towers, waiting
 
 
 def photographs(root: Path, count: int = 1200) -> Path:
@@ -162,6 +162,7 @@ def main() -> int:
             for read_ms in (0.0, 5.0):
                 print("  " + measure(directory, resize=resize, crop=crop, batch=64, read_ms=read_ms))
         loader_output(packed)
+        waiting.table(packed)
     net()
     towers.table()
     return 0
