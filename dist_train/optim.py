@@ -79,8 +79,10 @@ class Schedule:
         return self.base * share / self.config.factor**divisions
 
     def step(self, error: float, epoch: int) -> bool:
-        """Take the validation error (0..1) of a finished epoch. Returns whether the learning rate was divided."""
-        if self.config.name != "plateau" or epoch + 1 <= self.config.warmup_epochs:
+        """Take the validation error (0..1) of a finished epoch. Returns whether the learning rate is now divided."""
+        if self.config.name == "milestones":
+            return epoch + 1 in self.config.milestones
+        if epoch + 1 <= self.config.warmup_epochs:
             return False
         if error < self.best - self.config.min_improvement:
             self.best, self.bad_epochs = error, 0

@@ -87,7 +87,7 @@ class Trainer:
             self.settle(self._drain())
             error = self.validate()
             if self.schedule.step(error, state.epoch):
-                self.monitor.say(f"the error stopped improving: learning rate divided by {config.schedule.factor:g}")
+                self.monitor.say(f"learning rate divided by {config.schedule.factor:g}{self._too_early(error)}")
             best = state.next_epoch(error)  # before the save: a restart must not repeat the epoch
             self.save(best=best)
         self.finish()
@@ -267,6 +267,17 @@ class Trainer:
         told = {k: v for k, v in as_dict(config).items() if k.startswith(("optim.", "schedule.", "train.epochs"))}
         self.changed = {k: v for k, v in json.loads(json.dumps(told)).items() if meta["config"].get(k) != v}
         return int(saved["record"])
+
+    def _too_early(self, error: float) -> str:
+        """What to add where a net of this validation error had better kept its learning rate."""
+        labels = self.val_loader.shards.index["label"]
+        commonest = 1 - int(np.bincount(labels).max()) / len(labels)
+        if error < commonest:
+            return ""
+        return (
+            f", although the net has not begun to learn (always naming the commonest class: {commonest:.2%}): raise "
+            f"schedule.patience, or move schedule.milestones"
+        )
 
     def _superseded(self) -> Superseded:
         return Superseded(f"another start has taken over {self.monitor.directory}: this one leaves it alone")

@@ -91,4 +91,4 @@ def test_warmup_rises_linearly_and_does_not_count() -> None:
 def test_milestones() -> None:
     schedule = optim.Schedule(Schedule(name="milestones", milestones=(2, 5)), 1.0)
     assert [round(schedule.lr(e, 0, 3), 9) for e in range(7)] == [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]
-    assert not schedule.step(0.9, 0)
+    assert [schedule.step(0.9, epoch) for epoch in range(6)] == [False, True, False, False, True, False]

@@ -62,6 +62,21 @@ def test_the_number_of_processes_changes_nothing_but_rounding(shard_sets: Path, 
             assert b == pytest.approx(a, rel=1e-4), name
 
 
+def test_a_division_that_comes_too_early_is_told(shard_sets: Path, tmp_path: Path) -> None:
+    """Here every epoch divides: before the net has learned anything, by Adam at a useful lr after it has."""
+    every = ("--schedule.name=milestones", "--schedule.milestones=[1,2,3]", "--train.epochs=3", "--optim.name=adam")
+    net = ("--schedule.factor=1.01", "--model.width=1", "--model.dropout=0")
+    told = {}
+    for lr in ("1e-30", "3e-4"):
+        result = launch(shard_sets, tmp_path / lr, *every, *net, f"--optim.lr={lr}", ranks=0)
+        assert result.stderr.count("learning rate divided by 1.01") == 3, result.stderr
+        told[lr] = result.stderr.count("not begun to learn (always naming the commonest class: 66.67%): raise")
+        errors = [r["top1_error"] for r in records(tmp_path / lr, "validation")]
+        assert told[lr] == sum(error > 0.66 for error in errors)
+    assert told["1e-30"] == 3
+    assert told["3e-4"] < 3
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(shard_sets: Path, tmp_path: Path, precision: str) -> None:
     result = launch(shard_sets, tmp_path / "r", f"--train.precision={precision}", "--train.max_steps=3", ranks=0)
