@@ -98,6 +98,7 @@ def test_a_requeue_loses_nothing_and_a_crashed_rank_comes_back(user: User, unint
     assert same(user.run(name), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_node_crash_and_one_run_in_wandb(user: User, uninterrupted: Path) -> None:
     job = user.submit("crash", "--monitor.wandb=offline")
     user.freeze("crash", job, rank=3)
@@ -160,6 +161,7 @@ def test_a_sweep_is_one_array_and_its_jobs_share_a_node(user: User, uninterrupte
     assert "top-1 error" in user.slurm("logs", f"lr sweep/{names[2]}")
 
 
+@pytest.mark.slow
 def test_no_progress_in_three_starts_ends_the_run(user: User) -> None:
     (user.home / "torch.py").write_text("raise OSError('the driver is gone')")  # found first, in the job's directory
     job = user.submit("broken", "--nodes=1", "--gpus-per-node=1")
