@@ -1,0 +1,101 @@
+"""What the program of an earlier day left (tests/fixtures) opens, and goes on from its step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from submitit.helpers import DelayedSubmission
+
+from pipelines.pack import Options
+from pipelines.shards import ShardSet
+from pipelines.verify import verify
+from slurm.job import Job, Pack
+
+FIXTURES = Path(__file__).parent / "fixtures" / "old"
+ROOT = Path(__file__).parent.parent
+STEP = 21  # at which the run was stopped
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A folder that holds sets/ and run/, as the old program left them."""
+    shutil.copytree(FIXTURES, tmp_path / "old")
+    return tmp_path / "old"
+
+
+def python(old: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python -m WORDS` in that folder."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=old, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def went_on(run: Path) -> None:
+    """The run is done, and its record has each step once."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "step"] == list(range(1, STEP + 3 + 1))
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+
+def test_a_shard_set(old: Path) -> None:
+    shards = ShardSet(old / "sets" / "train")
+    assert (len(shards), shards.classes, shards.shorter_side) == (48, ["amber", "blue", "green"], 72)
+    assert verify(old / "sets" / "train", workers=1) == []
+
+
+def test_a_run(old: Path) -> None:
+    result = python(old, "dist_train", "--config=run/config.yaml", "--run.dir=run", "--train.epochs=4")
+    assert result.returncode == 0, result.stderr
+    assert f"continuing from step-{STEP:08d}: epoch 4, step {STEP}" in result.stderr
+    went_on(old / "run")
+
+
+def test_a_run_of_a_program_that_knew_fewer_keys(old: Path) -> None:
+    """A key that a checkpoint does not know counts as its default; one with another value than that is refused."""
+    meta = old / "run" / "checkpoints" / f"step-{STEP:08d}" / "meta.json"
+    body = json.loads(meta.read_text())
+    for key in ("data.lighting", "model.lrn_alpha", "optim.momentum"):
+        body.pop(key, None)
+        del body["config"][key]
+    meta.write_text(json.dumps(body))
+    words = ("dist_train", "--config=run/config.yaml", "--run.dir=run", "--train.epochs=4")
+    refused = python(old, *words, "--data.lighting=0.2")
+    assert refused.returncode == 2
+    assert "data.lighting was 0.1, now 0.2" in refused.stderr
+    result = python(old, *words)
+    assert result.returncode == 0, result.stderr
+    assert "momentum" not in result.stderr, "its default is no change"
+    went_on(old / "run")
+
+
+def test_a_job(old: Path) -> None:
+    """The pickle that waits in the queue, in a directory of another name."""
+    folder = old / "run" / "slurm"
+    (pickled,) = folder.glob("*_submitted.pkl")
+    waiting = DelayedSubmission.load(pickled)
+    assert type(waiting.function) is Job
+    waiting.function.directory = old / "run"
+    waiting.dump(pickled)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 400", "epochs: 4"))
+    here = {"JOB_ID": pickled.name.partition("_")[0], "NTASKS": "1", "GLOBALID": "0", "LOCALID": "0"}
+    here |= {"NNODES": "1", "NODEID": "0"}
+    env = {f"SUBMITIT_LOCAL_{key}": value for key, value in here.items()}
+    result = python(old, "submitit.core._submit", str(folder), SUBMITIT_EXECUTOR="local", **env)
+    assert result.returncode == 0, result.stderr
+    assert "continuing from step-" in result.stderr
+    went_on(old / "run")
+
+
+def test_a_packing_job(old: Path) -> None:
+    waiting = DelayedSubmission.load(old / "pack_submitted.pkl")
+    assert type(waiting.function) is Pack
+    assert waiting.function.part == (0, 2)
+    Options(**waiting.function.options)
