@@ -17,23 +17,23 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from dist_train.agreement import BadData, Diverged, NotSaved, Stopped
-from dist_train.checkpoint import CheckpointError, Store
 from dist_train.config import Config, ConfigError, as_dict, default_name, dump, parse
 from dist_train.data import check_batch, open_sets, pack_source, to_pack
-from dist_train.distributed import DIVERGED, FAILED, STOPPED, USAGE, Watch, World, join, rank_of_launcher
-from dist_train.monitor import Monitor, draw_curves, read_records
-from dist_train.owner import NoProgress, Owner, Superseded, check_progress
-from dist_train.state import State
+from dist_train.monitor.terminal import Monitor, draw_curves, read_records
+from dist_train.ranks.vote import BadData, Diverged, NotSaved, Stopped
+from dist_train.ranks.world import DIVERGED, FAILED, STOPPED, USAGE, Watch, World, join, rank_of_launcher
+from dist_train.rundir.checkpoint import CheckpointError, Store
+from dist_train.rundir.lease import NoProgress, Owner, Superseded, check_progress
+from dist_train.rundir.state import State
 from dist_train.train import Trainer
 from pipelines.shards import ShardError, ShardSet, write_atomically
 from pipelines.sources import SourceError
 
 # Each module has a `main(argv) -> exit code`.
 VERBS = {
-    "evaluate": "dist_train.ensemble",
-    "figures": "dist_train.figures",
-    "experiments": "dist_train.experiments",
+    "evaluate": "dist_train.analysis.evaluate",
+    "figures": "dist_train.analysis.figures",
+    "experiments": "dist_train.analysis.experiments",
 }
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train import models, towers
+from dist_train import models
 from dist_train.config import Config, as_dict
-from dist_train.distributed import World
+from dist_train.ranks import tower_parallel
+from dist_train.ranks.world import World
 from pipelines.loader import Loader
 from pipelines.order import part
 from pipelines.shards import ShardSet
@@ -49,7 +50,7 @@ def build_model(config: Config, world: World, classes: int, *, compiled: bool) -
     torch.manual_seed(config.train.seed)
     model = models.build(config.model, classes=classes, crop=config.data.crop)
     if world.mesh is not None:
-        towers.place(model, world)
+        tower_parallel.place(model, world)
     model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
         model.compile(dynamic=False)  # a size has one kernel, whatever sizes came before

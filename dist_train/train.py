@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_train import build, optim
-from dist_train.agreement import BadData, Diverged, NotSaved, Pending, Stopped
-from dist_train.checkpoint import Store, load
 from dist_train.config import Config, as_dict
-from dist_train.distributed import Watch, World
-from dist_train.evaluate import validate
 from dist_train.models.dropout import mask_keys
-from dist_train.monitor import Monitor
-from dist_train.owner import Superseded
+from dist_train.monitor.terminal import Monitor
 from dist_train.probe import measure
-from dist_train.state import MEMORY, Parts, State, begin_from, choose
+from dist_train.ranks.vote import BadData, Diverged, NotSaved, Pending, Stopped
+from dist_train.ranks.world import Watch, World
+from dist_train.rundir.checkpoint import Store, load
+from dist_train.rundir.lease import Superseded
+from dist_train.rundir.state import MEMORY, Parts, State, begin_from, choose
+from dist_train.validate import validate
 from pipelines.loader import Batch
 from pipelines.order import part
 from pipelines.shards import ShardSet

@@ -68,7 +68,7 @@ def bench(args: Namespace) -> None:
 
 
 def _tell(manifest: Manifest, directory: Path) -> None:
-    from pipelines.parts import REJECTED
+    from pipelines.scan import REJECTED
 
     count = (directory / REJECTED).read_text().count("\n")
     rejected = f"; {count} rejected, see {directory / REJECTED}" if count else ""

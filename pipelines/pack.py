@@ -18,7 +18,7 @@ import webdataset
 
 from pipelines.order import PACK, part, permutation
 from pipelines.parallel import parallel, tick
-from pipelines.parts import WORK, finish, part_of, reason, write_part
+from pipelines.scan import WORK, finish, part_of, reason, write_part
 from pipelines.shards import HEADER, MANIFEST, Manifest, ShardError
 from pipelines.sources import Item, Source, SourceError, to_jpeg
 

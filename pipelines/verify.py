@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.parallel import parallel, tick
-from pipelines.parts import read_sample
+from pipelines.scan import read_sample
 from pipelines.shards import INDEX, QUARANTINE, SAMPLE, Manifest, ShardError, sha256, tar_samples, write_atomically
 
 Problem = dict[str, Any]  # name, shard, reason, and the row within the shard where it concerns one sample

@@ -8,8 +8,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from functools import partial
 from pathlib import Path
 
-from slurm import cluster, runs
-from slurm.runs import Run, SlurmError
+from slurm import cluster, submissions
+from slurm.submissions import Run, SlurmError
 
 OVERRIDES = (
     "What is not listed goes to the trainer: --config FILE, --optim.lr 0.02 (see `python -m dist_train --help`)."
@@ -48,26 +48,26 @@ def submit_pack(args: Namespace) -> None:
 
 def status(args: Namespace) -> None:
     """The table."""
-    from slurm import view
+    from slurm import table
 
     everything = args.runs in ([], ["all"])
-    chosen = runs.all_runs() if everything else [run for text in args.runs for run in runs.find(text)]
-    print(view.table(chosen) if chosen else f"no submitted runs under {runs.ROOT}/")
+    chosen = submissions.all_runs() if everything else [run for text in args.runs for run in submissions.find(text)]
+    print(table.table(chosen) if chosen else f"no submitted runs under {submissions.ROOT}/")
 
 
 def logs(args: Namespace) -> None:
     """What a rank said."""
-    from slurm import view
+    from slurm import table
 
-    run, *others = runs.find(args.run)
+    run, *others = submissions.find(args.run)
     if others:
         raise SlurmError(f"{args.run} is a sweep: name one of its runs, such as {shlex.quote(run.name)}")
-    view.show_log(run, args.rank, args.follow)
+    table.show_log(run, args.rank, args.follow)
 
 
 def cancel(args: Namespace) -> None:
     """Save, end, and never requeue."""
-    for run in runs.find(args.run):
+    for run in submissions.find(args.run):
         submission = run.last
         if cluster.ended(submission):
             print(f"{run.name}: job {submission.job} has ended already")
@@ -90,7 +90,7 @@ def requeue(args: Namespace) -> None:
     """Put a run back into the queue: the same job where Slurm still has it there, otherwise a new one."""
     from slurm import submit as s
 
-    for run in runs.find(args.run):
+    for run in submissions.find(args.run):
         submission, active = run.last, not cluster.ended(run.last)
         if active and submission.local:
             raise SlurmError(f"{run.name} runs on this machine: cancel it first")

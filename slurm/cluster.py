@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.runs import SlurmError, Submission
+from slurm.submissions import SlurmError, Submission
 
 FINISHED = {
     "BOOT_FAIL",

@@ -17,7 +17,7 @@ from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributed
 
 from pipelines.shards import write_atomically
 from slurm.cluster import entry
-from slurm.runs import Run, Submission, mark
+from slurm.submissions import Run, Submission, mark
 
 PORTS = range(20000, 32000)  # below those that Linux hands out by itself
 GIVEN_UP = 70  # as the trainer's code for what must not be tried again
@@ -44,7 +44,7 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         if rank == 0 and not _begin(run, here):
             os._exit(GIVEN_UP)
         from dist_train.__main__ import leave, main
-        from dist_train.distributed import DIVERGED, STOPPED, USAGE
+        from dist_train.ranks.world import DIVERGED, STOPPED, USAGE
 
         code = main(["--config", str(run.config_file), "--run.dir", str(self.directory)])
         if code == STOPPED:

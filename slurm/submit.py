@@ -22,7 +22,7 @@ from dist_train.data import check_batch, open_sets, to_pack
 from pipelines.shards import write_atomically
 from slurm.cluster import entry
 from slurm.job import Job, Pack
-from slurm.runs import Run, SlurmError, Submission
+from slurm.submissions import Run, SlurmError, Submission
 
 TEARDOWN = """\
 code=$?

@@ -10,7 +10,7 @@ import pytest
 from pipelines.augment import Augment
 from pipelines.loader import Loader
 from pipelines.shards import BadSample, ShardError, ShardSet
-from tests.launch import launch, records, status
+from tests.helpers.launch import launch, records, status
 
 
 def test_replaced_by_the_same_sample_at_any_world_size(

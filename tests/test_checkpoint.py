@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.checkpoint import Store
-from dist_train.owner import NoProgress, Owner, Superseded, check_progress
+from dist_train.rundir.checkpoint import Store
+from dist_train.rundir.lease import NoProgress, Owner, Superseded, check_progress
 
 
 def store(directory: Path, keep: int = 2) -> Store:

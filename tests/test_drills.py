@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import STEPS, equal, finish, launch, newest, records, start, status
+from tests.helpers.launch import STEPS, equal, finish, launch, newest, records, start, status
 
 EVERY = "--checkpoint.steps=4"
 TABLE: list[tuple[str, str, str]] = []
@@ -122,7 +122,7 @@ def same(run: Path, undisturbed: Path) -> None:
 def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     env = {"FAULT": json.dumps(drill.fault), **drill.env}
-    first = launch(shard_sets, run, EVERY, *drill.extra, module="tests.faults", agent=drill.agent, env=env)
+    first = launch(shard_sets, run, EVERY, *drill.extra, module="tests.helpers.faults", agent=drill.agent, env=env)
     assert list(run.glob("fault-*")), f"the fault did not strike\n{first.stderr}"
     assert status(run)["state"] in {"dead": ("running", "failed")}.get(drill.ends, (drill.ends,)), first.stderr
     assert drill.says in first.stderr
@@ -130,7 +130,7 @@ def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path
         assert "Traceback" not in first.stderr
     outcome = drill.ends
     if drill.again:
-        second = launch(shard_sets, run, EVERY, module="tests.faults")
+        second = launch(shard_sets, run, EVERY, module="tests.helpers.faults")
         assert second.returncode == 0, second.stderr
         assert "continuing from step-" in second.stderr
         outcome += ", continued"
@@ -142,7 +142,7 @@ def test_nan_in_one_rank_stops_all_and_harms_nothing(shard_sets: Path, undisturb
     run = tmp_path / "run"
     env = {"FAULT": json.dumps(at("step", 7, "nan", 1))}
     result = launch(
-        shard_sets, run, EVERY, "--checkpoint.keep=9", module="tests.faults", env=env, agent="--max-restarts=3"
+        shard_sets, run, EVERY, "--checkpoint.keep=9", module="tests.helpers.faults", env=env, agent="--max-restarts=3"
     )
     assert result.returncode == 0, "a restart would not mend it"
     end = status(run)
@@ -163,7 +163,7 @@ def test_nan_in_one_rank_stops_all_and_harms_nothing(shard_sets: Path, undisturb
 def test_a_disk_that_stays_full(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     env = {"FAULT": json.dumps(at("save:flushed", 3, "disk full", always=True))}  # the first save has two flushes
-    result = launch(shard_sets, run, EVERY, module="tests.faults", env=env)
+    result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env=env)
     assert result.returncode != 0
     assert "the last save failed" in result.stderr
     assert "No space left" in status(run)["reason"]
@@ -174,7 +174,7 @@ def test_a_disk_that_stays_full(shard_sets: Path, tmp_path: Path) -> None:
 def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     env = {"FAULT": json.dumps(at("step", 7, "vanish"))}
-    result = launch(shard_sets, run, EVERY, module="tests.faults", env=env, ranks=1)
+    result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env=env, ranks=1)
     assert result.returncode != 0
     assert "could not be saved" in result.stdout + result.stderr
     assert not (run / "checkpoints").exists()
@@ -184,7 +184,7 @@ def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:
 def test_no_endless_restarts(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     env = {"FAULT": json.dumps(at("step", 2, "kill", 1, always=True))}
-    result = launch(shard_sets, run, EVERY, module="tests.faults", env=env, agent="--max-restarts=9")
+    result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env=env, agent="--max-restarts=9")
     assert result.returncode == 0
     assert "3 automatic restarts began at step 0 without progress" in status(run)["reason"]
     assert status(run)["state"] == "failed"
@@ -193,7 +193,7 @@ def test_no_endless_restarts(shard_sets: Path, tmp_path: Path) -> None:
 
 def under_way(shard_sets: Path, run: Path) -> subprocess.Popen[str]:
     """A slow run that has made its first checkpoint."""
-    process = start(shard_sets, run, EVERY, module="tests.faults", env={"STEP_SECONDS": "1"})
+    process = start(shard_sets, run, EVERY, module="tests.helpers.faults", env={"STEP_SECONDS": "1"})
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "step-00000004").exists():
         assert time.monotonic() < deadline
@@ -241,7 +241,7 @@ def test_saving_does_not_stop_the_steps(shard_sets: Path, undisturbed: Path, tmp
     """While a save takes 3 s, steps go on; the next save waits for it."""
     run = tmp_path / "run"
     env = {"FAULT": json.dumps(at("save:written", 1, "slow"))}
-    result = launch(shard_sets, run, EVERY, module="tests.faults", env=env)
+    result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env=env)
     assert result.returncode == 0, result.stderr
     struck = (run / "fault-0").stat().st_mtime
     steps = [json.loads(line) for line in (run / "samples-0.jsonl").read_text().splitlines()]
@@ -288,7 +288,7 @@ def test_soak(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
         for _ in range(20):
             fault = at("step", rng.randint(1, 9), rng.choice(["kill", "kill all"]), rng.randint(0, 1), always=True)
             before = newest(run)["state"]["step"] if list(run.glob("checkpoints/step-*")) else 0
-            result = launch(shard_sets, run, EVERY, module="tests.faults", env={"FAULT": json.dumps(fault)})
+            result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env={"FAULT": json.dumps(fault)})
             if result.returncode == 0:
                 break
             cuts += 1

@@ -20,19 +20,20 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from dist_train import build, ensemble, models
+from dist_train import build, models
 from dist_train.__main__ import main
-from dist_train.checkpoint import Store
+from dist_train.analysis import evaluate as ensemble
+from dist_train.analysis.predict import probabilities
+from dist_train.analysis.trained import Trained, open_run
 from dist_train.config import dump, parse
-from dist_train.distributed import World
-from dist_train.owner import Owner
-from dist_train.predict import probabilities
-from dist_train.runs import Trained, open_run
+from dist_train.ranks.world import World
+from dist_train.rundir.checkpoint import Store
+from dist_train.rundir.lease import Owner
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 from tests.conftest import CLASSES
-from tests.launch import STEPS, command, finish, launch, records
+from tests.helpers.launch import STEPS, command, finish, launch, records
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dist_train import experiments
+from dist_train.analysis import experiments
 from dist_train.config import CONFIGS, parse
-from tests.launch import records, status
+from tests.helpers.launch import records, status
 
 NAMES = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.sweep"))
 

@@ -20,13 +20,31 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop
 
 from dist_train import models
+from dist_train.analysis.figures import (
+    PINK,
+    RED,
+    draw_kernels,
+    draw_nearest,
+    draw_top5,
+    kernel_blocks,
+    kernel_levels,
+    main,
+)
+from dist_train.analysis.neighbours import (
+    FigureError,
+    choose,
+    forward,
+    most_probable,
+    nearest,
+    rounds,
+    searched,
+    varied_tests,
+)
+from dist_train.analysis.trained import Trained, open_run
 from dist_train.config import Model
-from dist_train.features import FigureError, choose, forward, most_probable, nearest, rounds, searched, varied_tests
-from dist_train.figures import PINK, RED, draw_kernels, draw_nearest, draw_top5, kernel_blocks, kernel_levels, main
-from dist_train.models.towers import TwoTowers, grouped_state
-from dist_train.runs import Trained, open_run
+from dist_train.models.two_tower import TwoTowers, grouped_state
 from pipelines.shards import ShardSet
-from tests.launch import launch
+from tests.helpers.launch import launch
 
 CROP = 67
 Array = NDArray[Any]
@@ -278,7 +296,7 @@ def test_a_net_without_dense_layers_has_the_other_figures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     squeezenet = with_net(run, Model("torchvision:squeezenet1_1"))
-    monkeypatch.setattr("dist_train.figures.open_run", lambda *_: squeezenet)
+    monkeypatch.setattr("dist_train.analysis.figures.open_run", lambda *_: squeezenet)
     assert main(["anywhere", "--out", str(tmp_path), "--images=1"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.png", "top5.png"]
     (line,) = capsys.readouterr().err.splitlines()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dist_train import models, optim
 from dist_train.config import Model, Optim
 from dist_train.models.dropout import mask_keys
-from tests.launch import STEPS, equal, launch, newest, records, status
+from tests.helpers.launch import STEPS, equal, launch, newest, records, status
 
 pytestmark = [
     pytest.mark.gpu,

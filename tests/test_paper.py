@@ -14,9 +14,9 @@ from dist_train import models
 from dist_train.config import Model
 from dist_train.models.alexnet import AlexNet
 from dist_train.models.dropout import mask_keys
-from dist_train.models.towers import TwoTowers, grouped_state
+from dist_train.models.two_tower import TwoTowers, grouped_state
 from dist_train.probe import curvature, measure, stable_lr
-from tests.launch import launch, newest, records, status
+from tests.helpers.launch import launch, newest, records, status
 
 SWITCHES = [
     Model(hidden=32),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import STEPS, equal, launch, newest, records, status
+from tests.helpers.launch import STEPS, equal, launch, newest, records, status
 
 
 def cut(n: int, moment: str = "step") -> dict[str, str]:
@@ -32,7 +32,7 @@ def test_the_same_bits(shard_sets: Path, tmp_path: Path, ranks: int, extra: tupl
     assert launch(shard_sets, whole, *extra, ranks=ranks, timeout=600).returncode == 0
     for where in (cut(3), cut(6), cut(1, "validation")):
         (run / "fault-0").unlink(missing_ok=True)
-        result = launch(shard_sets, run, *extra, ranks=ranks, module="tests.faults", env=where, timeout=600)
+        result = launch(shard_sets, run, *extra, ranks=ranks, module="tests.helpers.faults", env=where, timeout=600)
         assert status(run)["state"] == "stopped", result.stderr
     assert status(run)["step"] == STEPS
     result = launch(shard_sets, run, *extra, ranks=ranks, timeout=600)
@@ -46,11 +46,11 @@ def test_right_after_the_division(shard_sets: Path, tmp_path: Path) -> None:
     extra = ("--schedule.patience=1", "--schedule.min_improvement=1", "--train.epochs=4", "--schedule.stop_early=true")
     whole, run = tmp_path / "whole", tmp_path / "cut"
     assert launch(shard_sets, whole, *extra, ranks=0).returncode == 0
-    launch(shard_sets, run, *extra, module="tests.faults", env=cut(2 * STEPS + 1), ranks=0)
+    launch(shard_sets, run, *extra, module="tests.helpers.faults", env=cut(2 * STEPS + 1), ranks=0)
     assert status(run)["state"] == "stopped"
     (run / "fault-0").unlink()
     kill = {"FAULT": json.dumps({"at": "step", "n": 2, "do": "kill", "rank": 0})}
-    assert launch(shard_sets, run, *extra, module="tests.faults", env=kill, ranks=0).returncode != 0
+    assert launch(shard_sets, run, *extra, module="tests.helpers.faults", env=kill, ranks=0).returncode != 0
     assert launch(shard_sets, run, *extra, ranks=0).returncode == 0
     assert [round(r["lr"], 9) for r in records(run, "validation")] == [0.01, 0.01, 0.001, 0.0001]
     assert records(run) == records(whole)
@@ -72,11 +72,11 @@ def test_an_epoch_over_three_world_sizes(shard_sets: Path, tmp_path: Path) -> No
     order of a run that never stopped, and its losses up to the order of summation (so the same masks)."""
     extra = ("--train.epochs=1", "--train.global_batch=23")
     whole, run = tmp_path / "whole", tmp_path / "elastic"
-    assert launch(shard_sets, whole, *extra, ranks=2, module="tests.faults").returncode == 0
+    assert launch(shard_sets, whole, *extra, ranks=2, module="tests.helpers.faults").returncode == 0
     stages = ((3, 1, cut(4)), (0, 4, cut(3)), (2, 1, None))
     for ranks, pieces, env in stages:
         (run / "fault-0").unlink(missing_ok=True)
-        options = {"ranks": ranks, "module": "tests.faults", "env": env}
+        options = {"ranks": ranks, "module": "tests.helpers.faults", "env": env}
         result = launch(shard_sets, run, *extra, f"--train.accumulate={pieces}", **options)
         assert status(run)["state"] == ("stopped" if env else "done"), result.stderr
     assert shown(run) == shown(whole)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
-from tests.launch import STEPS, launch, newest, records, status
+from tests.helpers.launch import STEPS, launch, newest, records, status
 
 
 def test_two_ranks_from_start_to_done(shard_sets: Path, tmp_path: Path) -> None:

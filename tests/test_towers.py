@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_train import build, optim
 from dist_train.config import Config, ConfigError, Data, Model, Train
 from dist_train.data import check_batch
-from dist_train.distributed import World, join
 from dist_train.models.dropout import mask_keys
-from dist_train.models.towers import TwoTowers
+from dist_train.models.two_tower import TwoTowers
+from dist_train.ranks.world import World, join
 from pipelines.order import part
-from tests.launch import equal, launch, newest, records, status
+from tests.helpers.launch import equal, launch, newest, records, status
 
 STEPS = 8  # an epoch: 240 images in batches of 30
 WHOLE = ("--model.name=alexnet_two_tower", "--train.global_batch=30", "--train.epochs=1")
@@ -42,7 +42,7 @@ def fault(at: str, n: int, do: str, rank: int) -> dict[str, str]:
 def run(data: Path, where: Path, *extra: str, ranks: int, env: dict[str, str] | None = None) -> dict[str, Any]:
     """Run to its end, or to the fault in `env`; its status."""
     (where / f"fault-{json.loads(env['FAULT'])['rank'] if env else 0}").unlink(missing_ok=True)
-    result = launch(data, where, *extra, ranks=ranks, module="tests.faults" if env else "dist_train", env=env)
+    result = launch(data, where, *extra, ranks=ranks, module="tests.helpers.faults" if env else "dist_train", env=env)
     assert result.returncode in ((0,) if ranks else (0, 75)), result.stderr
     assert "Traceback" not in result.stderr
     return status(where)

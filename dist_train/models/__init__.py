@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dist_train.config import Model
 from dist_train.models.alexnet import AlexNet
-from dist_train.models.towers import TwoTowers
+from dist_train.models.two_tower import TwoTowers
 
 TORCHVISION = "torchvision:"
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from dist_train import build, models
 from dist_train.config import Config, Data, Model, Train
-from dist_train.distributed import World, join
 from dist_train.models.dropout import mask_keys
+from dist_train.ranks.world import World, join
 from pipelines.order import part
 
 CASES = ((227, 4096, 1000, 8), (227, 4096, 1000, 32), (67, 512, 10, 128))  # crop, hidden, outputs, global batch

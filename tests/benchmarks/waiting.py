@@ -9,7 +9,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from dist_train.monitor import read_records
+from dist_train.monitor.terminal import read_records
 
 NET = ["--model.width=0.25", "--model.hidden=32", "--data.resize=72", "--data.crop=67", "--train.global_batch=24"]
 LOOP = ["--train.epochs=1", "--train.compile=off", "--train.device=cpu", "--monitor.log_every=1"]

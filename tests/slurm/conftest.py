@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import EMPTY, SMALL, equal, launch, newest, records, status
+from tests.helpers.launch import EMPTY, SMALL, equal, launch, newest, records, status
 from tests.slurm.private_cluster import Cluster, missing, process_with, wait_for
 
 EPOCHS = 3

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from slurm.submit import minutes
-from slurm.view import duration
-from tests.launch import status
+from slurm.table import duration
+from tests.helpers.launch import status
 from tests.slurm.conftest import User, job_of
 
 GOLDEN = """\

@@ -13,7 +13,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
-from tests.launch import records, status
+from tests.helpers.launch import records, status
 from tests.slurm.conftest import EPOCHS, User, job_of, same
 from tests.slurm.private_cluster import wait_for
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.cluster import Entry, entry, look
-from slurm.runs import Run, SlurmError
+from slurm.submissions import Run, SlurmError
 
 HEAD = (
     "RUN",

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from dist_train.owner import Owner
+from dist_train.rundir.lease import Owner
 
 STATE, META = "state.pt", "meta.json"
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_train.distributed import World
 from dist_train.models.alexnet import TOWERS
-from dist_train.models.towers import TwoTowers
+from dist_train.models.two_tower import TwoTowers
+from dist_train.ranks.world import World
 
 
 class Pair:

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from dist_train.analysis.predict import predict, summarise
+from dist_train.analysis.trained import RunError, Trained, open_run
 from dist_train.config import ConfigError
-from dist_train.distributed import USAGE, World, join, rank_of_launcher
-from dist_train.predict import predict, summarise
-from dist_train.runs import RunError, Trained, open_run
+from dist_train.ranks.world import USAGE, World, join, rank_of_launcher
 from pipelines.shards import ShardError, write_atomically
 
 VIEWS = {"one": 1, "five": 5, "ten": 10}  # of pipelines.augment.fixed_views

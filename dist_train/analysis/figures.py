@@ -25,9 +25,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dist_train.distributed import USAGE
-from dist_train.features import FigureError, Neighbours, Predictions, most_probable, nearest, searched, varied_tests
-from dist_train.runs import Trained, open_run
+from dist_train.analysis.neighbours import (
+    FigureError,
+    Neighbours,
+    Predictions,
+    most_probable,
+    nearest,
+    searched,
+    varied_tests,
+)
+from dist_train.analysis.trained import Trained, open_run
+from dist_train.ranks.world import USAGE
 from pipelines.shards import ShardError, ShardSet, write_atomically
 
 Pixels = NDArray[np.uint8]

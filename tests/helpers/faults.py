@@ -1,4 +1,4 @@
-"""The trainer with one fault in it: `python -m tests.faults ...` is `python -m dist_train ...` and $FAULT.
+"""The trainer with one fault in it: `python -m tests.helpers.faults ...` is `python -m dist_train ...` and $FAULT.
 
 FAULT is JSON: {"at": moment, "n": which occurrence, "rank": rank or -1 for all, "do": what}. Moments: step (before a
 step), validation (at a batch of it), save:written, save:flushed, save:renaming, save:renamed, save:pruning, record. It
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from dist_train import __main__, checkpoint, evaluate, owner, train
+from dist_train import __main__, train, validate
+from dist_train.rundir import checkpoint, lease
 
 FAULT: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
 RANK = int(os.environ.get("RANK", 0))
@@ -109,13 +110,13 @@ def logged_step(self: train.Trainer, batch: Any, lr: float, original: Any = trai
 def main() -> int:
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     train.Trainer.train_step = logged_step  # type: ignore[method-assign]
-    around(evaluate, "_correct", "validation")
+    around(validate, "_correct", "validation")
     around(torch, "save", "save:written", after=True)
     around(checkpoint, "_flush", "save:flushed", after=True)
     around(checkpoint, "_place", "save:renaming")
     around(checkpoint, "_place", "save:renamed", after=True)
     around(checkpoint, "_remove", "save:pruning")
-    around(owner.Owner, "check", "record")  # what stands before every write of the run directory
+    around(lease.Owner, "check", "record")  # what stands before every write of the run directory
     return __main__.main()
 
 

@@ -13,9 +13,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dist_train.analysis.experiments import Arm, Experiment
 from dist_train.config import Config, parse
-from dist_train.experiments import Arm, Experiment
-from dist_train.monitor import STATUS, read_records
+from dist_train.monitor.terminal import STATUS, read_records
 from dist_train.probe import stable_lr
 from pipelines.shards import write_atomically
 

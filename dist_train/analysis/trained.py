@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dist_train import build
-from dist_train.checkpoint import META, load, newest
 from dist_train.config import Config, ConfigError, parse
 from dist_train.data import open_sets
-from dist_train.distributed import World
+from dist_train.ranks.world import World
+from dist_train.rundir.checkpoint import META, load, newest
 from pipelines.shards import MANIFEST, ShardSet
 
 

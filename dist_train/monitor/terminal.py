@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_train.config import Monitor as MonitorConfig
-from dist_train.owner import Owner, Superseded
+from dist_train.rundir.lease import Owner, Superseded
 from pipelines.shards import write_atomically
 
 METRICS, STATUS = "metrics.jsonl", "status.json"

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dist_train import build, optim
-from dist_train.checkpoint import CheckpointError, Store, load, newest
 from dist_train.config import Config
-from dist_train.distributed import World
-from dist_train.towers import pair_of
+from dist_train.ranks.tower_parallel import pair_of
+from dist_train.ranks.world import World
+from dist_train.rundir.checkpoint import CheckpointError, Store, load, newest
 from pipelines.shards import ShardSet
 
 MEMORY = 50  # steps that the running mean of the training error looks back, about

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_train.distributed import World
+from dist_train.ranks.world import World
 from pipelines.loader import Loader
 
 

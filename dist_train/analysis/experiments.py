@@ -24,7 +24,7 @@ from queue import Queue
 from tqdm import tqdm
 
 from dist_train.config import CONFIGS, ConfigError
-from dist_train.monitor import STATUS
+from dist_train.monitor.terminal import STATUS
 
 SWEEPS = CONFIGS / "experiments"
 ENDED = ("done", "diverged")  # a run that diverged is a result
@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="where tables and pictures go")
     parser.add_argument("--draw-only", action="store_true", help="run nothing; draw what has been run")
     options, extra = parser.parse_known_args(argv)
-    from dist_train.compare import report  # matplotlib
+    from dist_train.analysis.tables import report  # matplotlib
 
     try:
         names: Iterable[str] = options.names or sorted(path.stem for path in SWEEPS.glob("*.sweep"))

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dist_train import build
-from dist_train.distributed import World
-from dist_train.runs import Trained
+from dist_train.analysis.trained import Trained
+from dist_train.ranks.world import World
 from pipelines.order import Ints
 from pipelines.shards import ShardError
 

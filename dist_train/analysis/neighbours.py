@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dist_train.analysis.trained import Trained
 from dist_train.build import build_loader
-from dist_train.distributed import World
-from dist_train.runs import Trained
+from dist_train.ranks.world import World
 from pipelines.order import SAMPLES, Ints, permutation
 from pipelines.shards import ShardSet
 

@@ -1,0 +1,1 @@
+"""What is done with runs that have weights: evaluate, draw, compare. The trainer imports nothing of it."""
