@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class Data(Augment):
+class DataConfig(Augment):
     """Where images come from and how they become inputs."""
 
     train: str = "data/imagenet/train"
@@ -57,7 +57,7 @@ class Data(Augment):
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The net."""
 
     name: str = "alexnet"
@@ -92,7 +92,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     """Section 5: stochastic gradient descent with momentum 0.9 and weight decay 0.0005."""
 
     name: Literal["sgd", "adam"] = "sgd"
@@ -104,7 +104,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleConfig:
     """Section 5: "divide the learning rate by 10 when the validation error rate stopped improving with the current
     learning rate"; "reduced three times prior to termination"."""
 
@@ -126,7 +126,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """The loop."""
 
     epochs: int = 90
@@ -153,7 +153,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     """When the state is saved, besides at the end of each epoch."""
 
     minutes: float = 10.0
@@ -165,7 +165,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Monitor:
+class MonitorConfig:
     """What is recorded and shown."""
 
     log_every: int = 20
@@ -177,7 +177,7 @@ class Monitor:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     """Where the run lies."""
 
     name: str = ""
@@ -197,14 +197,14 @@ class Run:
 class Config:
     """Everything a run follows from."""
 
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    optim: Optim = field(default_factory=Optim)
-    schedule: Schedule = field(default_factory=Schedule)
-    train: Train = field(default_factory=Train)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    monitor: Monitor = field(default_factory=Monitor)
-    run: Run = field(default_factory=Run)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         """Refuse impossible values. Raises ConfigError."""

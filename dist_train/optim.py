@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import Optim
-from dist_train.config import Schedule as ScheduleConfig
+from dist_train.config import OptimConfig, ScheduleConfig
 
 
-def build(config: Optim, model: nn.Module) -> torch.optim.Optimizer:
+def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with momentum as in section 5, or Adam (Kingma and Ba, 2014). Fused, so that `update` can skip on the device.
 
     torch keeps the velocity free of the learning rate, the paper multiplies it in: the two are equal while the learning

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from dist_train.config import Model
+from dist_train.config import ModelConfig
 from dist_train.models.alexnet import AlexNet
 from dist_train.models.two_tower import TwoTowers
 
@@ -39,7 +39,7 @@ OURS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(options: Model, *, classes: int, crop: int) -> nn.Module:
+def build(options: ModelConfig, *, classes: int, crop: int) -> nn.Module:
     """The model of that name, of `options.outputs` outputs or one a class. Raises ValueError with the nearest name."""
     outputs = options.outputs or classes
     if outputs < classes:

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_train.config import Model
+from dist_train.config import ModelConfig
 from dist_train.models.dropout import Dropout
 from dist_train.models.lrn import local_response_norm
 
 TOWERS = 2  # the paper's two GPUs: "the kernels of the second, fourth, and fifth layers" see one tower's maps
 KERNELS = {"conv1": (96, 11, 4, 0), "conv2": (256, 5, 1, 2), "conv3": (384, 3, 1, 1)}  # number, side, stride, padding
 KERNELS |= {"conv4": (384, 3, 1, 1), "conv5": (256, 3, 1, 1)}
-PAPER = Model()
+PAPER = ModelConfig()
 ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
 
 class Layers(nn.Module):
     """What lies between the layers with weights, and how those begin: the same in all forms of the net."""
 
-    def __init__(self, options: Model) -> None:
+    def __init__(self, options: ModelConfig) -> None:
         super().__init__()
         self.options = options
         self.activation = torch.tanh if options.activation == "tanh" else F.relu
@@ -62,7 +62,7 @@ class AlexNet(Layers):
         towers: 2 as the paper, or 1.
     """
 
-    def __init__(self, outputs: int, crop: int = 227, options: Model = PAPER, towers: int = TOWERS) -> None:
+    def __init__(self, outputs: int, crop: int = 227, options: ModelConfig = PAPER, towers: int = TOWERS) -> None:
         super().__init__(options)
         self.towers = towers
         side, hidden = feature_side(crop), options.hidden

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import Model
+from dist_train.config import ModelConfig
 from dist_train.models.alexnet import KERNELS, PAPER, TOWERS, Layers, feature_side
 
 State = dict[str, Tensor]
@@ -62,7 +62,7 @@ class TwoTowers(Layers):
     Args: as `AlexNet`. Raises ValueError where hidden units or kernels cannot be halved.
     """
 
-    def __init__(self, outputs: int, crop: int = 227, options: Model = PAPER) -> None:
+    def __init__(self, outputs: int, crop: int = 227, options: ModelConfig = PAPER) -> None:
         super().__init__(options)
         side = feature_side(crop)
         if options.hidden % TOWERS or any(round(k[0] * options.width) % TOWERS for k in KERNELS.values()):

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dist_train.config import Monitor as MonitorConfig
+from dist_train.config import MonitorConfig
 from dist_train.rundir.lease import Owner, Superseded
 from pipelines.shards import write_atomically
 

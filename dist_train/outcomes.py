@@ -1,0 +1,73 @@
+"""How a run can end: the exception that ends it, its exit code, and the state in status.json. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+DONE, FAILED, USAGE, DIVERGED, STOPPED = 0, 1, 2, 70, 75  # exit codes of a process without a launcher
+
+
+class Ended(Exception):
+    """The end of a run, raised on all ranks alike; the message is the reason in status.json.
+
+    Attributes:
+        code: of the process.
+        state: in status.json; empty where nothing may be written.
+    """
+
+    code: ClassVar[int] = FAILED
+    state: ClassVar[str] = "failed"
+
+
+class Done(Ended):
+    """The last epoch is validated and saved."""
+
+    code, state = DONE, "done"
+
+
+class Stopped(Ended):
+    """A stop was asked for, and the state is saved."""
+
+    code, state = STOPPED, "stopped"
+
+
+class Diverged(Ended):
+    """A loss or a gradient is not finite; the weights were not touched. Trying again would end the same way."""
+
+    code, state = DIVERGED, "diverged"
+
+
+class BadData(Ended):
+    """More samples than allowed cannot be decoded."""
+
+    code, state = USAGE, "failed"
+
+
+class NotSaved(Ended):
+    """The last save failed, and so did another try."""
+
+    code, state = FAILED, "failed"
+
+
+class NoProgress(Ended):
+    """The run was restarted again and again at the same step."""
+
+    code, state = USAGE, "failed"
+
+
+class NotBegun(Ended):
+    """The run directory cannot be written."""
+
+    code, state = USAGE, "failed"
+
+
+class Refused(Ended):
+    """What was asked for cannot be run; the run directory, if there is one, stays as it is."""
+
+    code, state = USAGE, ""
+
+
+class LeaseLost(Ended):
+    """A later start has taken over the run directory, which is its to write from now on."""
+
+    code, state = DONE, ""

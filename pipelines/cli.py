@@ -1,0 +1,134 @@
+"""Command lines: one parser class, and one way to run a verb, for all three packages.
+
+A verb's options are declared apart from what it starts, so that `--help` and a misspelt option never wait for torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from pipelines.errors import UsageError, UserError
+
+USAGE, INTERRUPTED = 2, 130  # exit codes; the latter is the shell's for Ctrl-C
+
+
+class Parser(ArgumentParser):
+    """argparse's, which names the nearest option to a misspelt one and raises UsageError instead of exiting."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        self.names: list[str] = []  # of all options; before argparse adds its own --help
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
+
+    def add_argument(self, *names: str, **options: Any) -> Action:
+        self.names += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def parse(self, argv: Sequence[str]) -> Namespace:
+        """Raises UsageError; exits for --help."""
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            word = rest[0].partition("=")[0]
+            what = "option" if word.startswith("-") else "argument"
+            hint = f": did you mean {nearest(word, self.names)}?" if what == "option" else f" of {self.prog}"
+            raise UsageError(f"unknown {what} {word}{hint}")
+        return args
+
+
+class _Formatter(ArgumentDefaultsHelpFormatter):
+    """Shows the default of each option that has one."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.default in (None, False) or not action.option_strings:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Verb(NamedTuple):
+    """One verb of a package.
+
+    Attributes:
+        help: one line.
+        options: declares its options; imports nothing heavy.
+        start: does it; imports what it needs. Returns the exit code.
+        passes_on: options that it does not know are left in `args.rest`, for the trainer.
+    """
+
+    help: str
+    options: Callable[[Parser], None]
+    start: Callable[[Namespace], int]
+    passes_on: bool = False
+
+
+def run_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> int:
+    """Run the verb that `argv` begins with: its first two words, or its first. Returns the exit code: the verb's, 2
+    after one sentence on stderr, 130 for Ctrl-C. Under a launcher one rank speaks for all."""
+    try:
+        name = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in verbs), "")
+        if not name:
+            return _without_verb(prog, verbs, argv)
+        verb, words = verbs[name], argv[len(name.split()) :]
+        parser = Parser(f"{prog} {name}", verb.help)
+        verb.options(parser)
+        if verb.passes_on:
+            args, rest = parser.parse_known_args(words)
+            args.rest = rest
+        else:
+            args = parser.parse(words)
+        return verb.start(args)
+    except (UserError, OSError) as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def refuse(error: Exception) -> int:
+    """Print the one sentence, from rank 0; the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return USAGE
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like this one."""
+    return difflib.get_close_matches(word, list(known), 1, cutoff=0)[0]
+
+
+def positive(text: str) -> int:
+    """An argument's type: an integer above 0."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """An argument's type: an integer not below 0."""
+    return _at_least(0, text)
+
+
+def _at_least(minimum: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < minimum:
+        raise ArgumentTypeError(f"{text} is below {minimum}")
+    return number
+
+
+def _without_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> int:
+    """Help where it was asked for. Raises UsageError."""
+    if argv and argv[0] in ("-h", "--help"):
+        width = max(map(len, verbs))
+        lines = [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
+        print("\n".join([f"usage: {prog} VERB ...", "", *lines, "", f"Each has its own help: {prog} VERB --help"]))
+        return 0
+    if not argv:
+        raise UsageError(f"{prog} needs a verb: one of {', '.join(verbs)}")
+    raise UsageError(f"unknown verb {argv[0]}: did you mean {nearest(argv[0], verbs)}?")

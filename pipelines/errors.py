@@ -1,0 +1,16 @@
+"""Errors that are the user's to mend."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something a user can mend. The message is one sentence that names the thing and the remedy."""
+
+
+class UsageError(UserError):
+    """A command line that cannot be understood."""
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error in one line: whatever a library wrote, its first line says most."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

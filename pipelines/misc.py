@@ -1,0 +1,15 @@
+"""Small things that several modules need."""
+
+from __future__ import annotations
+
+import os
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
