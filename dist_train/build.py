@@ -13,7 +13,7 @@ from dist_train.config import Config, as_dict
 from dist_train.ranks import tower_parallel
 from dist_train.ranks.world import World
 from pipelines.loader import Loader
-from pipelines.order import part
+from pipelines.order import even_split
 from pipelines.shards import ShardSet
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,8 +90,8 @@ def distribute(model: nn.Module, config: Config, world: World, autocast: torch.a
         return model
     net = DistributedDataParallel(model, process_group=world.group("data"), gradient_as_bucket_view=True)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    low, high = part(config.train.global_batch, world.dp_rank, world.dp_size)
-    share = part(high - low, 0, config.train.accumulate)[1]
+    low, high = even_split(config.train.global_batch, world.dp_rank, world.dp_size)
+    share = even_split(high - low, 0, config.train.accumulate)[1]
     side = config.data.crop
     inputs = torch.zeros(share, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
     keys = torch.zeros(share, dtype=torch.int64, device=world.device)

@@ -27,7 +27,7 @@ from dist_train.rundir.lease import Superseded
 from dist_train.rundir.state import MEMORY, Parts, State, begin_from, choose
 from dist_train.validate import validate
 from pipelines.loader import Batch
-from pipelines.order import part
+from pipelines.order import even_split
 from pipelines.shards import ShardSet
 
 
@@ -115,7 +115,7 @@ class Trainer:
         total, wrong = torch.zeros(2, dtype=torch.float64, device=world.device)
         pieces = config.train.accumulate
         for i in range(pieces):
-            low, high = part(len(labels), i, pieces)
+            low, high = even_split(len(labels), i, pieces)
             alone = i == pieces - 1 or world.dp_size == 1
             with nullcontext() if alone else self.net.no_sync():  # type: ignore[operator]
                 with self.autocast:

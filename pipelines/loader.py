@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipelines.augment import Augment, Views, fixed_views, random_views
 from pipelines.dali import Device, Feed, Inputs, Pipeline, collect, graph, scale
-from pipelines.order import REPLACE, Ints, Order, part, philox
+from pipelines.order import REPLACE, Ints, Order, even_split, philox
 from pipelines.shards import BadSample, Manifest, ShardError, ShardSet
 
 
@@ -111,7 +111,7 @@ class Loader:
         """The sample numbers of this rank at a step of an epoch, and the position of the first."""
         first = step * self.batch
         total = len(self.shards) if self.chosen is None else len(self.chosen)
-        low, high = part(min(self.batch, total - first), self.rank, self.size)
+        low, high = even_split(min(self.batch, total - first), self.rank, self.size)
         start, stop = first + low, first + high
         if self.chosen is not None:
             return self.chosen[start:stop].copy(), start

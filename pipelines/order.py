@@ -2,8 +2,8 @@
 
 An epoch is a permutation of all samples that follows from (seed, epoch) alone. Shards are permuted, then
 samples inside blocks of a few shards, so reads stay near-sequential on disks that need it and a billion samples
-need no billion-entry array. Ranks take their parts of a global batch by integer division, so the global
-batch need not divide by the number of ranks.
+need no billion-entry array. Ranks take their shares of a global batch by integer division, so the
+global batch need not divide by the number of ranks.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def permutation(n: int, seed: int, epoch: int, stream: int, index: int = 0) -> I
     return np.argsort(philox(seed, epoch, stream, index).random_raw(n), kind="stable")
 
 
-def part(n: int, rank: int, size: int) -> tuple[int, int]:
-    """The half-open range of `range(n)` that `rank` of `size` takes: contiguous, sizes differ by at most one."""
-    return n * rank // size, n * (rank + 1) // size
+def even_split(n: int, index: int, parts: int) -> tuple[int, int]:
+    """Range number `index` of `range(n)` split into `parts`: half-open, contiguous, sizes differ by at most one."""
+    return n * index // parts, n * (index + 1) // parts
 
 
 class Order:
@@ -44,14 +44,14 @@ class Order:
     Args:
         shard_samples: number of samples of each shard, in the order of the manifest.
         seed: of the run.
-        block_shards: samples are shuffled inside blocks of this many (permuted) shards.
+        shuffle_shards: samples are shuffled inside blocks of this many (permuted) shards.
     """
 
-    def __init__(self, shard_samples: Ints, seed: int, block_shards: int) -> None:
+    def __init__(self, shard_samples: Ints, seed: int, shuffle_shards: int) -> None:
         self.sizes = np.asarray(shard_samples, np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.seed = seed
-        self.block_shards = block_shards
+        self.shuffle_shards = shuffle_shards
         self._shards = lru_cache(2)(self._permute_shards)
         self._block = lru_cache(3)(self._permute_block)
 
@@ -71,9 +71,9 @@ class Order:
         """The permuted shards and the position at which each block of them begins."""
         shards = permutation(len(self.sizes), self.seed, epoch, SHARDS)
         ends = np.concatenate([[0], np.cumsum(self.sizes[shards])])
-        return shards, ends[:-1][:: self.block_shards]
+        return shards, ends[:-1][:: self.shuffle_shards]
 
     def _permute_block(self, epoch: int, block: int) -> Ints:
-        shards = self._shards(epoch)[0][block * self.block_shards : (block + 1) * self.block_shards]
+        shards = self._shards(epoch)[0][block * self.shuffle_shards : (block + 1) * self.shuffle_shards]
         samples = np.concatenate([self.starts[s] + np.arange(self.sizes[s]) for s in shards])
         return samples[permutation(len(samples), self.seed, epoch, SAMPLES, block)]

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from pipelines.order import PACK, part, permutation
+from pipelines.errors import first_line
+from pipelines.order import PACK, even_split, permutation
 from pipelines.parallel import parallel, tick
-from pipelines.scan import WORK, finish, part_of, reason, write_part
+from pipelines.scan import WORK, finish, part_of, write_part
 from pipelines.shards import HEADER, MANIFEST, Manifest, ShardError
 from pipelines.sources import Item, Source, SourceError, to_jpeg
 
@@ -74,7 +75,7 @@ def pack_share(
         return
     with _unfinished(directory, fingerprint, shared=True):
         tasks = _tasks(source, directory, options)
-        tasks = tasks[slice(*part(len(tasks), *share))]
+        tasks = tasks[slice(*even_split(len(tasks), *share))]
         images = sum(len(task.samples) for task in tasks)
         parallel(_pack_shard, tasks, workers=workers, images=images, label=f"pack {split} {share[0] + 1}/{share[1]}")
 
@@ -131,7 +132,7 @@ def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
     shards = _shard_count(source, [items[k] for k in order[:: max(1, len(order) // 64)]], len(items), options)
     tasks = []
     for i in range(shards):
-        numbers = [int(k) for k in order[slice(*part(len(items), i, shards))]]
+        numbers = [int(k) for k in order[slice(*even_split(len(items), i, shards))]]
         shard = directory / f"shard-{i:06d}.tar"
         tasks.append(_Shard(shard, source, [(_key(k, items[k].name), items[k]) for k in numbers], options))
     return tasks
@@ -150,7 +151,7 @@ def _pack_shard(task: _Shard) -> None:
                 try:
                     jpeg = to_jpeg(task.source.load(item.reference), task.options.shorter_side, task.options.quality)
                 except Exception as error:  # whatever a decoder makes of garbage
-                    rejected.append({"file": item.name, "reason": reason(error)})
+                    rejected.append({"file": item.name, "reason": first_line(error)})
                 else:
                     tar.write({"__key__": key, "jpg": jpeg, "cls": str(item.label).encode()})
                 tick()

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.errors import first_line
+from pipelines.files import jsonl, sha256, write_atomically
 from pipelines.parallel import tick
 from pipelines.shards import (
     HEADER,
@@ -22,9 +24,7 @@ from pipelines.shards import (
     SAMPLE,
     Manifest,
     ShardError,
-    sha256,
     tar_samples,
-    write_atomically,
 )
 from pipelines.sources import upright_rgb
 
@@ -43,7 +43,7 @@ def write_part(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
             try:
                 row, image = read_sample(file, members)
             except Exception as error:  # whatever a decoder makes of garbage
-                rejected.append({"file": f"{path.name}/{key}", "reason": reason(error)})
+                rejected.append({"file": f"{path.name}/{key}", "reason": first_line(error)})
             else:
                 rows.append(row)
                 flat = np.asarray(image, np.float64).reshape(-1, 3)  # sums of integers below 2^53: exact in any order
@@ -97,8 +97,7 @@ def finish(
     parts = [json.loads(part_of(tar).read_bytes()) for tar in tars]
     rows = np.concatenate([np.load(directory / WORK / f"{tar.name}.npy") for tar in tars])
     rejected = rejected + [line for part in parts for line in part["rejected"]]
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected)
-    write_atomically(directory / REJECTED, lines.encode(errors="backslashreplace"))
+    write_atomically(directory / REJECTED, jsonl(rejected))
     if not len(rows):
         raise ShardError(f"no usable image in {directory}: {len(rejected)} were rejected, see {directory / REJECTED}")
     top = int(rows["label"].max())
@@ -151,8 +150,3 @@ def _digits(values: NDArray[np.float64]) -> list[float]:
 def part_of(path: Path) -> Path:
     """Where the part of a shard is kept while its set is unfinished; it stands once the shard does."""
     return path.parent / WORK / f"{path.name}.json"
-
-
-def reason(error: Exception) -> str:
-    """Why a sample is rejected, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

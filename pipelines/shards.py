@@ -23,6 +23,9 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.errors import UserError
+from pipelines.files import read_jsonl, sha256, write_atomically
+
 VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -45,11 +48,11 @@ SAMPLE = np.dtype(
 )
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """The bytes of a sample are not those that were indexed."""
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard set that cannot be used; the message names the file and the remedy."""
 
 
@@ -204,8 +207,7 @@ class ShardSet:
         starts = dict(zip(self.names, self._ends - self.shard_samples, strict=True))
         kept = np.ones(len(self.index), np.bool_)
         try:
-            lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-            kept[[starts[line["shard"]] + line["row"] for line in lines if "row" in line]] = False
+            kept[[starts[line["shard"]] + line["row"] for line in read_jsonl(path) if "row" in line]] = False
         except (ValueError, TypeError, LookupError) as error:
             raise ShardError(
                 f"{path} is damaged ({error}): run `python -m pipelines verify {self.directory}`"
@@ -275,24 +277,6 @@ def is_header(header: bytes, row: Any) -> bool:
         return bool(int(header[124:136].strip(b" \0"), 8) == row["size"])
     except ValueError:
         return False
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, flush to the disk, rename: after a crash the file is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _checksum(body: dict[str, Any]) -> str:

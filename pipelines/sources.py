@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipelines.errors import UserError, first_line
+
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A source that cannot be packed; the message names it and the remedy."""
 
 
@@ -125,7 +127,7 @@ class Torchvision(_Light):
             remedy = f"fetch it where there is a network and put it under {self.root}"
             if known[plain] == "FashionMNIST":
                 remedy += ", or install Debian's package dataset-fashion-mnist"
-            raise SourceError(f"{known[plain]} cannot be had ({_line(error)}): {remedy}") from error
+            raise SourceError(f"{known[plain]} cannot be had ({first_line(error)}): {remedy}") from error
 
     @cached_property
     def labels(self) -> list[int]:
@@ -209,7 +211,3 @@ def _fashion_mnist_from_debian(root: Path) -> None:
             (half / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
         raw.parent.mkdir(exist_ok=True)
         half.rename(raw)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.errors import first_line
+from pipelines.files import jsonl, sha256, write_atomically
 from pipelines.parallel import parallel, tick
 from pipelines.scan import read_sample
-from pipelines.shards import INDEX, QUARANTINE, SAMPLE, Manifest, ShardError, sha256, tar_samples, write_atomically
+from pipelines.shards import INDEX, QUARANTINE, SAMPLE, Manifest, ShardError, tar_samples
 
 Problem = dict[str, Any]  # name, shard, reason, and the row within the shard where it concerns one sample
 
@@ -41,9 +42,8 @@ def verify(directory: Path, *, workers: int) -> list[Problem]:
     found = parallel(_verify_shard, tasks, workers=workers, images=manifest.samples, label="verify")
     problems = [problem for problems in found for problem in problems]
     quarantine = directory / QUARANTINE
-    lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
-    if lines:
-        write_atomically(quarantine, "".join(lines).encode(errors="backslashreplace"))
+    if problems:
+        write_atomically(quarantine, jsonl(problems))
     else:
         quarantine.unlink(missing_ok=True)
     return problems
@@ -78,7 +78,7 @@ def _fault(file: Any, group: Any, indexed: tuple[int, ...]) -> str:
     try:
         row, _ = read_sample(file, group)
     except Exception as error:  # whatever a decoder makes of garbage
-        return f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"cannot be read: {first_line(error)}"
     names = SAMPLE.names or ()
     differs = [name for name, a, b in zip(names, row, indexed, strict=True) if a != b]
     return f"{' and '.join(differs)} differ from the index" if differs else ""

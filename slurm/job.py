@@ -15,7 +15,7 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributedEnvironment
 
-from pipelines.shards import write_atomically
+from pipelines.files import write_atomically
 from slurm.cluster import entry
 from slurm.submissions import Run, Submission, mark
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.shards import write_atomically
+from pipelines.files import write_atomically
 
 ROOT = Path("runs")
 

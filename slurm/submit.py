@@ -17,9 +17,10 @@ from submitit import LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
-from dist_train.config import Config, default_name, dump, parse
+from dist_train.cli import default_name, parse
+from dist_train.config import Config, dump
 from dist_train.data import check_batch, open_sets, to_pack
-from pipelines.shards import write_atomically
+from pipelines.files import write_atomically
 from slurm.cluster import entry
 from slurm.job import Job, Pack
 from slurm.submissions import Run, SlurmError, Submission

@@ -21,7 +21,8 @@ from dist_train.analysis.predict import predict, summarise
 from dist_train.analysis.trained import RunError, Trained, open_run
 from dist_train.config import ConfigError
 from dist_train.ranks.world import USAGE, World, join, rank_of_launcher
-from pipelines.shards import ShardError, write_atomically
+from pipelines.files import write_atomically
+from pipelines.shards import ShardError
 
 VIEWS = {"one": 1, "five": 5, "ten": 10}  # of pipelines.augment.fixed_views
 CLASSES, CONFUSIONS = 20, 10  # rows that are printed; the JSON holds all

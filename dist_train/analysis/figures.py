@@ -36,7 +36,8 @@ from dist_train.analysis.neighbours import (
 )
 from dist_train.analysis.trained import Trained, open_run
 from dist_train.ranks.world import USAGE
-from pipelines.shards import ShardError, ShardSet, write_atomically
+from pipelines.files import write_atomically
+from pipelines.shards import ShardError, ShardSet
 
 Pixels = NDArray[np.uint8]
 

@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dist_train.analysis.experiments import Arm, Experiment
-from dist_train.config import Config, parse
+from dist_train.cli import parse
+from dist_train.config import Config
 from dist_train.monitor.terminal import STATUS, read_records
 from dist_train.probe import stable_lr
-from pipelines.shards import write_atomically
+from pipelines.files import write_atomically
 
 Record = dict[str, Any]
 OFF = 0.8  # a training error that guessing among 10 classes does not reach: the net has begun to learn

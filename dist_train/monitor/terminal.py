@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dist_train.config import MonitorConfig
 from dist_train.rundir.lease import Owner, Superseded
-from pipelines.shards import write_atomically
+from pipelines.files import write_atomically
 
 METRICS, STATUS = "metrics.jsonl", "status.json"
 HEARTBEAT = 10.0  # seconds between two updates of status.json

@@ -7,7 +7,7 @@ import os
 import uuid
 from pathlib import Path
 
-from pipelines.shards import write_atomically
+from pipelines.files import write_atomically
 
 OWNER, STARTS = "owner", "starts.json"
 RESTARTS = 3  # automatic ones in a row that begin at the same step
