@@ -17,7 +17,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from dist_train.config import Config, ConfigError, as_dict, default_name, dump, parse
+from dist_train.cli import default_name, parse
+from dist_train.config import Config, ConfigError, as_dict, dump
 from dist_train.data import check_batch, open_sets, pack_source, to_pack
 from dist_train.monitor.terminal import Monitor, draw_curves, read_records
 from dist_train.ranks.vote import BadData, Diverged, NotSaved, Stopped
@@ -26,7 +27,8 @@ from dist_train.rundir.checkpoint import CheckpointError, Store
 from dist_train.rundir.lease import NoProgress, Owner, Superseded, check_progress
 from dist_train.rundir.state import State
 from dist_train.train import Trainer
-from pipelines.shards import ShardError, ShardSet, write_atomically
+from pipelines.files import write_atomically
+from pipelines.shards import ShardError, ShardSet
 from pipelines.sources import SourceError
 
 # Each module has a `main(argv) -> exit code`.

@@ -5,27 +5,21 @@ Precedence: these defaults < a YAML file < `--optim.lr 0.02` on the command line
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
-import re
-from argparse import ArgumentError
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipelines.augment import Augment
+from pipelines.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = CONFIGS / "quickstart.yaml"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key and the remedy."""
 
 
@@ -252,29 +246,6 @@ class Config:
             raise ConfigError("checkpoint.keep is 1: keep at least 2, so that a damaged one costs little")
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, str]:
-    """The configuration of a command line and the name of the YAML file it came from. Without `--config` the embedded
-    default, `configs/quickstart.yaml`, is used. Raises ConfigError; exits for --help and --print_config."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="dist_train",
-        description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
-        "`python -m dist_train evaluate|figures RUN` looks at a trained one; each has its own --help.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file")
-    parser.add_class_arguments(Config, None, as_group=False)
-    argv = list(argv)
-    if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
-        argv = ["--config", str(DEFAULT), *argv]
-    try:
-        namespace = parser.parse_args(argv)
-        groups = parser.instantiate(namespace)
-    except ArgumentError as error:
-        raise ConfigError(_explain(str(error))) from error
-    return Config(**{f.name: groups[f.name] for f in fields(Config)}), Path(str(namespace.config[-1])).stem
-
-
 def dump(config: Config) -> str:
     """As YAML that `parse` reads."""
     return str(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
@@ -285,40 +256,11 @@ def as_dict(config: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        flat |= {f"{f.name}.{k}": v for k, v in as_dict(value).items()} if is_dataclass(value) else {f.name: value}
+        if is_dataclass(value):
+            flat |= {f"{f.name}.{key}": inner for key, inner in as_dict(value).items()}
+        else:
+            flat[f.name] = value
     return flat
-
-
-def default_name(file: str) -> str:
-    """The name of the YAML file and the time at which the launcher of this process began, which a restart by the
-    launcher does not change."""
-    began = datetime.now()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stat = Path("/proc/stat").read_text().splitlines()
-        boot = next(int(line.split()[1]) for line in stat if line.startswith("btime"))
-        ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
-        began = datetime.fromtimestamp(boot + ticks // os.sysconf("SC_CLK_TCK"))
-    return f"{file}-{began:%Y%m%d-%H%M%S}"
-
-
-def _explain(message: str) -> str:
-    """jsonargparse's message as one sentence that names the key and the remedy."""
-    for pattern in (r"unrecognized arguments: --([\w.-]+)", r"Option '([\w.-]+)' is not accepted"):
-        if found := re.search(pattern, message):
-            return _unknown(found[1])
-    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        return _unknown(f"{found[1]}.{found[2]}")
-    if found := re.search(r"Parser key \"([\w.]+)\":\s+Expected an? (.+?)\. Got value: (.*)", message):
-        kind = re.sub(r"<class '(\w+)'>", r"\1", found[2])
-        if choices := re.fullmatch(r"typing.Literal\[(.*)\]", kind):
-            kind = "one of " + choices[1].replace("'", "")
-        return f"{found[1]} is {found[3]}: it must be {kind}"
-    return " ".join(message.split())
-
-
-def _unknown(key: str) -> str:
-    nearest = difflib.get_close_matches(key, as_dict(Config()), 1, cutoff=0)[0]
-    return f"unknown configuration key {key}: did you mean {nearest}?"
 
 
 def _at_least(config: Config, least: int, keys: str) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dist_train import build
-from dist_train.config import Config, ConfigError, parse
+from dist_train.cli import parse
+from dist_train.config import Config, ConfigError
 from dist_train.data import open_sets
 from dist_train.ranks.world import World
 from dist_train.rundir.checkpoint import META, load, newest

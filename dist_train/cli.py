@@ -1,0 +1,88 @@
+"""The trainer's command line: `--config FILE` and `--optim.lr 0.02` become a Config. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from dist_train.config import DEFAULT, Config, ConfigError, as_dict
+from dist_train.ranks import launcher
+from pipelines.cli import nearest, refuse
+from pipelines.errors import UserError
+
+
+def parse(argv: Sequence[str], also: Iterable[str] = ()) -> tuple[Config, str]:
+    """The configuration of a command line and the name of the YAML file it came from. Without `--config` the embedded
+    default, `configs/quickstart.yaml`, is used. Raises ConfigError; exits for --help and --print_config.
+
+    Args:
+        also: names of options that the command takes besides, which a misspelt one may have meant.
+    """
+    parser = _parser()
+    argv = list(argv)
+    if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
+        argv = ["--config", str(DEFAULT), *argv]
+    try:
+        namespace = parser.parse_args(argv)
+        groups = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error), also)) from error
+    return Config(**{f.name: groups[f.name] for f in fields(Config)}), Path(str(namespace.config[-1])).stem
+
+
+def default_name(stem: str) -> str:
+    """The name of the YAML file and the time at which the launcher of this process began, which a restart by the
+    launcher does not change."""
+    return f"{stem}-{launcher.began():%Y%m%d-%H%M%S}"
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a net as this command line says. Returns the exit code; exits for --help and --print_config."""
+    try:
+        config, stem = parse(argv)
+        from dist_train import run  # torch takes seconds, which no misspelt option should cost
+
+        return run.start(config, default_name(stem))
+    except UserError as error:
+        return launcher.exit_code(refuse(error))
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="dist_train",
+        description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
+        "`python -m dist_train evaluate|figures RUN` looks at a trained one; each has its own --help.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file")
+    parser.add_class_arguments(Config, None, as_group=False)
+    return parser
+
+
+def _explain(message: str, also: Iterable[str]) -> str:
+    """jsonargparse's message as one sentence that names the key and the remedy."""
+    for pattern in (r"unrecognized arguments: --([\w.-]+)", r"Option '([\w.-]+)' is not accepted"):
+        if found := re.search(pattern, message):
+            return _unknown(found[1], also)
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        return _unknown(f"{found[1]}.{found[2]}", also)
+    if found := re.search(r"Parser key \"([\w.]+)\":\s+Expected an? (.+?)\. Got value: (.*)", message):
+        kind = re.sub(r"<class '(\w+)'>", r"\1", found[2])
+        if choices := re.fullmatch(r"typing.Literal\[(.*)\]", kind):
+            kind = "one of " + choices[1].replace("'", "")
+        return f"{found[1]} is {found[3]}: it must be {kind}"
+    return " ".join(message.split())
+
+
+def _unknown(key: str, also: Iterable[str]) -> str:
+    options = set(also)
+    meant = nearest(key, [*as_dict(Config()), *options])
+    if meant in options:
+        return f"unknown option --{key}: did you mean --{meant}?"
+    return f"unknown configuration key {key}: did you mean {meant}?"
