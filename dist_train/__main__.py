@@ -20,7 +20,8 @@ import torch.distributed as dist
 from dist_train.cli import default_name, parse
 from dist_train.config import Config, ConfigError, as_dict, dump
 from dist_train.data import check_batch, open_sets, pack_source, to_pack
-from dist_train.monitor.terminal import Monitor, draw_curves, read_records
+from dist_train.monitor.terminal import Monitor, read_records
+from dist_train.pictures.curves import draw_curves
 from dist_train.ranks.vote import BadData, Diverged, NotSaved, Stopped
 from dist_train.ranks.world import DIVERGED, FAILED, STOPPED, USAGE, Watch, World, join, rank_of_launcher
 from dist_train.rundir.checkpoint import CheckpointError, Store

@@ -13,7 +13,6 @@ import uuid
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,41 +175,6 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl."""
     path = directory / METRICS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def draw_curves(directory: Path) -> Path | None:
-    """Write `curves.png`: training loss, validation errors, and where the learning rate was divided."""
-    records = read_records(directory)
-    steps = [r for r in records if r["kind"] == "step"]
-    checks = [r for r in records if r["kind"] == "validation"]
-    if not steps:
-        return None
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot([r["progress"] for r in steps], [r["loss"] for r in steps], lw=0.8)
-    left.set(xlabel="epoch", ylabel="training loss (nats)", ylim=(0, None))
-    for name, marker in (("top-1", "o"), ("top-5", "s")):
-        errors = [100 * r[f"{name.replace('-', '')}_error"] for r in checks]
-        right.plot([r["epoch"] + 1 for r in checks], errors, marker=marker, label=name)
-    right.set(xlabel="epoch", ylabel="validation error (%)", ylim=(0, None))
-    right.xaxis.get_major_locator().set_params(integer=True)
-    for before, after in pairwise(checks):
-        if after["lr"] < before["lr"]:
-            for axes in (left, right):
-                axes.axvline(before["epoch"] + 1, color="grey", ls=":", lw=1)
-    right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(directory.name)
-    path = directory / "curves.png"
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path
 
 
 def _start_wandb(directory: Path, config: MonitorConfig, settings: dict[str, Any]) -> Any:
