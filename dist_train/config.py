@@ -1,4 +1,4 @@
-"""The configuration: one frozen dataclass a concern. The defaults are the paper's.
+"""The configuration: one frozen dataclass per concern, the bounds of a field beside it. The defaults are the paper's.
 
 Precedence: these defaults < a YAML file < `--optim.lr 0.02` on the command line.
 """
@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from pipelines.augment import Augment
+from pipelines.augment import Augment, Inputs
+from pipelines.bounds import above, broken, least, within
 from pipelines.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -32,22 +33,22 @@ class DataConfig(Augment):
     val: str = "data/imagenet/val"
     """Shard set for the validation error."""
     source: str = ""
-    """Name of a torchvision data set that is packed first where the shard sets do not exist."""
-    inputs: Literal["mean_subtracted", "minus_one_to_one", "standardized"] = "mean_subtracted"
+    """Name of a torchvision data set that is packed first if the shard sets do not exist."""
+    inputs: Inputs = "mean_subtracted"
     """Scale of the inputs. The paper only subtracts the mean (section 2), and its weights N(0, 0.01) need inputs of
     that size; [-1, 1] is common in re-implementations; standardized also divides by the standard deviation."""
-    shuffle_shards: int = 16
+    shuffle_shards: int = least(1, 16)
     """Samples are shuffled inside blocks of this many shards."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto: with the model."""
-    threads: int = 0
-    """DALI's decoding threads a rank; 0: the CPUs of the process divided by the ranks of the node."""
-    readers: int = 32
-    """Threads a rank that read files ahead."""
-    ahead: int = 4
+    threads: int = least(0, 0)
+    """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks of the node."""
+    readers: int = least(1, 32)
+    """Threads per rank that read files ahead."""
+    ahead: int = least(1, 4)
     """Batches that are read ahead."""
-    max_bad: int = 100
-    """Samples that cannot be decoded, and are replaced, before the run stops."""
+    max_bad: int = least(0, 100)
+    """Samples that cannot be decoded and are replaced before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,18 @@ class ModelConfig:
 
     name: str = "alexnet"
     """alexnet (the paper's: two towers, as groups), alexnet_two_tower (the same function as two explicit towers),
-    alexnet_one_tower (no groups), or torchvision:<name>. All below but init_from is for alexnet alone."""
-    hidden: int = 4096
+    alexnet_one_tower (no groups), or torchvision:<name>. Every field below except init_from applies only to the
+    alexnet models."""
+    hidden: int = least(1, 4096)
     """Units of each hidden dense layer, over both towers."""
-    dropout: float = 0.5
+    dropout: float = within(0, 1, 0.5)
     """Probability that an output of the first two dense layers is set to zero (section 4.2); 0: none."""
     dropout_scaling: Literal["test", "training"] = "test"
     """Multiply these outputs by 1 - dropout at test time, as the paper, or divide them by it in training, as is usual
     now."""
-    outputs: int = 0
-    """Units of the last layer; 0: one a class. More than classes are never a label."""
-    width: float = 1.0
+    outputs: int = least(0, 0)
+    """Units of the last layer; 0 means one per class. Extra units are never a label."""
+    width: float = above(0, 1.0)
     """Kernels of each convolution, as a multiple of the paper's 96-256-384-384-256."""
     activation: Literal["relu", "tanh"] = "relu"
     """Section 3.1."""
@@ -74,15 +76,15 @@ class ModelConfig:
     """Windows of 3 every 2 pixels, or of 2 (section 3.4)."""
     lrn: Literal["paper", "every", "none"] = "paper"
     """Response normalisation after conv 1 and 2 (section 3.3), after every convolution, or nowhere."""
-    lrn_alpha: float = 1e-4
+    lrn_alpha: float = least(0, 1e-4)
     """Of response normalisation; torch.nn.LocalResponseNorm(5, alpha=1e-4) divides by its size and so means 2e-5."""
     left_out: Literal["none", "conv3", "conv4", "conv5"] = "none"
     """A middle convolution to do without (sections 1 and 7)."""
     biases: Literal["paper", "ones"] = "paper"
     """Initial biases: 1 in conv 2, 4, 5 and the hidden dense layers, else 0 (section 5); or 1 everywhere."""
     init_from: str = ""
-    """A run, or one of its checkpoints, whose weights a new run begins with wherever name and shape agree. A last layer
-    for other classes begins anew."""
+    """A run, or one of its checkpoints, whose weights a new run begins with if name and shape agree. A last layer for
+    other classes begins anew."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ class OptimConfig:
     """Section 5: stochastic gradient descent with momentum 0.9 and weight decay 0.0005."""
 
     name: Literal["sgd", "adam"] = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9
+    lr: float = above(0, 0.01)
+    momentum: float = least(0, 0.9)
     """For sgd."""
-    weight_decay: float = 0.0005
+    weight_decay: float = least(0, 0.0005)
     """Added to the gradient, lr-scaled, for every parameter."""
 
 
@@ -103,19 +105,19 @@ class ScheduleConfig:
     learning rate"; "reduced three times prior to termination"."""
 
     name: Literal["plateau", "milestones"] = "plateau"
-    factor: float = 10.0
-    """What the learning rate is divided by."""
-    patience: int = 5
-    """Epochs without improvement that are waited for (plateau)."""
-    min_improvement: float = 0.001
+    factor: float = above(1, 10.0, "the learning rate is divided by it, so above 1")
+    """Divisor of the learning rate."""
+    patience: int = least(1, 5)
+    """Epochs without improvement before a division (plateau)."""
+    min_improvement: float = least(0, 0.001)
     """Least fall of the top-1 validation error, as a fraction of 1, that counts (plateau)."""
-    max_divisions: int = 3
+    max_divisions: int = least(0, 3)
     """Divisions at most (plateau)."""
     stop_early: bool = False
     """Stop when the error stops improving after the last division (plateau)."""
     milestones: tuple[int, ...] = ()
     """Epochs before which the learning rate is divided (milestones)."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = least(0, 0.0)
     """Epochs over which the learning rate rises linearly to its value. They do not count for the plateau."""
 
 
@@ -123,25 +125,25 @@ class ScheduleConfig:
 class TrainConfig:
     """The loop."""
 
-    epochs: int = 90
+    epochs: int = least(1, 90)
     """ "roughly 90 cycles through the training set" (section 5)."""
-    global_batch: int = 128
-    """Samples an update, over all ranks."""
-    accumulate: int = 1
-    """Parts into which each rank cuts its share of a batch, to save memory."""
-    until_error: float = 0.0
+    global_batch: int = least(1, 128)
+    """Samples per update, over all ranks."""
+    accumulate: int = least(1, 1)
+    """Pieces into which each rank cuts its share of a batch, to save memory."""
+    until_error: float = least(0, 0.0)
     """Stop early when the training error, a running mean of top-1 over some 50 steps, falls below this; 0: never."""
-    max_steps: int = 0
+    max_steps: int = least(0, 0)
     """Stop early after this many steps; 0: not."""
     tower_parallel: bool = False
     """Put the two towers of alexnet_two_tower on two ranks, as the paper did, with data parallelism over the pairs."""
-    seed: int = 0
+    seed: int = least(0, 0)
     """Of weights, order, augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: bf16 on a GPU that has it, else fp16 (off with tower_parallel), and off on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: where a compiler works, and not with tower_parallel."""
+    """torch.compile; auto: if a compiler works, and not with tower_parallel."""
     deterministic: bool = True
     """Resuming gives the same bits as never having stopped. On the GPU this costs some speed."""
 
@@ -150,11 +152,11 @@ class TrainConfig:
 class CheckpointConfig:
     """When the state is saved, besides at the end of each epoch."""
 
-    minutes: float = 10.0
+    minutes: float = least(0, 10.0)
     """0: not by time."""
-    steps: int = 0
+    steps: int = least(0, 0)
     """0: not by steps."""
-    keep: int = 2
+    keep: int = least(2, 2, "keep at least 2, so that a damaged one costs little")
     """Newest checkpoints that are kept, besides the best."""
 
 
@@ -162,7 +164,7 @@ class CheckpointConfig:
 class MonitorConfig:
     """What is recorded and shown."""
 
-    log_every: int = 20
+    log_every: int = least(1, 20)
     """Steps between two records in metrics.jsonl."""
     probes: tuple[int, ...] = ()
     """Steps before which activations, gradients and curvature are measured layer by layer (dist_train/probe.py)."""
@@ -202,27 +204,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse impossible values. Raises ConfigError."""
-        _at_least(
-            self, 1, "train.epochs train.global_batch train.accumulate data.shuffle_shards data.readers data.ahead"
-        )
-        _at_least(self, 1, "data.crop data.resize model.hidden monitor.log_every checkpoint.keep schedule.patience")
-        _at_least(self, 0, "model.outputs model.lrn_alpha train.until_error train.max_steps")
-        _at_least(
-            self,
-            0,
-            "train.seed data.lighting data.threads data.max_bad optim.momentum optim.weight_decay checkpoint.minutes",
-        )
-        _at_least(self, 0, "checkpoint.steps schedule.max_divisions schedule.warmup_epochs schedule.min_improvement")
-        if not self.optim.lr > 0:
-            raise ConfigError(f"optim.lr is {self.optim.lr}: it must be above 0")
-        if not self.schedule.factor > 1:
-            raise ConfigError(
-                f"schedule.factor is {self.schedule.factor}: the learning rate is divided by it, so above 1"
-            )
-        if not 0 <= self.model.dropout < 1:
-            raise ConfigError(f"model.dropout is {self.model.dropout}: it must lie in [0, 1)")
-        if not self.model.width > 0:
-            raise ConfigError(f"model.width is {self.model.width}: it must be above 0")
+        for group in fields(self):
+            if found := broken(getattr(self, group.name)):
+                name, message = found
+                raise ConfigError(f"{group.name}.{name} {message}")
         if self.train.tower_parallel and self.model.name != "alexnet_two_tower":
             raise ConfigError(
                 f"train.tower_parallel needs two towers, and model.name is {self.model.name}: make it alexnet_two_tower"
@@ -242,17 +227,15 @@ class Config:
                 f"data.crop {self.data.crop} is larger than data.resize {self.data.resize}, the shorter side that "
                 f"it is cut from: raise data.resize"
             )
-        if self.checkpoint.keep < 2:
-            raise ConfigError("checkpoint.keep is 1: keep at least 2, so that a damaged one costs little")
 
 
 def dump(config: Config) -> str:
-    """As YAML that `parse` reads."""
+    """YAML that the command line reads back with `--config`."""
     return str(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Flat {dotted key: value}."""
+    """The settings as one flat {dotted key: value}."""
     flat: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
@@ -261,10 +244,3 @@ def as_dict(config: Any) -> dict[str, Any]:
         else:
             flat[f.name] = value
     return flat
-
-
-def _at_least(config: Config, least: int, keys: str) -> None:
-    for key in keys.split():
-        group, name = key.split(".")
-        if (value := getattr(getattr(config, group), name)) < least:
-            raise ConfigError(f"{key} is {value}: it must be at least {least}")

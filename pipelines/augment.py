@@ -8,13 +8,16 @@ holds no random state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.bounds import least
 from pipelines.order import VIEWS, philox
 
+Inputs = Literal["mean_subtracted", "minus_one_to_one", "standardized"]  # how pixels are scaled
 WORDS = 8  # raw 64-bit words a position: x, y, reflection, four for two Box-Muller pairs, one spare
 BLOCKS = WORDS // 4  # Philox4x64 makes four words a block, and `advance` counts blocks
 
@@ -47,15 +50,15 @@ def resized(size: NDArray[np.int64], shorter_side: int) -> NDArray[np.int32]:
 class Augment:
     """How images become inputs of the net (section 4.1). Lengths are in pixels."""
 
-    resize: int = 256
+    resize: int = least(1, 256)
     """Shorter side that crops are cut from."""
-    crop: int = 227
+    crop: int = least(1, 227)
     """Side of the square input. The paper says 224; its layers' arithmetic needs 227."""
     center_square: bool = False
     """First cut the central resize x resize square, as the paper did."""
     mirror: bool = True
     """Reflect half of the training samples horizontally."""
-    lighting: float = 0.1
+    lighting: float = least(0, 0.1)
     """Standard deviation of the factors of PCA lighting; 0: none."""
 
 

@@ -1,0 +1,35 @@
+"""Bounds of settings, declared beside the fields of a dataclass and checked all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import field, fields
+from typing import Any
+
+
+def least(minimum: float, default: Any, rule: str = "") -> Any:
+    """A field whose value must be at least `minimum`. `rule`: what the message says instead."""
+    return _bounded(default, lambda value: value >= minimum, rule or f"it must be at least {minimum}")
+
+
+def above(limit: float, default: Any, rule: str = "") -> Any:
+    """A field whose value must be larger than `limit`. `rule`: what the message says instead."""
+    return _bounded(default, lambda value: value > limit, rule or f"it must be above {limit}")
+
+
+def within(low: float, high: float, default: Any) -> Any:
+    """A field whose value must be `low` or more, and less than `high`."""
+    return _bounded(default, lambda value: low <= value < high, f"it must lie in [{low}, {high})")
+
+
+def broken(settings: Any) -> tuple[str, str] | None:
+    """The first field of a dataclass that is outside its bounds, and the message: `it is 0: it must be ...`."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if f.metadata and not f.metadata["fits"](value):
+            return f.name, f"is {value}: {f.metadata['rule']}"
+    return None
+
+
+def _bounded(default: Any, fits: Callable[[Any], bool], rule: str) -> Any:
+    return field(default=default, metadata={"fits": fits, "rule": rule})
