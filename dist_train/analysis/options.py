@@ -1,0 +1,88 @@
+"""The options of the verbs that look at finished runs. What they start is imported when they start."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from pipelines.cli import Parser, Verb, natural, positive
+
+CROPS = {"one": 1, "five": 5, "ten": 10}  # fixed views that `evaluate` averages
+
+
+def evaluate(parser: Parser) -> None:
+    """Declare the options of `evaluate`."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--crops", choices=list(CROPS), default="one", help="centre; and corners; and reflections of these five"
+    )
+    parser.add_argument("--split", type=Path, metavar="DIR", help="shard set in the place of the validation set")
+    parser.add_argument("--checkpoint", default="last", help="last, best, or the name of one")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where the net computes")
+    parser.add_argument("--batch", type=positive, default=128, metavar="N", help="images of a forward pass per device")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where all numbers go")
+
+
+def figures(parser: Parser) -> None:
+    """Declare the options of `figures`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="whose weights are taken")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--images", type=positive, default=8, metavar="N", help="validation images per figure")
+    parser.add_argument("--neighbours", type=positive, default=6, metavar="K", help="training images beside each")
+    parser.add_argument(
+        "--train-images", type=natural, default=10000, metavar="M", help="training images searched; 0: all"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the figures go; without: RUN/figures")
+
+
+def experiments(parser: Parser) -> None:
+    """Declare the options of `experiments`; it passes all others on to the trainer."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="without: all of configs/experiments")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds of an arm that gives none")
+    parser.add_argument(
+        "--jobs", type=natural, metavar="N", help="runs at a time; without, or 0: the GPUs, or the CPUs"
+    )
+    parser.add_argument("--root", type=Path, default=Path("runs/experiments"), help="where the runs lie")
+    parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="where tables and pictures go")
+    parser.add_argument("--draw-only", action="store_true", help="run nothing; draw what has been run")
+
+
+def _evaluate(args: Namespace) -> int:
+    from dist_train.analysis.evaluate import start
+
+    return start(args)
+
+
+def _figures(args: Namespace) -> int:
+    from dist_train.analysis.figures import start
+
+    return start(args)
+
+
+def _experiments(args: Namespace) -> int:
+    from dist_train.analysis.experiments import start
+
+    return start(args)
+
+
+VERBS = {
+    "evaluate": Verb(
+        "Exact errors of a run on every validation image, or of several runs whose predictions are averaged. Under "
+        "torchrun the images are shared out, and the numbers are the same.",
+        evaluate,
+        _evaluate,
+    ),
+    "figures": Verb(
+        "Figures 3 and 4 of the paper for a trained run: the kernels of the first convolution, the most probable "
+        "classes of validation images, and their nearest training images.",
+        figures,
+        _figures,
+    ),
+    "experiments": Verb(
+        "Run the sweeps of configs/experiments, and draw what they show. Options that are not listed go to the trainer.",
+        experiments,
+        _experiments,
+        passes_on=True,
+    ),
+}
