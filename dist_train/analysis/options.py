@@ -41,7 +41,7 @@ def experiments(parser: Parser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="without: all of configs/experiments")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds of an arm that gives none")
     parser.add_argument(
-        "--jobs", type=natural, metavar="N", help="runs at a time; without, or 0: the GPUs, or the CPUs"
+        "--jobs", type=positive, metavar="N", help="runs at a time; without: the GPUs, or else the CPUs"
     )
     parser.add_argument("--root", type=Path, default=Path("runs/experiments"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="where tables and pictures go")
@@ -67,20 +67,10 @@ def _experiments(args: Namespace) -> int:
 
 
 VERBS = {
-    "evaluate": Verb(
-        "Exact errors of a run on every validation image, or of several runs whose predictions are averaged. Under "
-        "torchrun the images are shared out, and the numbers are the same.",
-        evaluate,
-        _evaluate,
-    ),
-    "figures": Verb(
-        "Figures 3 and 4 of the paper for a trained run: the kernels of the first convolution, the most probable "
-        "classes of validation images, and their nearest training images.",
-        figures,
-        _figures,
-    ),
+    "evaluate": Verb("exact errors of a run, or of several whose predictions are averaged", evaluate, _evaluate),
+    "figures": Verb("figures 3 and 4 of the paper: kernels, probable classes, nearest images", figures, _figures),
     "experiments": Verb(
-        "Run the sweeps of configs/experiments, and draw what they show. Options that are not listed go to the trainer.",
+        "run and draw the sweeps of configs/experiments; further options go to the trainer",
         experiments,
         _experiments,
         passes_on=True,
