@@ -12,35 +12,56 @@ from dist_train import models
 from dist_train.config import Config, as_dict
 from dist_train.ranks import tower_parallel
 from dist_train.ranks.world import World
-from pipelines.loader import Loader
-from pipelines.order import even_split
+from pipelines.dali import Decode
+from pipelines.loader import Loader, Read
+from pipelines.order import Ints, even_split
+from pipelines.plan import FixedPlan, Plan, TrainingPlan
 from pipelines.shards import ShardSet
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_loader(
-    config: Config, world: World, shards: ShardSet, statistics: ShardSet, *, batch: int, training: bool
+def train_loader(config: Config, world: World, shards: ShardSet) -> Loader:
+    """This rank's loader of the training set's shuffled and augmented global batches."""
+    data = config.data
+    plan = TrainingPlan(shards, data, shards.manifest, config.train.seed, data.shuffle_shards)
+    return _loader(config, world, plan, shards, config.train.global_batch)
+
+
+def fixed_loader(
+    config: Config,
+    world: World,
+    shards: ShardSet,
+    statistics: ShardSet,
+    *,
+    batch: int,
+    view: int = 0,
+    samples: Ints | None = None,
 ) -> Loader:
-    """This rank's loader of global batches of `batch` samples, normalised with the training set's `statistics`."""
+    """This rank's loader of global batches of `batch` samples: all of `shards`, or the given ones, in order and in the
+    same view, normalised with the training set's `statistics`."""
+    plan = FixedPlan(shards, config.data, view, samples, config.train.seed)
+    return _loader(config, world, plan, statistics, batch)
+
+
+def _loader(config: Config, world: World, plan: Plan, statistics: ShardSet, batch: int) -> Loader:
     data = config.data
     on_gpu = data.device == "gpu" or (data.device == "auto" and world.device.type == "cuda")
-    return Loader(
-        shards,
-        data,
-        statistics.manifest,
-        batch=batch,
-        training=training,
-        seed=config.train.seed,
-        shuffle_shards=data.shuffle_shards,
-        rank=world.dp_rank,
-        size=world.dp_size,
+    decode = Decode(
         device="gpu" if on_gpu else "cpu",
         device_id=world.local_rank if on_gpu else None,
-        inputs=data.inputs,
         threads=data.threads or world.threads,
-        readers=data.readers,
-        ahead=data.ahead,
+        inputs=data.inputs,
+    )
+    reading = Read(readers=data.readers, ahead=data.ahead)
+    return Loader(
+        plan,
+        statistics.manifest,
+        batch=batch,
+        rank=world.dp_rank,
+        size=world.dp_size,
+        decode=decode,
+        reading=reading,
     )
 
 

@@ -46,9 +46,9 @@ class Trainer:
         self.config, self.world, self.watch, self.monitor, self.store = config, world, watch, monitor, store
         self.shards, val = data
         batch = config.train.global_batch
-        self.train_loader = build.build_loader(config, world, self.shards, self.shards, batch=batch, training=True)
+        self.train_loader = build.train_loader(config, world, self.shards)
         check = max(world.dp_size, batch // config.train.accumulate)
-        self.val_loader = build.build_loader(config, world, val, self.shards, batch=check, training=False)
+        self.val_loader = build.fixed_loader(config, world, val, self.shards, batch=check)
         compiled = config.train.compile != "off"
         if config.train.compile == "auto" and (why := build.compiler_works(world)):
             compiled = False
@@ -305,9 +305,7 @@ class Trainer:
 
     def _post_mortem(self, pending: Pending, loss: float) -> str:
         """Name what led to a value that is not finite; all keys of the batch go to diverged.json."""
-        first = pending.step_in_epoch * self.config.train.global_batch
-        samples = self.train_loader.order.samples(pending.epoch, first, first + self.config.train.global_batch)
-        names = [self.shards.name(int(s)) for s in samples]
+        names = self.train_loader.names(pending.epoch, pending.step_in_epoch)
         where = f"step {pending.step + 1} (epoch {pending.epoch + 1}, lr {pending.lr:g})"
         what = "gradient" if math.isfinite(loss) else "loss"
         if self.world.rank == 0:

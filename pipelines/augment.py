@@ -1,4 +1,4 @@
-"""The random parameters of a position, and the reference maths in numpy and Pillow.
+"""The augmentation: how the sample at a position is shown to the net.
 
 Crop place, reflection and lighting of a sample follow from (seed, epoch, position) and from nothing else, so any world
 size, any restart and any number of threads show the net the same pixels. DALI receives them as tensors and
@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.bounds import least
 from pipelines.order import VIEWS, philox
@@ -130,13 +129,3 @@ def random_views(
     shift = 255 * augment.lighting * normal @ components.T
     flipped = (uniform[:, 2] < 0.5) & augment.mirror
     return Views(now, corner, flipped, shift.astype(np.float32))
-
-
-def reference_crop(image: Image.Image, views: Views, i: int, crop: int) -> NDArray[np.uint8]:
-    """What DALI must make of sample `i`: uint8 [crop, crop, 3], by Pillow's bilinear resize of the whole image."""
-    width, height = (int(v) for v in views.size[i])
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (int(v) for v in views.corner[i])
-    pixels = np.asarray(image)[top : top + crop, left : left + crop]
-    return pixels[:, ::-1] if views.mirror[i] else pixels

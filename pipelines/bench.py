@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.augment import Augment
-from pipelines.loader import Loader
+from pipelines.loader import Loader, Read
+from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardError, ShardSet
 
 WARM_UP = 8  # batches: as many as the loader is ahead by, so that the pace is steady when the clock starts
@@ -23,7 +24,8 @@ def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: flo
         time.sleep(read_ms / 1000)
         return shards.read(sample)
 
-    loader = Loader(shards, Augment(resize, crop), shards.manifest, batch=batch, training=True, read=read)
+    plan = TrainingPlan(shards, Augment(resize, crop), shards.manifest)
+    loader = Loader(plan, shards.manifest, batch=batch, reading=Read(read=read))
     if loader.steps < 2 * WARM_UP:
         raise ShardError(
             f"{directory} has {len(shards)} samples, not {2 * WARM_UP} batches of {batch}: give a smaller --batch"

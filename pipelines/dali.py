@@ -4,23 +4,59 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.augment import Inputs
+from pipelines.misc import cpus
 from pipelines.shards import Manifest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from nvidia.dali import Pipeline as Pipeline
-    from nvidia.dali import fn, types
+    from nvidia.dali import Pipeline, fn, types
 
 Device = Literal["cpu", "gpu"]
-Inputs = Literal["mean_subtracted", "minus_one_to_one", "standardized"]
-Feed = tuple[Sequence[NDArray[np.uint8] | None], NDArray[Any], NDArray[Any], NDArray[np.int32], NDArray[np.float32]]
+DEPTH = 2  # batches that DALI works on ahead of the one that is collected
+
+
+class Feed(NamedTuple):
+    """The inputs of the graph for the n samples of a step.
+
+    Attributes:
+        encoded: the files' bytes, n arrays.
+        begin: where the region to decode begins: (y, x) in the original image, float32 [n, 2], if the graph resizes;
+            otherwise the left top corner as (x, y), int32 [n, 2].
+        end: where it ends, float32 [n, 2], if the graph resizes; otherwise its size as (x, y), int32 [n, 2].
+        mirror: horizontal reflection, int32 [n].
+        mean: what to subtract from each channel, float32 [n, 3].
+    """
+
+    encoded: Sequence[NDArray[np.uint8] | None]
+    begin: NDArray[Any]
+    end: NDArray[Any]
+    mirror: NDArray[np.int32]
+    mean: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How encoded images become inputs.
+
+    Attributes:
+        device: where DALI decodes; "gpu" needs `device_id`.
+        threads: DALI's decoding threads; 0: the CPUs of this process.
+        inputs: mean_subtracted as the paper, minus_one_to_one, or standardized (divided by the standard deviation too).
+    """
+
+    device: Device = "cpu"
+    device_id: int | None = None
+    threads: int = 0
+    inputs: Inputs = "mean_subtracted"
 
 
 def graph(
@@ -30,42 +66,37 @@ def graph(
     crop: int,
     resize: bool,
     std: Sequence[float],
-    device: Device,
-    device_id: int | None,
-    threads: int,
-    depth: int = 2,
+    decode: Decode,
+    depth: int = DEPTH,
 ) -> Pipeline:
     """decode -> resize of the region that the crop needs (or crop alone) -> mirror and normalise.
 
-    `source` returns, for the n <= `batch` samples of a step: encoded images; where the region begins and where it ends
-    as (y, x) in the original image, float32 [n, 2] (with `resize`), or the left top corner and the size as (x, y),
-    int32 [n, 2] (without); mirror, int32 [n]; what to subtract from each channel, float32 [n, 3].
-
-    Output: float32 NHWC. On the GPU the whole image is decoded: decoders of a region were seen to crash there
-    (nvImageCodec issue 55).
+    `source` returns the inputs of a step of n <= `batch` samples. Output: float32 NHWC. On the GPU the whole image is
+    decoded: decoders of a region were seen to crash there (nvImageCodec issue 55).
     """
-    pipeline = Pipeline(batch, threads, device_id, prefetch_queue_depth=depth)
+    pipeline = Pipeline(batch, decode.threads or cpus(), decode.device_id, prefetch_queue_depth=depth)
     with pipeline:
-        encoded, begin, end, mirror, mean = fn.external_source(source=source, num_outputs=5, batch=True)
+        feed = Feed(*fn.external_source(source=source, num_outputs=len(Feed._fields), batch=True))
         upright = {"output_type": types.RGB, "adjust_orientation": False}  # settled when the set was packed
-        if not resize and device == "cpu":
-            image = fn.decoders.image_slice(encoded, start=begin, shape=end, **upright)
+        if not resize and decode.device == "cpu":
+            image = fn.decoders.image_slice(feed.encoded, start=feed.begin, shape=feed.end, **upright)
         else:
-            image = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", **upright)
+            device = "mixed" if decode.device == "gpu" else "cpu"
+            image = fn.decoders.image(feed.encoded, device=device, **upright)
             if resize:
                 image = fn.resize(
                     image,
                     resize_x=crop,
                     resize_y=crop,
-                    roi_start=begin,
-                    roi_end=end,
+                    roi_start=feed.begin,
+                    roi_end=feed.end,
                     interp_type=types.INTERP_LINEAR,
                     subpixel_scale=False,  # nearest to torchvision and Pillow
                 )
             else:
-                image = fn.slice(image, start=begin, shape=end, axis_names="WH")
+                image = fn.slice(image, start=feed.begin, shape=feed.end, axis_names="WH")
         image = fn.crop_mirror_normalize(
-            image, mirror=mirror, mean=mean, std=list(std), dtype=types.FLOAT, output_layout="HWC"
+            image, mirror=feed.mirror, mean=feed.mean, std=list(std), dtype=types.FLOAT, output_layout="HWC"
         )
         pipeline.set_outputs(image)
     return pipeline

@@ -1,13 +1,12 @@
-"""The loader that drives the DALI graph.
+"""The loader: reads, decodes and delivers this rank's share of what a plan says.
 
-The index drives everything: for each step the loader knows which samples it needs and how each is to be shown. A few
-threads read the bytes ahead in that order, one thread feeds them to DALI and collects its output, so neither
-files nor decoding stop the training loop. DALI holds no random state.
+For each step the plan tells which samples come and how each is shown. A few threads read the files ahead in that order,
+one thread feeds them to the DALI graph and collects its output, so neither files nor decoding stop the training loop.
+DALI holds no random state.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import sys
 import time
@@ -15,22 +14,33 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import Augment, Views, fixed_views, random_views
-from pipelines.dali import Device, Feed, Inputs, Pipeline, collect, graph, scale
-from pipelines.order import REPLACE, Ints, Order, even_split, philox
-from pipelines.shards import BadSample, Manifest, ShardError, ShardSet
+from pipelines.augment import Views
+from pipelines.dali import DEPTH, Decode, Feed, collect, graph, scale
+from pipelines.misc import ceil_div
+from pipelines.order import Ints, even_split
+from pipelines.plan import Plan
+from pipelines.shards import BadSample, Manifest
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+
+READY = 2  # batches that wait for the consumer
+SUSPECTS = DEPTH + 2  # steps, from the one that is collected, in which DALI may have met what it reports now
+
+Encoded = list[NDArray[np.uint8] | None]  # files' bytes; None in the place of a damaged one
 
 
 class Batch(NamedTuple):
-    """A rank's part of a global batch.
+    """A rank's share of a global batch.
 
     Attributes:
         inputs: pixels in levels plus lighting minus the mean, float32 [n, 3, crop, crop], channels_last.
@@ -47,100 +57,92 @@ class Batch(NamedTuple):
     replaced: int = 0
 
 
-class Loader:
-    """One rank's batches of a shard set.
+@dataclass(frozen=True)
+class Read:
+    """How files are read.
 
-    Training visits each sample at most once an epoch, in the order of `order.py`, and drops the incomplete tail.
-    Otherwise every sample comes exactly once, in the order of the index, in equal numbers of batches on all ranks, some
-    of them short or empty.
-
-    Args:
-        shards: the data.
-        statistics: the manifest of the *training* set, for mean, deviation and lighting.
-        batch: the global batch, in samples.
-        rank, size: this data-parallel rank, and how many there are.
-        device: where DALI decodes; "gpu" needs `device_id`.
-        inputs: mean_subtracted as the paper, minus_one_to_one, or standardized (divided by the standard deviation too).
-        threads: DALI's decoding threads; 0: the CPUs of this process.
+    Attributes:
         readers: threads that read files ahead.
         ahead: batches that are read ahead.
-        read: reads the bytes of a sample; another one is given to inject faults.
+        read: returns the bytes of a sample, uint8 [size]; None: ShardSet.read. Another one injects faults and delays.
+    """
+
+    readers: int = 32
+    ahead: int = 4
+    read: Callable[[int], NDArray[np.uint8]] | None = None
+
+
+DECODE, READING = Decode(), Read()  # as the paper, on this machine's CPUs
+
+
+class _Reading(NamedTuple):
+    """A step whose files are being read: in pieces, one after the other the samples of the step."""
+
+    samples: Ints
+    start: int
+    pieces: list[Future[Encoded]]
+
+
+class Loader:
+    """One rank's batches of a plan: equally many on all ranks; at the end of a fixed plan some are short or empty.
+
+    Args:
+        statistics: the manifest of the *training* set, for mean and deviation.
+        batch: the global batch, in samples.
+        rank, size: this data-parallel rank, and how many there are.
+
+    Attributes:
+        steps: batches in an epoch.
+        mean: what is subtracted from each channel, in levels, float32 [3].
+        waited: seconds that the consumer has waited for data.
+        bad: samples that were found to be undecodable.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
-        augment: Augment,
+        plan: Plan,
         statistics: Manifest,
         *,
         batch: int,
-        training: bool,
-        seed: int = 0,
-        shuffle_shards: int = 16,
         rank: int = 0,
         size: int = 1,
-        device: Device = "cpu",
-        device_id: int | None = None,
-        inputs: Inputs = "mean_subtracted",
-        threads: int = 0,
-        readers: int = 32,
-        ahead: int = 4,
-        read: Callable[[int], NDArray[np.uint8]] | None = None,
+        decode: Decode = DECODE,
+        reading: Read = READING,
     ) -> None:
-        self.shards, self.augment, self.training, self.seed = shards, augment, training, seed
+        self.plan, self.shards, self.augment = plan, plan.shards, plan.augment
         self.batch, self.rank, self.size = batch, rank, size
-        self.device: Device = device
-        self.device_id = device_id
-        self.order = Order(shards.shard_samples, seed, shuffle_shards)
-        self.chosen: Ints | None = None
-        self.steps = len(shards) // batch if training else -(-len(shards) // batch)
-        self.mean, self.std = scale(inputs, statistics)
-        self.components = np.array(statistics.eigenvectors) * np.array(statistics.eigenvalues)
-        self.threads = threads or len(os.sched_getaffinity(0))
-        self.readers, self.ahead = readers, ahead
-        self.read = read or shards.read
-        self.resizing = shards.shorter_side != augment.resize
-        self.waited = 0.0  # seconds that the consumer has waited for data
-        self.bad: set[int] = set()  # samples that cannot be decoded
-
-    def choose(self, samples: Ints) -> None:
-        """From now on an epoch is all of these `samples`, int64 [n], in this order."""
-        self.chosen, self.steps = samples, -(-len(samples) // self.batch)
+        self.steps = plan.steps(batch)
+        self.mean, self.std = scale(decode.inputs, statistics)
+        self.decode, self.reading = decode, reading
+        self.read = reading.read or plan.shards.read
+        self.resizing = plan.shards.shorter_side != plan.augment.resize
+        self.waited = 0.0
+        self.bad: set[int] = set()
 
     def samples(self, epoch: int, step: int) -> tuple[Ints, int]:
         """The sample numbers of this rank at a step of an epoch, and the position of the first."""
         first = step * self.batch
-        total = len(self.shards) if self.chosen is None else len(self.chosen)
-        low, high = even_split(min(self.batch, total - first), self.rank, self.size)
-        start, stop = first + low, first + high
-        if self.chosen is not None:
-            return self.chosen[start:stop].copy(), start
-        return self.order.samples(epoch, start, stop) if self.training else np.arange(start, stop), start
+        low, high = even_split(min(self.batch, len(self.plan) - first), self.rank, self.size)
+        return self.plan.samples(epoch, first + low, first + high), first + low
 
     def usable(self, epoch: int, step: int) -> tuple[Ints, int]:
-        """As `samples`, another in the place of each bad one: which follows from (seed, epoch, position) alone, so
-        that all world sizes choose the same."""
+        """Like `samples`, with bad samples replaced."""
         samples, start = self.samples(epoch, step)
-        if len(self.bad) == len(self.shards):
-            raise ShardError(f"no sample of {self.shards.directory} can be decoded: pack it anew")
-        for i in np.flatnonzero(np.isin(samples, list(self.bad))) if self.bad else ():
-            bits = philox(self.seed, epoch, REPLACE, start + int(i))
-            while int(samples[i]) in self.bad:
-                samples[i] = bits.random_raw() % len(self.shards)
+        if self.bad:
+            for i in np.flatnonzero(np.isin(samples, list(self.bad))):
+                samples[i] = self.plan.substitute(epoch, start + int(i), self.bad)
         return samples, start
 
-    def views(self, epoch: int, samples: Ints, start: int) -> Views:
-        """How these samples are shown at positions `start` ... of an epoch. Without training the number of the epoch is
-        that of the fixed view: 0 the centre, up to 9."""
-        sizes = self._sizes(samples)
-        if self.training:
-            return random_views(sizes, self.augment, self.components, seed=self.seed, epoch=epoch, start=start)
-        return fixed_views(sizes, self.augment, view=epoch)
+    def names(self, epoch: int, step: int) -> list[str]:
+        """Where a person finds the samples of the whole global batch of a step: tar and member of each."""
+        first = step * self.batch
+        samples = self.plan.samples(epoch, first, min(first + self.batch, len(self.plan)))
+        return [self.shards.name(int(sample)) for sample in samples]
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of steps `start` ... of an epoch. Raises ShardError where a tar is not what was indexed."""
+        """The batches of steps `start` ... of an epoch. Raises ShardError if a tar is not what was indexed."""
         stop = Event()
-        ready: queue.Queue[Batch | Exception | None] = queue.Queue(2)
+        ready: queue.Queue[Batch | Exception | None] = queue.Queue(READY)
         driver = Thread(target=self._drive, args=(epoch, start, ready, stop), name="loader", daemon=True)
         driver.start()
         try:
@@ -161,19 +163,20 @@ class Loader:
             driver.join()
 
     def _drive(self, epoch: int, step: int, ready: queue.Queue[Batch | Exception | None], stop: Event) -> None:
+        """Put the batches from `step` on into `ready`, None after the last one, or the error that ended them."""
         try:
             while step < self.steps and not stop.is_set():
-                feed = self._feed(epoch, range(step, self.steps))
+                feeds = self.feeds(epoch, range(step, self.steps))
                 try:
-                    pipeline = self._build(feed)
+                    pipeline = self._build(feeds, batch=ceil_div(self.batch, self.size))
                     while step < self.steps and not stop.is_set():
                         ready.put(self._batch(pipeline, epoch, step))
                         step += 1
-                except RuntimeError:  # DALI's: a sample of the next few steps cannot be decoded; the pipeline is lost
-                    if not self._find_bad(epoch, range(step, min(step + 4, self.steps))):
+                except RuntimeError:  # DALI's: a sample cannot be decoded. The pipeline is lost; begin this step anew
+                    if not self._find_bad(epoch, range(step, min(step + SUSPECTS, self.steps))):
                         raise
                 finally:
-                    feed.close()
+                    feeds.close()
             ready.put(None)
         except Exception as error:
             ready.put(error)
@@ -181,80 +184,48 @@ class Loader:
     def _batch(self, pipeline: Pipeline, epoch: int, step: int) -> Batch:
         wanted, _ = self.samples(epoch, step)
         inputs = collect(pipeline) if len(wanted) else self._empty()
-        samples, first = self.usable(epoch, step)  # after that: reading may have found some to be damaged
+        samples, start = self.usable(epoch, step)  # after that: reading may have found some to be damaged
         labels = torch.from_numpy(self.shards.index["label"][samples].astype(np.int64)).to(inputs.device)
-        return Batch(inputs, labels, samples, first, replaced=int((wanted != samples).sum()))
+        return Batch(inputs, labels, samples, start, replaced=int((wanted != samples).sum()))
 
-    def _find_bad(self, epoch: int, steps: range) -> bool:
-        """Decode the samples of these steps one by one, the way they failed together; name those that fail again."""
-        todo = [
-            (int(s), start + i)
-            for samples, start in (self.usable(epoch, step) for step in steps)
-            for i, s in enumerate(samples)
-        ]
-        known = len(self.bad)
-        while todo:
-            pipeline = self._build((self._one(epoch, *one) for one in todo), alone=True)
-            for i, (sample, _) in enumerate(todo):
-                try:
-                    pipeline.run()
-                except RuntimeError:
-                    self._blame(sample, f"{self.shards.name(sample)} cannot be decoded")
-                    todo = todo[i + 1 :]
-                    break
-            else:
-                break
-        return len(self.bad) > known
+    def feeds(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
+        """The graph's inputs for each of these steps, while the files of the steps after it are being read.
 
-    def _one(self, epoch: int, sample: int, position: int) -> Feed:
-        samples = np.array([sample])
-        return self._arguments([self.read(sample)], samples, self.views(epoch, samples, position))
-
-    def _sizes(self, samples: Ints) -> Ints:
-        return self.shards.sizes[samples].astype(np.int64)
-
-    def _build(self, feed: Iterator[Feed], *, alone: bool = False) -> Pipeline:
-        pipeline = graph(
-            lambda: next(feed),
-            batch=1 if alone else -(-self.batch // self.size),
-            depth=1 if alone else 2,
-            crop=self.augment.crop,
-            resize=self.resizing,
-            std=self.std.tolist(),
-            device=self.device,
-            device_id=self.device_id,
-            threads=self.threads,
-        )
-        pipeline.build()
-        return pipeline
-
-    def _feed(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
-        """What DALI's external source returns at each step, with the files of the next steps already being read."""
-        with ThreadPoolExecutor(self.readers, "read") as pool:
-            ahead: deque[tuple[Ints, int, list[Future[list[NDArray[np.uint8] | None]]]]] = deque()
-            plan = (self.usable(epoch, step) for step in steps)
+        A step without samples for this rank is left out: DALI takes no empty batch.
+        """
+        # Lazy: a sample that was found to be bad by the time a step is begun is replaced before it is read in vain.
+        planned = (self.usable(epoch, step) for step in steps)
+        begun: deque[_Reading] = deque()
+        with ThreadPoolExecutor(self.reading.readers, "read") as pool:
             try:
                 while True:
-                    for samples, first in plan:
+                    for samples, start in planned:  # goes on where the last round broke off
                         if len(samples):
-                            pieces = np.array_split(samples, min(self.readers, len(samples)))
-                            ahead.append((samples, first, [pool.submit(self._read, piece) for piece in pieces]))
-                        if len(ahead) > self.ahead:
+                            begun.append(self._begin(pool, samples, start))
+                        if len(begun) > self.reading.ahead:  # one to deliver now, and `ahead` behind it
                             break
-                    if not ahead:
+                    if not begun:
                         return
-                    samples, first, futures = ahead.popleft()
-                    encoded = [data for future in futures for data in future.result()]
-                    while any(data is None for data in encoded):  # damaged on the disk
-                        samples, first = self.usable(epoch, first // self.batch)
+                    samples, start, pieces = begun.popleft()
+                    encoded = [data for piece in pieces for data in piece.result()]
+                    # Some were damaged on the disk, and are known as bad now: read their substitutes, which may be
+                    # damaged as well. All samples of the step are read again, since another step that was under way
+                    # may have found more of these to be bad.
+                    while any(data is None for data in encoded):
+                        samples, start = self.usable(epoch, start // self.batch)
                         encoded = self._read(samples)
-                    yield self._arguments(encoded, samples, self.views(epoch, samples, first))
-            finally:
+                    yield self._feed(encoded, samples, self.plan.views(epoch, samples, start))
+            finally:  # the consumer may leave in the middle: what is not being read yet is not read at all
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, samples: Ints) -> list[NDArray[np.uint8] | None]:
-        """The encoded images; None in the place of a damaged one, which is then known as bad."""
-        encoded: list[NDArray[np.uint8] | None] = []
+    def _begin(self, pool: ThreadPoolExecutor, samples: Ints, start: int) -> _Reading:
+        """Begin to read the files of a step, one piece a thread: fewer hand-overs than one a file."""
+        pieces = np.array_split(samples, min(self.reading.readers, len(samples)))
+        return _Reading(samples, start, [pool.submit(self._read, piece) for piece in pieces])
+
+    def _read(self, samples: Ints) -> Encoded:
+        """The encoded images; a damaged one is None, and known as bad from now on."""
+        encoded: Encoded = []
         for sample in samples:
             try:
                 encoded.append(self.read(int(sample)))
@@ -268,16 +239,60 @@ class Loader:
             self.bad.add(sample)
             print(f"{why}: another sample takes its place", file=sys.stderr)
 
-    def _arguments(self, encoded: Sequence[NDArray[np.uint8] | None], samples: Ints, views: Views) -> Feed:
+    def _feed(self, encoded: Encoded, samples: Ints, views: Views) -> Feed:
         begin: NDArray[Any] = views.corner
         end: NDArray[Any] = np.full_like(begin, self.augment.crop)
         if self.resizing:
+            # The crop's edges in the original image, as (y, x): DALI resizes that region alone.
             ratio = self.shards.sizes[samples] / views.size.astype(np.float64)
             begin, end = (
-                np.ascontiguousarray((at * ratio)[:, ::-1], np.float32) for at in (begin, begin + self.augment.crop)
+                np.ascontiguousarray((edge * ratio)[:, ::-1], np.float32)
+                for edge in (views.corner, views.corner + self.augment.crop)
             )
-        return encoded, begin, end, views.mirror.astype(np.int32), self.mean - views.shift
+        # Lighting adds the same to all pixels of an image: it is fused with the subtraction of the mean.
+        return Feed(encoded, begin, end, views.mirror.astype(np.int32), self.mean - views.shift)
+
+    def _find_bad(self, epoch: int, steps: range) -> bool:
+        """Decode the samples of these steps one by one, the way they failed together; blame those that fail again.
+        True if there are any."""
+        suspects: list[tuple[int, int]] = []
+        for step in steps:
+            samples, start = self.usable(epoch, step)
+            suspects += [(int(sample), start + i) for i, sample in enumerate(samples)]
+        known = len(self.bad)
+        while suspects:
+            suspects = suspects[self._decode_until_bad(epoch, suspects) :]
+        return len(self.bad) > known
+
+    def _decode_until_bad(self, epoch: int, suspects: Sequence[tuple[int, int]]) -> int:
+        """Decode these (sample, position) up to the first bad one, with which the pipeline is lost. Returns how many
+        were looked at."""
+        pipeline = self._build((self._one(epoch, *suspect) for suspect in suspects), batch=1, depth=1)
+        for done, (sample, _) in enumerate(suspects, 1):
+            try:
+                pipeline.run()
+            except RuntimeError:
+                self._blame(sample, f"{self.shards.name(sample)} cannot be decoded")
+                return done
+        return len(suspects)
+
+    def _one(self, epoch: int, sample: int, position: int) -> Feed:
+        samples = np.array([sample])
+        return self._feed([self.read(sample)], samples, self.plan.views(epoch, samples, position))
+
+    def _build(self, feeds: Iterator[Feed], *, batch: int, depth: int = DEPTH) -> Pipeline:
+        pipeline = graph(
+            lambda: next(feeds),
+            batch=batch,
+            crop=self.augment.crop,
+            resize=self.resizing,
+            std=self.std.tolist(),
+            decode=self.decode,
+            depth=depth,
+        )
+        pipeline.build()
+        return pipeline
 
     def _empty(self) -> Tensor:
-        side = self.augment.crop
-        return torch.empty(0, 3, side, side, device="cpu" if self.device == "cpu" else f"cuda:{self.device_id}")
+        side, decode = self.augment.crop, self.decode
+        return torch.empty(0, 3, side, side, device="cpu" if decode.device == "cpu" else f"cuda:{decode.device_id}")

@@ -7,45 +7,66 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.augment import Augment
 from pipelines.loader import Loader
+from pipelines.order import Ints
+from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardSet
 
 VERSIONS = 5  # of each image
 INCHES = 1.3  # a cell
 
 
+class _Chosen(TrainingPlan):
+    """A few samples, the same in every epoch, each augmented anew as in training."""
+
+    def __init__(self, shards: ShardSet, augment: Augment, seed: int, count: int) -> None:
+        super().__init__(shards, augment, shards.manifest, seed)
+        shuffled = self.order.samples(0, 0, len(shards))
+        first = np.unique(shards.index["label"][shuffled], return_index=True)[1]  # of each class
+        self.chosen = np.concatenate([shuffled[np.sort(first)], np.delete(shuffled, first)])[:count]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def samples(self, epoch: int, start: int, stop: int) -> Ints:
+        return self.chosen[start:stop].copy()
+
+
 def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed: int) -> None:
-    """Draw `rows` random images, of different classes where possible, each beside five augmented versions of it.
+    """Draw `rows` random images, if possible of different classes, each beside five augmented versions of it.
 
     The versions come from the training loader. Lighting is kept and the mean is put back, so colours are those that the
     net sees; levels are cut to 0..255. Raises ShardError.
     """
     shards = ShardSet(directory)
     rows = min(rows, len(shards))
-    loader = Loader(shards, Augment(resize, crop), shards.manifest, batch=rows, training=True, seed=seed)
-    candidates = loader.order.samples(0, 0, len(shards))
-    first = np.unique(shards.index["label"][candidates], return_index=True)[1]  # of each class
-    chosen = np.concatenate([candidates[np.sort(first)], np.delete(candidates, first)])[:rows]
-    loader.choose(chosen)
-    columns = [[np.asarray(Image.open(BytesIO(shards.read(int(k)).tobytes())).convert("RGB")) for k in chosen]]
+    plan = _Chosen(shards, Augment(resize, crop), seed, rows)
+    loader = Loader(plan, shards.manifest, batch=rows)
+    columns = {"original": [_decoded(shards, int(sample)) for sample in plan.chosen]}
     for epoch in range(VERSIONS):
         batch = next(loader.epoch(epoch))
         levels = batch.inputs.permute(0, 2, 3, 1).numpy() + loader.mean
-        columns.append(list(np.rint(levels).clip(0, 255).astype(np.uint8)))
+        columns[f"epoch {epoch + 1}"] = list(np.rint(levels).clip(0, 255).astype(np.uint8))
 
     figure = Figure(figsize=(INCHES * (len(columns) + 1), INCHES * rows + 1), layout="constrained")
     figure.suptitle(f"Random {crop}x{crop} crop of images resized to shorter side {resize}, reflection, lighting")
     axes = figure.subplots(rows, len(columns), squeeze=False)
-    for i, row in enumerate(axes):
-        for j, cell in enumerate(row):
-            cell.imshow(columns[j][i], interpolation="nearest")
+    for (title, images), column in zip(columns.items(), axes.T, strict=True):
+        column[0].set_title(title, fontsize="medium")
+        for image, cell in zip(images, column, strict=True):
+            cell.imshow(image, interpolation="nearest")
             cell.set(xticks=[], yticks=[], frame_on=False)
-            if i == 0:
-                cell.set_title(f"epoch {j}" if j else "original", fontsize="medium")
-        name, (height, width) = shards.classes[shards.index["label"][chosen[i]]], columns[0][i].shape[:2]
-        row[0].set_ylabel(f"{name}\n{width}x{height}", rotation=0, ha="right", va="center")
+    for sample, cell in zip(plan.chosen, axes[:, 0], strict=True):
+        row = shards.index[sample]
+        label = f"{shards.classes[row['label']]}\n{row['width']}x{row['height']}"
+        cell.set_ylabel(label, rotation=0, ha="right", va="center")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, format="png", dpi=120)
+
+
+def _decoded(shards: ShardSet, sample: int) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(BytesIO(shards.read(sample).tobytes())).convert("RGB"))

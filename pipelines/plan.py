@@ -1,0 +1,119 @@
+"""Plans: which sample stands at each position of an epoch, and how it is shown to the net.
+
+Both follow from the position, not from the rank that works there nor from what came before, so any world size and any
+restart see the same. The loader reads, decodes and delivers what a plan says.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Set
+
+import numpy as np
+
+from pipelines.augment import Augment, Views, fixed_views, random_views
+from pipelines.misc import ceil_div
+from pipelines.order import REPLACE, Ints, Order, philox
+from pipelines.shards import Manifest, ShardError, ShardSet
+
+
+class Plan(ABC):
+    """What an epoch shows of a shard set.
+
+    Args:
+        shards: the data.
+        augment: how images become inputs.
+        seed: of everything random, substitutes of bad samples included.
+    """
+
+    def __init__(self, shards: ShardSet, augment: Augment, seed: int) -> None:
+        self.shards, self.augment, self.seed = shards, augment, seed
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Positions in an epoch."""
+
+    @abstractmethod
+    def steps(self, batch: int) -> int:
+        """Global batches of at most `batch` samples in an epoch."""
+
+    @abstractmethod
+    def samples(self, epoch: int, start: int, stop: int) -> Ints:
+        """Sample numbers at positions [start, stop) of an epoch, int64 [stop - start]: a new array."""
+
+    @abstractmethod
+    def views(self, epoch: int, samples: Ints, start: int) -> Views:
+        """How these samples are shown at positions start, start + 1, ... of an epoch."""
+
+    def substitute(self, epoch: int, position: int, bad: Set[int]) -> int:
+        """The sample that stands at a position in the place of a bad one. Raises ShardError if all are bad.
+
+        It follows from (seed, epoch, position) and from which samples are bad, so all world sizes find the same.
+        """
+        if len(bad) == len(self.shards):
+            raise ShardError(f"no sample of {self.shards.directory} can be decoded: pack it anew")
+        bits = philox(self.seed, epoch, REPLACE, position)
+        while (sample := int(bits.random_raw() % len(self.shards))) in bad:
+            pass
+        return sample
+
+
+class TrainingPlan(Plan):
+    """Each sample at most once an epoch, shuffled and augmented at random; the incomplete last batch is dropped.
+
+    Args:
+        statistics: the manifest of the training set, for lighting.
+        shuffle_shards: samples are shuffled inside blocks of this many shards.
+    """
+
+    def __init__(
+        self, shards: ShardSet, augment: Augment, statistics: Manifest, seed: int = 0, shuffle_shards: int = 16
+    ) -> None:
+        super().__init__(shards, augment, seed)
+        self.order = Order(shards.shard_samples, seed, shuffle_shards)
+        self.components = np.array(statistics.eigenvectors) * np.array(statistics.eigenvalues)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def steps(self, batch: int) -> int:
+        return len(self) // batch
+
+    def samples(self, epoch: int, start: int, stop: int) -> Ints:
+        return self.order.samples(epoch, start, stop)
+
+    def views(self, epoch: int, samples: Ints, start: int) -> Views:
+        sizes = self.shards.sizes[samples].astype(np.int64)
+        return random_views(sizes, self.augment, self.components, seed=self.seed, epoch=epoch, start=start)
+
+
+class FixedPlan(Plan):
+    """Every sample once, in order, all in the same view: for validation and for looking at a trained net.
+
+    Args:
+        view: which of the ten `fixed_views`: 0 the centre, up to 9.
+        samples: the samples to show, int64 [n]; None: all.
+        seed: of the substitutes of bad samples.
+    """
+
+    def __init__(
+        self, shards: ShardSet, augment: Augment, view: int = 0, samples: Ints | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(shards, augment, seed)
+        self.view = view
+        self.shown = np.arange(len(shards)) if samples is None else samples
+
+    def __len__(self) -> int:
+        return len(self.shown)
+
+    def steps(self, batch: int) -> int:
+        return ceil_div(len(self), batch)
+
+    def samples(self, epoch: int, start: int, stop: int) -> Ints:
+        return self.shown[start:stop].copy()
+
+    def views(self, epoch: int, samples: Ints, start: int) -> Views:
+        return fixed_views(self.shards.sizes[samples].astype(np.int64), self.augment, self.view)
+
+    def substitute(self, epoch: int, position: int, bad: Set[int]) -> int:
+        return super().substitute(self.view, position, bad)  # each view has its own
