@@ -46,7 +46,7 @@ class _Formatter(ArgumentDefaultsHelpFormatter):
     """Shows the default of each option that has one."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        if action.default in (None, False) or not action.option_strings:
+        if action.default is None or action.default is False or not action.option_strings:
             return action.help
         return super()._get_help_string(action)
 
