@@ -28,7 +28,7 @@ FINISHED = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A job in the queue: Slurm's state, why, and the time left as Slurm writes it."""
+    """A job in the queue: Slurm's state, the reason for it, and the time left as Slurm writes it."""
 
     state: str
     reason: str = ""
@@ -36,12 +36,12 @@ class Entry:
 
     @property
     def active(self) -> bool:
-        """Whether it runs, or will."""
+        """True for a job that runs or will run."""
         return self.state not in FINISHED
 
 
 def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
-    """What the queue, or the process table, knows of these jobs; Slurm forgets finished ones after some minutes."""
+    """Entries by job, from the queue or the process table; Slurm forgets finished jobs after some minutes."""
     entries, jobs = {}, []
     for submission in submissions:
         if not submission.local:
@@ -62,12 +62,12 @@ def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
 
 
 def entry(submission: Submission) -> Entry:
-    """Of one job; an unknown one has left the queue."""
+    """Entry of one job; an unknown one has left the queue."""
     return look([submission]).get(submission.job, Entry("COMPLETED", "not in the queue"))
 
 
 def ended(submission: Submission) -> bool:
-    """Whether a job neither runs nor will."""
+    """True for a job that neither runs nor will run."""
     return not entry(submission).active
 
 
@@ -111,7 +111,7 @@ def wait(until: Callable[[], bool], seconds: float, complaint: str) -> None:
 
 
 def command(*words: str) -> str:
-    """Its output. Raises SlurmError with what it complained of."""
+    """Output of a command. Raises SlurmError with its complaint."""
     try:
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError as error:
@@ -121,7 +121,7 @@ def command(*words: str) -> str:
 
 
 def _controller(process: str) -> bool:
-    """Whether this is a living controller of submitit's, and not another process that was given the same number."""
+    """True for a living controller of submitit's, and not another process that was given the same number."""
     try:
         return b"submitit.local._local" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:

@@ -1,10 +1,9 @@
-"""What runs on the nodes: the callables that submitit pickles. They hold a directory and little else, so that a pickle
-of last month still runs."""
+"""The callables that submitit pickles and runs on the nodes. They hold a directory and little else, so that a pickle of
+last month still runs."""
 
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import signal
 import sys
@@ -15,20 +14,23 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributedEnvironment
 
-from pipelines.files import write_atomically
+from dist_train.cli import train
+from dist_train.outcomes import DIVERGED, STOPPED, USAGE
+from dist_train.ranks.launcher import leave
+from dist_train.rundir import restarts, status
+from dist_train.rundir.checkpoint import newest_name
+from pipelines.misc import cpus
 from slurm.cluster import entry
-from slurm.submissions import Run, Submission, mark
+from slurm.submissions import Submission, SubmittedRun
 
 PORTS = range(20000, 32000)  # below those that Linux hands out by itself
-GIVEN_UP = 70  # as the trainer's code for what must not be tried again
-STARTS = 3  # without a newer checkpoint, after which a run is given up
 
 
 class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no types
     """One rank of a run.
 
     submitit's handler of SIGUSR2 requeues at an arbitrary bytecode. The trainer replaces it by one that only sets a
-    flag, the ranks save and leave `main` together, and only then is the old handler called.
+    flag, the ranks save and leave `train` together, and only then is the old handler called.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -36,28 +38,25 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
 
     def __call__(self) -> None:
         requeue: Any = signal.getsignal(signal.SIGUSR2)
-        run, here = Run(self.directory), JobEnvironment()
+        run, here = SubmittedRun(self.directory), JobEnvironment()
         # Neighbouring job numbers give different ports, so that jobs on one node do not meet.
         os.environ["MASTER_PORT"] = str(PORTS[int(here.raw_job_id) % len(PORTS)])
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
         _remove_stale(here)
         if rank == 0 and not _begin(run, here):
-            os._exit(GIVEN_UP)
-        from dist_train.__main__ import leave, main
-        from dist_train.ranks.world import DIVERGED, STOPPED, USAGE
-
-        code = main(["--config", str(run.config_file), "--run.dir", str(self.directory)])
+            os._exit(DIVERGED)  # like a run that diverged, it must not be tried again
+        code = train(["--config", str(run.config_file), "--run.dir", str(self.directory)])
         if code == STOPPED:
             leave(_come_back(here, rank, requeue, STOPPED))
         if code in (DIVERGED, USAGE):  # trying again would end in the same way
-            _over(here).touch()
+            _submission(here).no_requeue.touch()
         if code:
             leave(code)
         atexit.register(leave, 0)  # once submitit has written the result
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """submitit's question on what to run next: the same, unless the run is over."""
-        return None if _over(JobEnvironment()).exists() else DelayedSubmission(self)
+        """The same again, for submitit to run next; None if the run is over."""
+        return None if _submission(JobEnvironment()).no_requeue.exists() else DelayedSubmission(self)
 
 
 class Pack(Checkpointable):  # type: ignore[misc]
@@ -72,41 +71,47 @@ class Pack(Checkpointable):  # type: ignore[misc]
         from pipelines.sources import ImageFolder
 
         task = (ImageFolder(self.source), self.directory, Options(**self.options))
-        split, workers = self.directory.name, len(os.sched_getaffinity(0))
+        split, workers = self.directory.name, cpus()
         if self.part:
             pack_share(*task, self.part, split=split, workers=workers)
         else:
             pack(*task, split=split, workers=workers)
 
 
-def _over(here: JobEnvironment) -> Path:
-    return mark(here.paths.folder, here.job_id, "over")
+def _submission(here: JobEnvironment) -> Submission:
+    return Submission(here.job_id, str(here.paths.folder), here.num_tasks, here.cluster == "local")
 
 
 def _remove_stale(here: JobEnvironment) -> None:
-    """An earlier start's result makes a running job look finished, and its half-written pickle (`.save_tmp`) makes
-    every later requeue fail. Each rank removes its own."""
-    stale = [here.paths.result_pickle] + ([here.paths.submitted_pickle] if here.global_rank == 0 else [])
+    """Remove what an earlier start left; each rank removes its own. Its result would make a running job look finished,
+    and its half-written pickle (`.save_tmp`) would make every later requeue fail."""
+    stale = [here.paths.result_pickle]
+    if here.global_rank == 0:
+        stale.append(here.paths.submitted_pickle)
     for path in stale:
         path.with_name(path.name + ".save_tmp").unlink(missing_ok=True)
     here.paths.result_pickle.unlink(missing_ok=True)
 
 
-def _begin(run: Run, here: JobEnvironment) -> bool:
-    """Note this start. False where the last ones brought nothing, after saying so in status.json."""
-    story, newest = run.story(), run.newest_checkpoint()
-    last = max((i for i, line in enumerate(story) if "submitted" in line), default=-1)
-    starts = story[last + 1 :]
-    if len(starts) >= STARTS and all(start["checkpoint"] == newest for start in starts[-STARTS:]):
-        nodes = ", ".join(sorted({node for start in starts[-STARTS:] for node in start["nodes"]}))
-        reason = f"no progress in {STARTS} starts (on {nodes}): read the log, mend it, then `python -m slurm requeue`"
+def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
+    """Records this start. Returns False, and says why in status.json, if the last three starts made no progress."""
+    history, newest, submission = run.history(), newest_name(run.directory), _submission(here)
+    last = max((i for i, line in enumerate(history) if "submitted" in line), default=-1)
+    starts = history[last + 1 :]
+    if restarts.stuck([start["checkpoint"] for start in starts], newest):
+        nodes = ", ".join(sorted({node for start in starts[-restarts.LIMIT :] for node in start["nodes"]}))
+        reason = (
+            f"no progress in {restarts.LIMIT} starts (on {nodes}): read the log, mend it, then "
+            f"`python -m slurm requeue`"
+        )
         print(f"error: {reason}", file=sys.stderr)
-        status = run.status() | {"state": "failed", "reason": reason, "heartbeat": time.time()}
-        write_atomically(run.directory / "status.json", json.dumps(status, indent=1).encode())
-        _over(here).touch()
+        found = status.read(run.directory)
+        where = {key: found[key] for key in ("step", "epoch") if key in found}
+        status.write(run.directory, "failed", reason, **where)
+        submission.no_requeue.touch()
         return False
-    run.tell(start=here.job_id, checkpoint=newest, nodes=list(here.hostnames))
-    mark(here.paths.folder, here.job_id, "started").touch()
+    run.append(start=here.job_id, checkpoint=newest, nodes=list(here.hostnames))
+    submission.started.touch()
     return True
 
 
@@ -115,19 +120,18 @@ def _come_back(here: JobEnvironment, rank: int, requeue: Any, code: int) -> int:
     would leave a result, and the job would look finished. Returns the exit code, which ends the others."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
-    local = here.cluster == "local"
-    over = _over(here).exists()
+    submission = _submission(here)
+    wanted = not submission.no_requeue.exists()
     if rank == 0:
         # SIGTERM comes before a preemption, but also with `scancel` and `scontrol requeue`. Slurm knows which: of a job
         # that it is ending already it takes care itself.
-        ours = Submission(here.job_id, str(here.paths.folder), here.num_tasks, local)
-        if not over and entry(ours).state == "RUNNING":
+        if wanted and entry(submission).state == "RUNNING":
             try:
                 requeue(signal.SIGUSR2, None)
             except SystemExit as end:
                 code = int(end.code or 0) % 256  # to submitit's local controller it means "start me again"
-        elif over and not local:
+        elif not wanted and not submission.local:
             os.execlp("scancel", "scancel", here.job_id)
-    elif not local:
+    elif not submission.local:
         time.sleep(600)
     return code

@@ -7,11 +7,11 @@ import re
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from submitit import LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError
@@ -21,9 +21,10 @@ from dist_train.cli import default_name, parse
 from dist_train.config import Config, dump
 from dist_train.data import check_batch, open_sets, to_pack
 from pipelines.files import write_atomically
+from pipelines.misc import ceil_div
 from slurm.cluster import entry
 from slurm.job import Job, Pack
-from slurm.submissions import Run, SlurmError, Submission
+from slurm.submissions import SlurmError, Submission, SubmittedRun
 
 TEARDOWN = """\
 code=$?
@@ -37,42 +38,56 @@ exit $code"""
 
 
 class _Executor(SlurmExecutor):  # type: ignore[misc]  # submitit is not type-checked here
-    """submitit's, that can also write its script where there is no Slurm."""
+    """submitit's executor, which can also write its script if there is no Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
 
-def plan(argv: Sequence[str], options: Namespace) -> list[tuple[Run, Config]]:
-    """The checked runs of a command line: one, or one a line of the sweep. Raises ConfigError, ShardError and
-    SlurmError."""
-    config, file = parse(argv)
-    name = config.run.name or default_name(file)
+class Planned(NamedTuple):
+    """The checked runs of a command line.
+
+    Attributes:
+        top: directory of the run, or of the sweep.
+        runs: one, or one per line of the sweep, with its configuration.
+    """
+
+    top: Path
+    runs: list[tuple[SubmittedRun, Config]]
+
+
+def plan(options: Namespace, argv: Sequence[str], own: Iterable[str]) -> Planned:
+    """Check a command line, before anything fails after hours in the queue. Raises ConfigError, ShardError and
+    SlurmError.
+
+    Args:
+        options: of `submit`.
+        argv: options of the trainer.
+        own: names of the options of `submit`, which a misspelt one may have meant.
+    """
+    config, stem = parse(argv, own)
+    name = config.run.name or default_name(stem)
     top = Path(config.run.dir or Path(config.run.root) / name).absolute()
-    planned = []
+    runs = []
     for i, overrides in enumerate(_sweep(options.array) if options.array else [[]]):
         if overrides:
-            config, _ = parse([*argv, *overrides])
+            config, _ = parse([*argv, *overrides], own)
         directory = top / _member(i, overrides) if options.array else top
         config = replace(
             config, run=replace(config.run, name=str(directory.relative_to(top.parent)), dir=str(directory))
         )
-        check(config, options.nodes * max(1, options.gpus_per_node))
-        _check_directory(Run(directory))
-        planned.append((Run(directory), config))
-    return planned
-
-
-def check(config: Config, ranks: int) -> None:
-    """What would otherwise fail after hours in the queue. Raises ConfigError and ShardError."""
-    check_batch(config, ranks)
-    if not to_pack(config):  # else the job packs first
-        open_sets(config)
+        check_batch(config, options.nodes * max(1, options.gpus_per_node))
+        if not to_pack(config):  # else the job packs first
+            open_sets(config)
+        run = SubmittedRun(directory)
+        _check_directory(run)
+        runs.append((run, config))
+    return Planned(top, runs)
 
 
 def parameters(options: Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """submitit's parameters for Slurm: one task a GPU, or one a node where there are none."""
+    """submitit's parameters for Slurm: one task per GPU, or one per node without GPUs."""
     if options.signal_before >= 60 * options.time:
         raise SlurmError(
             f"--signal-before {options.signal_before} s leaves nothing of --time: lower it or ask for more time"
@@ -106,15 +121,15 @@ def script(folder: Path, wanted: dict[str, Any], array: int) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
-def submit(planned: list[tuple[Run, Config]], folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
+def submit(planned: Planned, folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
     """Submit runs, more than one as an array. Raises SlurmError."""
-    for run, config in planned:
+    for run, config in planned.runs:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(run.config_file, dump(config).encode())
-    return launch([run for run, _ in planned], folder, wanted, local=local)
+    return launch([run for run, _ in planned.runs], folder, wanted, local=local)
 
 
-def launch(runs: list[Run], folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
+def launch(runs: list[SubmittedRun], folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
     """Submit runs whose configuration is written. Raises SlurmError."""
     tasks = wanted["nodes"] * wanted["ntasks_per_node"]
     jobs = _hand_over(folder, wanted, [Job(run.directory) for run in runs], local=local)
@@ -137,26 +152,27 @@ def submit_pack(options: Namespace) -> tuple[str, str, Path]:
     folder = directory / "slurm"
     wanted = parameters(options, f"pack {directory.name}", folder)
     del wanted["teardown"]  # what a crashed task leaves undone, the last task does
-    parts = [Pack(source, directory, stored, (i, options.tasks)) for i in range(options.tasks)]
-    array = _hand_over(folder, wanted, parts, local=False)[0].split("_")[0]
+    shares = [Pack(source, directory, stored, (i, options.tasks)) for i in range(options.tasks)]
+    array, _, _ = _hand_over(folder, wanted, shares, local=False)[0].partition("_")
     wanted["additional_parameters"] = {"requeue": True, "dependency": f"afterany:{array}"}
-    return array, _hand_over(folder, wanted, [Pack(source, directory, stored, None)], local=False)[0], folder
+    (last,) = _hand_over(folder, wanted, [Pack(source, directory, stored, None)], local=False)
+    return array, last, folder
 
 
 def minutes(text: str) -> int:
     """Slurm's time formats (`90`, `90:00`, `12:00:00`, `2-12`, `2-12:00:00`) as whole minutes, rounded up."""
     if not (found := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)):
         raise ValueError(text)
-    days, *fields = (int(part) if part else 0 for part in found.groups())
+    days, first, second, third = (int(number or 0) for number in found.groups())
     if found[1] or found[4]:  # [days-]hours[:minutes[:seconds]]
-        hours, mins, secs = fields
+        hours, mins, secs = first, second, third
     else:  # minutes[:seconds]
-        (mins, secs, _), hours = fields, 0
-    return max(1, -(-(((days * 24 + hours) * 60 + mins) * 60 + secs) // 60))
+        hours, mins, secs = 0, first, second
+    return max(1, ceil_div(((days * 24 + hours) * 60 + mins) * 60 + secs, 60))
 
 
 def _hand_over(folder: Path, wanted: dict[str, Any], tasks: Sequence[Callable[[], None]], *, local: bool) -> list[str]:
-    """The job numbers that the tasks got."""
+    """Submit tasks, more than one as an array. Returns their job numbers. Raises SlurmError."""
     executor: LocalExecutor | _Executor
     # A time-out costs nothing, so submitit's count of them must not end a run; `job` counts starts without progress.
     if local:
@@ -207,19 +223,21 @@ def _aside(log: Path) -> Iterator[None]:
 
 
 def _sweep(path: Path) -> list[list[str]]:
+    """The overrides of each line."""
     lines = [shlex.split(line, comments=True) for line in path.read_text().splitlines()]
     if not (members := [line for line in lines if line]):
-        raise SlurmError(f"{path} is empty: write one line of overrides a run, such as --optim.lr 0.02")
+        raise SlurmError(f"{path} is empty: write one line of overrides per run, such as --optim.lr 0.02")
     return members
 
 
 def _member(number: int, overrides: list[str]) -> str:
-    """A directory name that says what is different: `1-optim.lr=0.02`."""
+    """Directory name of a run of a sweep, with its overrides: `1-optim.lr=0.02`."""
     text = re.sub(r"(^| )--", ",", " ".join(overrides)).strip(",").replace(" ", "=")
     return f"{number}-{re.sub('[^A-Za-z0-9_.,=+-]+', '-', text)[:100]}"
 
 
-def _check_directory(run: Run) -> None:
+def _check_directory(run: SubmittedRun) -> None:
+    """Raises SlurmError for a run that is in the queue already."""
     _check_text(run.directory)
     if (old := run.submission()) and entry(old).active:
         raise SlurmError(
@@ -228,5 +246,6 @@ def _check_directory(run: Run) -> None:
 
 
 def _check_text(path: Path) -> None:
+    """Raises SlurmError for a name in which Slurm would replace something."""
     if found := re.search(r"[%\\\x00-\x1f]", str(path)):
         raise SlurmError(f"{path} contains {found[0]!r}, which Slurm replaces in file names: choose another name")

@@ -1,4 +1,4 @@
-"""What a person sees of runs on the cluster: the table of `status`, and `logs`."""
+"""The table of `status`, and the text of `logs`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_train.rundir import record, status
 from slurm.cluster import Entry, entry, look
-from slurm.submissions import Run, SlurmError
+from slurm.submissions import SlurmError, SubmittedRun
 
 HEAD = (
     "RUN",
@@ -26,39 +27,30 @@ HEAD = (
     "TIME LEFT",
 )
 SILENT = 60.0  # seconds; a run writes its heartbeat every 10
-TAIL = 1 << 16  # bytes of metrics.jsonl that are read from its end
+TAIL = 1 << 16  # bytes of the record that are read from its end
 
 
-def table(runs: list[Run]) -> str:
-    """One row a run."""
+def table(runs: list[SubmittedRun]) -> str:
+    """A line of column names and one line per run."""
     queue = look(run.last for run in runs)
     rows = [HEAD, *(row(run, queue, time.time()) for run in runs)]
     widths = [max(len(line[i]) for line in rows) for i in range(len(HEAD))]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in rows)
 
 
-def row(run: Run, queue: dict[str, Entry], now: float) -> tuple[str, ...]:
+def row(run: SubmittedRun, queue: dict[str, Entry], now: float) -> tuple[str, ...]:
     """The cells under HEAD."""
-    status, place = run.status(), queue.get(run.last.job)
-    state, age = status.get("state", "not started"), now - status.get("heartbeat", now)
-    heartbeat = f"{duration(age)} ago" if status else "-"
-    if state == "running" and place and place.state == "PENDING":
-        state = "interrupted"  # without a word: a lost node, a crash
-    elif state == "running" and age > SILENT:
-        state, heartbeat = f"silent for {duration(age)}", "-"
-    elif state == "running" and not (place and place.active):
-        state = "running, but not in the queue"
-    elif reason := status.get("reason") if state in ("failed", "diverged") else "":
-        state = f"{state}: {reason}"
-    rate, error = _last(run.directory / "metrics.jsonl")
-    starts = sum("start" in line for line in run.story())
+    now_at, place = status.read(run.directory), queue.get(run.last.job)
+    state, heartbeat = _state(now_at, place, now)
+    rate, error = _newest_numbers(run.directory / record.FILE)
+    starts = sum("start" in line for line in run.history())
     return (
         run.name,
         run.last.job,
-        "not in the queue" if place is None else f"{place.state}{f' ({place.reason})' if place.reason else ''}",
+        _in_queue(place),
         state,
-        f"{status['epoch']}/{run.config()['train']['epochs']}" if "epoch" in status else "-",
-        str(status.get("step", "-")),
+        f"{now_at['epoch']}/{run.config()['train']['epochs']}" if "epoch" in now_at else "-",
+        str(now_at.get("step", "-")),
         rate,
         error,
         heartbeat,
@@ -75,8 +67,9 @@ def duration(seconds: float) -> str:
     return f"{int(seconds / 86400)} d"
 
 
-def read_log(run: Run, rank: int, follow: bool) -> Iterator[str]:
-    """What a rank said over all restarts, as pieces of text. With `follow` to the end of the job. Raises SlurmError."""
+def read_log(run: SubmittedRun, rank: int, follow: bool) -> Iterator[str]:
+    """The log of one rank over all restarts, in pieces of text. With `follow` to the end of the job. Raises
+    SlurmError."""
     if not 0 <= rank < run.last.tasks:
         raise SlurmError(f"{run.name} has no rank {rank}: its ranks are 0 to {run.last.tasks - 1}")
     path = run.last.log(rank)
@@ -98,24 +91,51 @@ def read_log(run: Run, rank: int, follow: bool) -> Iterator[str]:
         time.sleep(0.3)
 
 
-def show_log(run: Run, rank: int, follow: bool) -> None:
-    """Print what `read_log` gives as it comes."""
+def show_log(run: SubmittedRun, rank: int, follow: bool) -> None:
+    """Print the pieces of `read_log` as they come."""
     for text in read_log(run, rank, follow):
         sys.stdout.write(text)
         sys.stdout.flush()
 
 
-def _last(path: Path) -> tuple[str, str]:
+def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str, str]:
+    """The cells of state and heartbeat, from status.json and the queue. A run that died left "running" behind."""
+    if not found:
+        return "not started", "-"
+    state, age = str(found["state"]), now - found.get("heartbeat", now)
+    heartbeat = f"{duration(age)} ago"
+    if state == "running":
+        if place and place.state == "PENDING":
+            return "interrupted", heartbeat  # without a word: a lost node, a crash
+        if age > SILENT:
+            return f"silent for {duration(age)}", "-"
+        if not (place and place.active):
+            return "running, but not in the queue", heartbeat
+    elif state in ("failed", "diverged") and found.get("reason"):
+        state = f"{state}: {found['reason']}"
+    return state, heartbeat
+
+
+def _in_queue(place: Entry | None) -> str:
+    """The cell of Slurm's own state."""
+    if place is None:
+        return "not in the queue"
+    return f"{place.state} ({place.reason})" if place.reason else place.state
+
+
+def _newest_numbers(path: Path) -> tuple[str, str]:
     """The newest speed and validation error of a record."""
     if not path.exists():
         return "-", "-"
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         lines = file.read().split(b"\n")[:-1]
+    if path.stat().st_size > TAIL:
+        lines = lines[1:]  # its beginning is cut off
     newest: dict[str, dict[str, Any]] = {}
-    for line in lines[1:] if path.stat().st_size > TAIL else lines:
-        record = json.loads(line)
-        newest[record["kind"]] = record
+    for line in lines:
+        values = json.loads(line)
+        newest[values["kind"]] = values
     rate = f"{newest['step']['images_per_s']:.0f}" if "step" in newest else "-"
     error = f"{newest['validation']['top1_error']:.1%}" if "validation" in newest else "-"
     return rate, error
