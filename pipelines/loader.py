@@ -56,6 +56,11 @@ class Batch(NamedTuple):
     start: int
     replaced: int = 0
 
+    @property
+    def positions(self) -> Ints:
+        """Of its samples in the epoch, int64 [n]."""
+        return self.start + np.arange(len(self.labels))
+
 
 @dataclass(frozen=True)
 class Read:

@@ -11,7 +11,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import webdataset
@@ -19,9 +21,13 @@ import webdataset
 from pipelines.errors import first_line
 from pipelines.order import PACK, even_split, permutation
 from pipelines.parallel import parallel, tick
-from pipelines.scan import WORK, finish, part_of, write_part
+from pipelines.scan import WORK, finish, scan_file, scan_shard
 from pipelines.shards import HEADER, MANIFEST, Manifest, ShardError
 from pipelines.sources import Item, Source, SourceError, to_jpeg
+
+TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set
+OVERHEAD = 4 * HEADER  # bytes of a sample beside its image: two headers, the label's block, and what fills up blocks
+FEWEST = 8  # shards, however small the images are, unless that leaves fewer than 100 images to each
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Options:
 
     Attributes:
         shorter_side: larger images are scaled down to this shorter side, in pixels; 0 keeps their size.
-        quality: of the JPEG that is written where an image cannot keep its bytes, 1 to 95.
+        quality: of the JPEG that is written if an image cannot keep its bytes, 1 to 95.
         shard_mb: aimed size of a shard, in 10^6 bytes.
         seed: of the order in which samples are packed.
     """
@@ -57,7 +63,7 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
     if manifest := _packed(directory, fingerprint):
         shutil.rmtree(directory / WORK, ignore_errors=True)  # of a run that was killed after its last write
         return manifest
-    with _unfinished(directory, fingerprint):
+    with _working_folder(directory, fingerprint, _Work.PACK):
         tasks = _tasks(source, directory, options)
         parallel(_pack_shard, tasks, workers=workers, images=len(source.items), label=f"pack {split}")
         return finish(
@@ -73,9 +79,10 @@ def pack_share(
     fingerprint = _fingerprint(source, directory, options, split)
     if _packed(directory, fingerprint):
         return
-    with _unfinished(directory, fingerprint, shared=True):
+    with _working_folder(directory, fingerprint, _Work.SHARE):
         tasks = _tasks(source, directory, options)
-        tasks = tasks[slice(*even_split(len(tasks), *share))]
+        low, high = even_split(len(tasks), *share)
+        tasks = tasks[low:high]
         images = sum(len(task.samples) for task in tasks)
         parallel(_pack_shard, tasks, workers=workers, images=images, label=f"pack {split} {share[0] + 1}/{share[1]}")
 
@@ -84,8 +91,8 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
     """Make manifest and index for tars that another tool made, or anew for a set of ours.
 
     Args:
-        classes: the class names in the order of their labels; where None, those of the manifest that is there, or the
-            numbers themselves.
+        classes: the class names in the order of their labels; None: those of the manifest that is there, or the numbers
+            themselves.
     """
     tars = sorted(directory.glob("*.tar"))
     if not tars:
@@ -93,7 +100,7 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
     if classes is None:
         classes = _known_names(directory)
     plan = json.dumps([[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
-    with _unfinished(directory, hashlib.sha256(plan.encode()).hexdigest(), foreign=True):
+    with _working_folder(directory, hashlib.sha256(plan.encode()).hexdigest(), _Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
         return finish(directory, tars, classes, split, {}, "", [])
 
@@ -109,7 +116,7 @@ class _Shard:
 
 
 def _fingerprint(source: Source, directory: Path, options: Options, split: str) -> str:
-    """Of all that decides the bytes of a set."""
+    """A hash of all that decides the bytes of a set, in hex. Raises SourceError."""
     if not source.items:
         raise SourceError(f"no images to pack into {directory}: expected SRC/<class>/<image>")
     plan = json.dumps([source.items, source.classes, split, vars(options)], default=str, ensure_ascii=False)
@@ -117,7 +124,7 @@ def _fingerprint(source: Source, directory: Path, options: Options, split: str) 
 
 
 def _packed(directory: Path, fingerprint: str) -> Manifest | None:
-    """The manifest, where the set is finished."""
+    """The manifest if the set is finished, otherwise None. Raises ShardError if it is another set."""
     if not (directory / MANIFEST).exists():
         return None
     if (manifest := Manifest.read(directory)).source != fingerprint:
@@ -126,20 +133,22 @@ def _packed(directory: Path, fingerprint: str) -> Manifest | None:
 
 
 def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
-    """What goes into each shard."""
+    """The work on each shard of the set, in the order of the shards."""
     items = source.items
     order = permutation(len(items), options.seed, 0, PACK)
-    shards = _shard_count(source, [items[k] for k in order[:: max(1, len(order) // 64)]], len(items), options)
+    trial = [items[k] for k in order[:: max(1, len(order) // TRIAL)]]
+    shards = _shard_count(source, trial, len(items), options)
     tasks = []
     for i in range(shards):
-        numbers = [int(k) for k in order[slice(*even_split(len(items), i, shards))]]
+        low, high = even_split(len(items), i, shards)
+        numbers = [int(k) for k in order[low:high]]
         shard = directory / f"shard-{i:06d}.tar"
         tasks.append(_Shard(shard, source, [(_key(k, items[k].name), items[k]) for k in numbers], options))
     return tasks
 
 
 def _pack_shard(task: _Shard) -> None:
-    if part_of(task.path).exists():
+    if scan_file(task.path).exists():
         for _ in task.samples:
             tick()
         return
@@ -157,16 +166,16 @@ def _pack_shard(task: _Shard) -> None:
                 tick()
         os.fsync(file.fileno())
     os.replace(temporary, task.path)
-    write_part(task.path, rejected, count=False)
+    scan_shard(task.path, rejected, count=False)
 
 
 def _index_shard(path: Path) -> None:
-    if not part_of(path).exists():
-        write_part(path, [], count=True)
+    if not scan_file(path).exists():
+        scan_shard(path, [], count=True)
 
 
 def _known_names(directory: Path) -> list[str] | None:
-    """The class names of the manifest that is there; None without one, or where it holds numbers in their place."""
+    """The class names of the manifest that is there; None without one, or if it holds numbers in their place."""
     try:
         names = Manifest.read(directory).classes
     except ShardError:
@@ -174,34 +183,51 @@ def _known_names(directory: Path) -> list[str] | None:
     return None if names == [str(k) for k in range(len(names))] else names
 
 
+class _Work(Enum):
+    """Who works on a set."""
+
+    PACK = "one process, which packs what is missing and finishes the set"
+    SHARE = "one of several processes, which pack different shards and leave the finish to a PACK"
+    INDEX = "one process, on tars that are there already"
+
+
 @contextmanager
-def _unfinished(directory: Path, fingerprint: str, *, foreign: bool = False, shared: bool = False) -> Iterator[None]:
-    """Hold the set's working folder: alone or with the packers of other shares, and only for the plan it was begun
-    with; removed when all is done."""
-    work = directory / WORK
-    if not foreign and not work.exists() and any(directory.glob("*.tar")):
+def _working_folder(directory: Path, fingerprint: str, work: _Work) -> Iterator[None]:
+    """Hold the set's working folder while the body works, only for the plan that it was begun with. It is removed
+    when the set is finished. Raises ShardError."""
+    folder = directory / WORK
+    if work is not _Work.INDEX and not folder.exists() and any(directory.glob("*.tar")):
         raise ShardError(f"{directory} holds tars of something else: choose another directory")
-    work.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(work / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+") as plan:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = fcntl.LOCK_SH if work is _Work.SHARE else fcntl.LOCK_EX
+    with os.fdopen(os.open(folder / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+") as plan:
         try:
-            fcntl.flock(plan, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(plan, lock | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(f"{directory} is being packed by another process: wait for it") from error
-        begun, line = plan.read(), f"{'index' if foreign else 'pack'} {fingerprint}"
-        if begun not in ("", line) and not (foreign and begun.startswith("index ")):
+        _settle_plan(plan, directory, fingerprint, work)
+        yield
+    if work is not _Work.SHARE:
+        shutil.rmtree(folder)
+
+
+def _settle_plan(plan: TextIO, directory: Path, fingerprint: str, work: _Work) -> None:
+    """Write the plan, or go on with it if it is the one that was begun. Raises ShardError for another one."""
+    begun = plan.read()
+    line = f"{'index' if work is _Work.INDEX else 'pack'} {fingerprint}"
+    if begun == line:
+        return
+    if begun:
+        if not (work is _Work.INDEX and begun.startswith("index ")):
             raise ShardError(
                 f"{directory} holds an unfinished pack with another source or other options: repeat that command, or "
                 f"delete {directory} and begin anew"
             )
-        if begun != line:
-            for old in work.glob("*.json") if begun else ():  # of tars that have changed since
-                old.unlink()
-            plan.seek(0)  # two shares that begin at once write the same
-            plan.write(line)
-            plan.truncate()
-        yield
-    if not shared:
-        shutil.rmtree(work)
+        for old in (directory / WORK).glob("*.json"):  # scans of tars that have changed since
+            old.unlink()
+    plan.seek(0)  # two shares that begin at once write the same
+    plan.write(line)
+    plan.truncate()
 
 
 def _key(number: int, name: str) -> str:
@@ -211,14 +237,15 @@ def _key(number: int, name: str) -> str:
 
 
 def _shard_count(source: Source, trial: list[Item], total: int, options: Options) -> int:
-    """How many shards of about `shard_mb` the source needs, from the stored size of a few samples."""
+    """How many shards of about `shard_mb` the source needs, from the stored size of the samples `trial`."""
     sizes = []
     for item in trial:
         try:
             sizes.append(len(to_jpeg(source.load(item.reference), options.shorter_side, options.quality)))
         except Exception:  # it is rejected, and named, when it is packed
             continue
-    sample = float(np.mean(sizes)) if sizes else 0.0
-    wanted = round(total * (sample + 4 * HEADER) / (options.shard_mb * 1e6))
-    few = min(8, total // 100)  # even of a small set: a worker packs a whole shard
-    return min(total, max(1, wanted, few))
+    mean = float(np.mean(sizes)) if sizes else 0.0
+    for_size = round(total * (mean + OVERHEAD) / (options.shard_mb * 1e6))
+    # A worker packs a whole shard: a small set, too, is cut into several, so that there is work for a few.
+    for_workers = min(FEWEST, total // 100)
+    return min(total, max(1, for_size, for_workers))

@@ -1,4 +1,4 @@
-"""What is known of each finished shard, and how index and manifest are made of it."""
+"""Scans: what index and manifest need of each finished shard, and the two made from the scans of all."""
 
 from __future__ import annotations
 
@@ -28,14 +28,21 @@ from pipelines.shards import (
 )
 from pipelines.sources import upright_rgb
 
-WORK = ".pack"  # inside a set while it is being made: the plan, and what is known of each finished shard
+WORK = ".pack"  # inside a set while it is being made: the plan, and the scan of each finished shard
 REJECTED = "rejected.jsonl"
 # What DALI decodes on the CPU and on the GPU, whatever the extension says.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+LARGEST = 65535  # pixels a side: what SAMPLE holds
 
 
-def write_part(path: Path, rejected: list[dict[str, str]], *, count: bool) -> None:
-    """Decode every sample of a shard and keep what index and manifest need of it."""
+def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> None:
+    """Decode every sample of a shard and keep its scan: what index and manifest need of it.
+
+    Args:
+        rejected: files that were left out when the shard was written; those that it holds and that cannot be used are
+            added.
+        count: `tick` for each sample.
+    """
     rows = []
     pixels, total, products = 0, np.zeros(3), np.zeros((3, 3))
     with open(path, "rb") as file:
@@ -52,15 +59,24 @@ def write_part(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
                 products += flat.T @ flat
             if count:
                 tick()
-    _save(path.parent / WORK / f"{path.name}.npy", np.array(rows, SAMPLE))
-    part = {
+    _save(_rows_file(path), np.array(rows, SAMPLE))
+    scan = {
         "shard": {"name": path.name, "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)},
         "pixels": pixels,
         "total": [int(v) for v in total],
         "products": [[int(v) for v in row] for row in products],
         "rejected": rejected,
     }
-    write_atomically(part_of(path), json.dumps(part, ensure_ascii=False).encode(errors="backslashreplace"))
+    write_atomically(scan_file(path), json.dumps(scan, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
+def scan_file(path: Path) -> Path:
+    """Where the scan of a shard is kept while its set is unfinished. Written last: if it is there, so is the shard."""
+    return path.parent / WORK / f"{path.name}.json"
+
+
+def _rows_file(path: Path) -> Path:
+    return path.parent / WORK / f"{path.name}.npy"
 
 
 def read_sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Image.Image]:
@@ -77,8 +93,8 @@ def read_sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Im
     image = Image.open(BytesIO(data))
     if image.format not in FORMATS:
         raise ValueError(f"is a {image.format} image: pack it from a folder, or write it as JPEG, PNG or WebP")
-    if max(image.size) > 65535:
-        raise ValueError(f"is {image.width}x{image.height} pixels: at most 65535 a side")
+    if max(image.size) > LARGEST:
+        raise ValueError(f"is {image.width}x{image.height} pixels: at most {LARGEST} a side")
     image.load()
     return (member.offset_data, member.size, *image.size, label, crc32(header[:NAME]), crc32(data)), upright_rgb(image)
 
@@ -92,11 +108,18 @@ def finish(
     fingerprint: str,
     rejected: list[dict[str, str]],
 ) -> Manifest:
-    """Write the list of rejected files, the index, and last the manifest, from the parts of all shards. Raises
-    ShardError where no image is left, or where a label has no name."""
-    parts = [json.loads(part_of(tar).read_bytes()) for tar in tars]
-    rows = np.concatenate([np.load(directory / WORK / f"{tar.name}.npy") for tar in tars])
-    rejected = rejected + [line for part in parts for line in part["rejected"]]
+    """Write the list of rejected files, the index, and last the manifest, from the scans of all shards.
+
+    Args:
+        classes: names, in the order of their labels; None: the numbers themselves.
+        stored, fingerprint: as in the manifest.
+        rejected: files that never reached a shard.
+
+    Raises ShardError if no image is left, or if a label has no name.
+    """
+    scans = [json.loads(scan_file(tar).read_bytes()) for tar in tars]
+    rows = np.concatenate([np.load(_rows_file(tar)) for tar in tars])
+    rejected = rejected + [line for scan in scans for line in scan["rejected"]]
     write_atomically(directory / REJECTED, jsonl(rejected))
     if not len(rows):
         raise ShardError(f"no usable image in {directory}: {len(rejected)} were rejected, see {directory / REJECTED}")
@@ -106,13 +129,13 @@ def finish(
         raise ShardError(
             f"{directory}: label {top} is out of range for {len(names)} classes: name all of them in --classes"
         )
-    mean, std, values, vectors = _statistics(parts)
+    mean, std, values, vectors = _statistics(scans)
     _save(directory / INDEX, rows)
     manifest = Manifest(
         split=split,
         samples=len(rows),
         classes=names,
-        shards=[part["shard"] for part in parts],
+        shards=[scan["shard"] for scan in scans],
         index_sha256=sha256(directory / INDEX),
         mean=_digits(mean),
         std=_digits(std),
@@ -125,10 +148,12 @@ def finish(
     return manifest
 
 
-def _statistics(parts: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
+def _statistics(scans: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
     """Mean, standard deviation, and eigenvalues and eigenvectors (columns) of the RGB covariance, pixels in [0, 1]."""
-    pixels = sum(part["pixels"] for part in parts)
-    total, products = (sum(np.array(part[k], object) for part in parts) for k in ("total", "products"))
+    # Sums over a large set do not fit into 64 bits: object arrays hold Python's integers.
+    pixels = sum(scan["pixels"] for scan in scans)
+    total = sum(np.array(scan["total"], object) for scan in scans)
+    products = sum(np.array(scan["products"], object) for scan in scans)
     mean = np.array(total / pixels, np.float64) / 255
     covariance = np.array(products / pixels, np.float64) / 255**2 - np.outer(mean, mean)
     values, vectors = np.linalg.eigh(covariance)
@@ -145,8 +170,3 @@ def _save(path: Path, rows: NDArray[Any]) -> None:
 
 def _digits(values: NDArray[np.float64]) -> list[float]:
     return [float(f"{v:.9g}") for v in values]
-
-
-def part_of(path: Path) -> Path:
-    """Where the part of a shard is kept while its set is unfinished; it stands once the shard does."""
-    return path.parent / WORK / f"{path.name}.json"

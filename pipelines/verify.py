@@ -14,7 +14,7 @@ from pipelines.parallel import parallel, tick
 from pipelines.scan import read_sample
 from pipelines.shards import INDEX, QUARANTINE, SAMPLE, Manifest, ShardError, tar_samples
 
-Problem = dict[str, Any]  # name, shard, reason, and the row within the shard where it concerns one sample
+Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if it concerns one sample
 
 
 class _Task(NamedTuple):
@@ -27,7 +27,7 @@ def verify(directory: Path, *, workers: int) -> list[Problem]:
     """Decode every sample and compare with manifest and index.
 
     Returns the problems, and writes them to `quarantine.jsonl`; `ShardSet` leaves the samples named there out. Raises
-    ShardError where manifest or index cannot be used at all.
+    ShardError if manifest or index cannot be used at all.
     """
     manifest = Manifest.read(directory)
     path = directory / INDEX
@@ -65,14 +65,14 @@ def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]
     with open(task.path, "rb") as file:
         for row, indexed in enumerate(task.rows):
             key, group = members.get(indexed[0], (f"sample {row}", None))
-            if reason := _fault(file, group, indexed):
+            if reason := _difference(file, group, indexed):
                 problems.append({"shard": shard, "row": row, "name": f"{shard}/{key}", "reason": reason})
             tick()
     return problems
 
 
-def _fault(file: Any, group: Any, indexed: tuple[int, ...]) -> str:
-    """What is wrong with a sample, or nothing."""
+def _difference(file: Any, group: Any, indexed: tuple[int, ...]) -> str:
+    """What is wrong with a sample; empty if nothing is."""
     if group is None:
         return "is not in the tar where the index says"
     try:
@@ -80,5 +80,7 @@ def _fault(file: Any, group: Any, indexed: tuple[int, ...]) -> str:
     except Exception as error:  # whatever a decoder makes of garbage
         return f"cannot be read: {first_line(error)}"
     names = SAMPLE.names or ()
-    differs = [name for name, a, b in zip(names, row, indexed, strict=True) if a != b]
-    return f"{' and '.join(differs)} differ from the index" if differs else ""
+    changed = [name for name, a, b in zip(names, row, indexed, strict=True) if a != b]
+    if not changed:
+        return ""
+    return f"{' and '.join(changed)} {'differs' if len(changed) == 1 else 'differ'} from the index"
