@@ -1,4 +1,4 @@
-"""What a trained net makes of chosen images: its most probable classes, and which images it takes for similar."""
+"""Most probable classes of chosen images, and the training images whose features are nearest to theirs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dist_train.analysis.trained import Trained
-from dist_train.build import build_loader
+from dist_train.build import fixed_loader
 from dist_train.ranks.world import World
+from pipelines.errors import UserError
 from pipelines.order import SAMPLES, Ints, permutation
 from pipelines.shards import ShardSet
 
 BATCH = 128  # images in a forward pass
-LOOKED = 512  # validation images among which those of top5.png are chosen
+LOOKED = 512  # validation images among which examples are picked
 
 
-class FigureError(ValueError):
+class FigureError(UserError):
     """A figure that this model or run does not allow; the message says why."""
 
 
@@ -48,8 +49,8 @@ def forward(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     finally:
         for hook in hooks:
             hook.remove()
-    parts = [entered[layer].to(logits.device) for layer in heads if layer in entered]
-    return logits, torch.cat(parts, 1) if parts else None
+    halves = [entered[layer].to(logits.device) for layer in heads if layer in entered]
+    return logits, torch.cat(halves, 1) if halves else None
 
 
 def outputs(run: Trained, shards: ShardSet, samples: Ints, text: str) -> Iterator[tuple[Ints, Tensor, Tensor | None]]:
@@ -59,17 +60,16 @@ def outputs(run: Trained, shards: ShardSet, samples: Ints, text: str) -> Iterato
     Raises ShardError.
     """
     device = next(run.model.parameters()).device
-    alone, size = World(0, 1, device.index or 0, 1, device), min(BATCH, len(samples))
-    loader = build_loader(run.config, alone, shards, run.train, batch=size, training=False)
-    loader.choose(samples)
+    batch = min(BATCH, len(samples))
+    loader = fixed_loader(run.config, World.single(device), shards, run.train, batch=batch, samples=samples)
     with tqdm(total=len(samples), desc=text, unit="img", dynamic_ncols=True, disable=None) as bar:
-        for batch in loader.epoch():
-            yield batch.samples, *forward(run.model, batch.inputs.to(device))
-            bar.update(len(batch.samples))
+        for images in loader.epoch():
+            yield images.samples, *forward(run.model, images.inputs.to(device))
+            bar.update(len(images.samples))
 
 
-def rounds(labels: NDArray[Any]) -> Ints:
-    """How many earlier elements have the same label, int64 [n]: sorting by it puts different classes first."""
+def occurrence(labels: NDArray[Any]) -> Ints:
+    """The number of earlier elements with the same label, int64 [n]: sorting by it puts different classes first."""
     earlier = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         same = np.flatnonzero(labels == label)
@@ -77,25 +77,27 @@ def rounds(labels: NDArray[Any]) -> Ints:
     return earlier
 
 
-def choose(labels: NDArray[Any], right: NDArray[np.bool_], n: int) -> Ints:
-    """Which `n` candidates tell most: half of them misclassified where there are so many, as far as possible of
-    different classes. Returns positions in `labels` (int64), the correctly classified first."""
+def pick_examples(labels: NDArray[Any], right: NDArray[np.bool_], n: int) -> Ints:
+    """Positions in `labels` of `n` examples, int64, the correctly classified first: half of them misclassified if there
+    are so many, and as far as possible of different classes."""
     hits, errors = np.flatnonzero(right), np.flatnonzero(~right)
-    errors = errors[np.argsort(rounds(labels[errors]), kind="stable")][: max(n // 2, n - len(hits))]
-    taken = rounds(labels[np.concatenate([errors, hits])])[len(errors) :]
-    return np.concatenate([hits[np.argsort(taken, kind="stable")][: n - len(errors)], errors])
+    errors = errors[np.argsort(occurrence(labels[errors]), kind="stable")][: max(n // 2, n - len(hits))]
+    # A hit of a class that a picked error has already comes later than one of a new class.
+    seen = occurrence(labels[np.concatenate([errors, hits])])[len(errors) :]
+    hits = hits[np.argsort(seen, kind="stable")][: n - len(errors)]
+    return np.concatenate([hits, errors])
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the net says to some validation images.
+    """Outputs of the net for some validation images.
 
     Attributes:
         samples: of the validation set, int64 [n], the correctly classified first.
         labels: int64 [n].
         probabilities: softmax over all outputs of the net, float32 [n, outputs].
-        error: top-1 error as a fraction of 1 of the images among which these were chosen.
-        looked: how many those were.
+        error: top-1 error, as a fraction of 1, of the images among which these were picked.
+        looked: the number of those.
     """
 
     samples: Ints
@@ -111,15 +113,15 @@ class Predictions:
 
 
 def most_probable(run: Trained, n: int) -> Predictions:
-    """`n` validation images, chosen by `choose` among the first few hundred of a permutation that follows from the seed
-    of the run. Raises ShardError."""
+    """Predictions of `n` examples among the first few hundred validation images of a permutation that follows from the
+    seed of the run. Raises ShardError."""
     candidates = _permuted(run, run.val)[: max(LOOKED, n)]
     found = list(outputs(run, run.val, candidates, "most probable classes"))
     samples = np.concatenate([samples for samples, _, _ in found])
     probabilities = torch.cat([logits for _, logits, _ in found]).softmax(1).cpu().numpy()
     labels = run.val.index["label"][samples].astype(np.int64)
     right = probabilities.argmax(1) == labels
-    at = choose(labels, right, n)
+    at = pick_examples(labels, right, n)
     return Predictions(samples[at], labels[at], probabilities[at], float(1 - right.mean()), len(samples))
 
 
@@ -132,7 +134,7 @@ class Neighbours:
         found: samples of the training set, int64 [n, k], nearest first.
         distances: Euclidean distances of the feature vectors, float32 [n, k].
         same: whether the class is the same, bool [n, k].
-        searched: how many training images were compared.
+        searched: the number of training images that were compared.
     """
 
     tests: Ints
@@ -142,13 +144,14 @@ class Neighbours:
     searched: int
 
     def summary(self) -> str:
+        """The share of neighbours of the same class, for people."""
         return f"{self.same.sum()} of {self.same.size} neighbours ({self.same.mean():.1%})"
 
 
 def varied_tests(run: Trained, n: int) -> Ints:
-    """`n` validation images of different classes where possible, without regard to what the net makes of them."""
+    """`n` validation images of different classes where possible, whatever the net predicts for them."""
     candidates = _permuted(run, run.val)[: max(LOOKED, n)]
-    return candidates[np.argsort(rounds(run.val.index["label"][candidates]), kind="stable")][:n]
+    return candidates[np.argsort(occurrence(run.val.index["label"][candidates]), kind="stable")][:n]
 
 
 def searched(run: Trained, m: int) -> Ints:
@@ -164,13 +167,14 @@ def nearest(run: Trained, tests: Ints, candidates: Ints, k: int) -> Neighbours:
     Only the nearest of each batch are kept, so memory does not grow with `candidates`. Raises FigureError for a net
     without dense layers, and ShardError.
     """
-    seen = [(samples, _of(run, features)) for samples, _, features in outputs(run, run.val, tests, "test images")]
-    tests, wanted = np.concatenate([samples for samples, _ in seen]), torch.cat([features for _, features in seen])
+    shown = list(outputs(run, run.val, tests, "test images"))
+    tests = np.concatenate([samples for samples, _, _ in shown])
+    wanted = torch.cat([_present(run, features) for _, _, features in shown])
     distances = wanted.new_full((len(tests), 0), 0)
     found = torch.empty(len(tests), 0, dtype=torch.int64, device=wanted.device)
     for samples, _, features in outputs(run, run.train, candidates, "nearest images"):
         # The quick way by matrix products loses small distances to rounding.
-        near = torch.cdist(wanted, _of(run, features), compute_mode="donot_use_mm_for_euclid_dist")
+        near = torch.cdist(wanted, _present(run, features), compute_mode="donot_use_mm_for_euclid_dist")
         numbers = torch.from_numpy(samples).to(found.device).expand(len(tests), -1)
         distances, order = torch.cat([distances, near], 1).sort(dim=1, stable=True)
         distances, found = distances[:, :k], torch.cat([found, numbers], 1).gather(1, order[:, :k])
@@ -179,11 +183,13 @@ def nearest(run: Trained, tests: Ints, candidates: Ints, k: int) -> Neighbours:
     return Neighbours(tests, images, distances.cpu().numpy(), same, len(candidates))
 
 
-def _of(run: Trained, features: Tensor | None) -> Tensor:
+def _present(run: Trained, features: Tensor | None) -> Tensor:
+    """The features. Raises FigureError for a net that has none."""
     if features is None:
         raise FigureError(f"{run.config.model.name} has no dense layer, so there is no last hidden layer before it")
     return features
 
 
 def _permuted(run: Trained, shards: ShardSet) -> Ints:
+    """All samples in an order that follows from the seed of the run."""
     return permutation(len(shards), run.config.train.seed, 0, SAMPLES)

@@ -3,212 +3,183 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from dist_train.analysis.experiments import Arm, Experiment
-from dist_train.cli import parse
+from dist_train.analysis.arms import Arm, Experiment
+from dist_train.analysis.trained import read_config
 from dist_train.config import Config
-from dist_train.monitor.terminal import STATUS, read_records
+from dist_train.pictures.sweeps import PANELS, Curve, Probed, draw_arms, draw_layers
 from dist_train.probe import stable_lr
+from dist_train.rundir import record, status
+from dist_train.rundir.state import MEMORY
 from pipelines.files import write_atomically
 
-Record = dict[str, Any]
-OFF = 0.8  # a training error that guessing among 10 classes does not reach: the net has begun to learn
+# A training error that says that a net has begun to learn: it is right twice as often as guessing among ten classes,
+# which all of configs/experiments have.
+BEGUN = 0.8
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run: its settings, whether it diverged, and its records."""
+class ArmRun:
+    """One run of an arm: its settings, whether it diverged, and its records."""
 
     config: Config
     diverged: bool
-    steps: list[Record]
-    checks: list[Record]
-    probes: list[Record]
+    steps: list[dict[str, Any]]
+    checks: list[dict[str, Any]]
+    probes: list[dict[str, Any]]
+
+    @property
+    def last_step(self) -> int:
+        """The last recorded step; 0 if there is none."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
 
     def first_below(self, error: float) -> int | None:
-        """The first recorded step whose running training error lies below."""
-        return next((r["step"] for r in self.steps if r["step"] >= 50 and r["train_error"] < error), None)
+        """The first recorded step whose running training error lies below, once that looks back far enough."""
+        return next((r["step"] for r in self.steps if r["step"] >= MEMORY and r["train_error"] < error), None)
+
+    def probe(self, step: int) -> dict[str, Any] | None:
+        """What was measured before a step, if it was."""
+        return next((probe for probe in self.probes if probe["step"] == step), None)
+
+    def stable_lr(self, probe: dict[str, Any]) -> float | None:
+        """The largest stable learning rate of the last layer; None for another optimizer than SGD."""
+        optim = self.config.optim
+        return stable_lr(probe["curvature"], optim.momentum) if optim.name == "sgd" else None
+
+
+Runs = Mapping[str, Sequence[ArmRun]]  # by the name of the arm
+Errors = Mapping[str, Sequence[float]]  # of validation, of the runs or pairs of each arm
 
 
 def report(experiment: Experiment, out: Path) -> list[Path]:
-    """Write NAME.md and NAME.png, and NAME-layers.png where layers were probed. Returns what was written: nothing
-    where nothing was run."""
-    arms = {
-        arm: [run for seed in arm.seeds if (run := _load(arm.run(experiment.root, seed)))] for arm in experiment.arms
-    }
-    alone = {arm: runs for arm, runs in arms.items() if runs and not arm.of}
-    if not alone:
+    """Write NAME.md and NAME.png, and NAME-layers.png if layers were probed. Returns the paths: none if nothing was
+    run."""
+    runs = {arm.name: found for arm in experiment.trained if (found := _runs(experiment, arm))}
+    if not runs:
         return []
-    errors = {arm: [r.checks[-1]["top1_error"] for r in runs if r.checks] for arm, runs in alone.items()}
-    for arm in (arm for arm in arms if arm.of):
-        results = [path for _, _, path in experiment.pairs(arm) if path.exists()]
-        errors[arm] = [json.loads(path.read_text())["top1_error"] for path in results]
+    errors = {name: [run.checks[-1]["top1_error"] for run in found if run.checks] for name, found in runs.items()}
+    for arm in experiment.ensembles:
+        results = [pair.result for pair in experiment.pairs(arm) if pair.result.exists()]
+        errors[arm.name] = [json.loads(path.read_text())["top1_error"] for path in results]
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{experiment.name}.md", out / f"{experiment.name}.png"]
-    write_atomically(paths[0], table(alone, errors).encode())
-    draw(alone, errors, experiment.name).savefig(paths[1], dpi=110)
-    if any(run.probes for runs in alone.values() for run in runs):
+    write_atomically(paths[0], table(runs, errors).encode())
+    curves = {
+        name: [Curve([r["step"] for r in run.steps], [r["loss"] for r in run.steps]) for run in found]
+        for name, found in runs.items()
+    }
+    draw_arms(curves, errors, experiment.name, _batches(runs)).savefig(paths[1])
+    probed = {name: found[0] for name, found in runs.items() if found[0].probes}
+    if probed:
         paths.append(out / f"{experiment.name}-layers.png")
-        draw_layers({arm: runs[0] for arm, runs in alone.items() if runs[0].probes}).savefig(paths[2], dpi=110)
+        draw_layers(list(probed), measured(list(probed.values()))).savefig(paths[2])
     return paths
 
 
-def table(arms: dict[Arm, list[Run]], errors: dict[Arm, list[float]]) -> str:
-    """Markdown, one row an arm; over its seeds the mean, and in brackets the least and the greatest."""
-    level = max(run.config.train.until_error for runs in arms.values() for run in runs)
-    probed = sorted({p["step"] for runs in arms.values() for run in runs for p in run.probes})
-    head = ["arm", "runs", f"training error below {OFF:.0%} at step"]
-    head += [f"below {level:.0%} at step"] if level else []
-    head += ["top-1 error, validation", "steps"] + [f"largest stable lr at step {step}" for step in probed]
-    rows = []
-    for arm, values in errors.items():
-        runs = arms.get(arm, [])
-        row = [arm.name, str(len(runs) or len(values)), _when(runs, OFF) if runs else ""]
-        row += [_when(runs, level) if runs else ""] if level else []
-        diverged = sum(run.diverged for run in runs)
-        told = [_span(values, "{:.2%}".format)] * bool(values) + [f"{diverged} of {len(runs)} diverged"] * bool(
-            diverged
-        )
-        row += ["; ".join(told), _span([_steps(run) for run in runs], "{:.0f}".format)]
-        for step in probed:
-            lrs = [
-                stable_lr(p["curvature"], run.config.optim.momentum) if run.config.optim.name == "sgd" else 0.0
-                for run in runs
-                for p in run.probes
-                if p["step"] == step
-            ]
-            row.append(_span(lrs, "{:.2g}".format) if lrs and 0 < min(lrs) <= max(lrs) < float("inf") else "")
-        rows.append(row)
+def table(runs: Runs, errors: Errors) -> str:
+    """Markdown, a row for each arm; over its seeds the mean, and in brackets the least and the greatest."""
+    every = [run for found in runs.values() for run in found]
+    levels = [BEGUN]
+    if stop := max(run.config.train.until_error for run in every):
+        levels.append(stop)
+    probed = sorted({probe["step"] for run in every for probe in run.probes})
+    head = ["arm", "runs", f"training error below {levels[0]:.0%} at step"]
+    head += [f"below {level:.0%} at step" for level in levels[1:]]
+    head += ["top-1 error, validation", "steps"]
+    head += [f"largest stable lr at step {step}" for step in probed]
+    rows = [_row(name, runs.get(name, ()), values, levels, probed) for name, values in errors.items()]
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def draw(arms: dict[Arm, list[Run]], errors: dict[Arm, list[float]], title: str) -> Figure:
-    """Training loss over the steps, and the validation error of each run."""
-    figure = Figure(figsize=(13, 2.2 + 0.33 * max(8, len(errors))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    colours = {arm: colormaps["tab10"](i % 10) for i, arm in enumerate(errors)}
-    styles = {arm: ("-", "--", ":")[i // 10 % 3] for i, arm in enumerate(errors)}
-    for arm, runs in arms.items():
-        for i, run in enumerate(runs):
-            steps, losses = _smooth(run.steps)
-            left.plot(steps, losses, styles[arm], color=colours[arm], lw=1.3, label=None if i else arm.name)
-    for i, (arm, values) in enumerate(errors.items()):
-        right.plot([100 * v for v in values], [i] * len(values), "o", color=colours[arm], alpha=0.75)
-        if values:
-            right.plot(100 * np.mean(values), i, "|", color="black", ms=16, mew=1.5)
-    left.set(xlabel="step (128 images)", ylabel="training loss (nats, mean of 25 steps)", ylim=(0, 3.2))
-    right.set(xlabel="top-1 validation error (%), bar: mean of the runs", ylim=(len(errors) - 0.4, -0.6))
-    right.set_yticks(range(len(errors)), [arm.name for arm in errors])
-    _plain(left, right)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    figure.suptitle(title)
-    return figure
+def _row(
+    name: str, runs: Sequence[ArmRun], errors: Sequence[float], levels: Sequence[float], probed: Sequence[int]
+) -> list[str]:
+    outcomes = []
+    if errors:
+        outcomes.append(_span(errors, "{:.2%}".format))
+    if diverged := sum(run.diverged for run in runs):
+        outcomes.append(f"{diverged} of {len(runs)} diverged")
+    row = [name, str(len(runs) or len(errors))]
+    row += [_when(runs, level) for level in levels]
+    row += ["; ".join(outcomes), _span([run.last_step for run in runs], "{:.0f}".format)]
+    return row + [_stable(runs, step) for step in probed]
 
 
-PANELS: tuple[tuple[str, str, bool], ...] = (
-    ("signal", "deviation of outputs over images", True),
-    ("output", "deviation of outputs over images and units", True),
-    ("gradient", "root mean square of the gradient to the weights", True),
-    ("dead", "share of dead units", False),
-)
-
-
-def draw_layers(runs: dict[Arm, Run]) -> Figure:
-    """What the probes measured, layer by layer at each probed step, of one run an arm; and lr over its stable limit."""
-    steps = sorted({p["step"] for run in runs.values() for p in run.probes})
-    rows, height = len(PANELS) + 1, 0.9 + 0.24 * len(runs)
-    figure = Figure(figsize=(6.2 * len(steps), rows * height), layout="constrained")
-    axes = figure.subplots(rows, len(steps), squeeze=False)
-    for j, step in enumerate(steps):
-        tables = {arm: _layers(run, step) for arm, run in runs.items()}
-        for i, (key, title, logarithmic) in enumerate(PANELS):
-            _heat(axes[i, j], tables, key, logarithmic, labels=j == 0)
-            axes[i, j].set_title(f"step {step}: {title}", fontsize="medium")
-        ratio = axes[-1, j]
-        for k, run in enumerate(runs.values()):
-            found = next((p for p in run.probes if p["step"] == step), None)
-            if found and run.config.optim.name == "sgd":
-                value = found["lr"] / stable_lr(found["curvature"], run.config.optim.momentum)
-                ratio.plot(value, k, "o", color="crimson" if value > 1 else "seagreen")
-        ratio.set(xscale="log", ylim=(len(runs) - 0.5, -0.5), xlim=(1e-3, 1e2))
-        ratio.axvline(1, color="grey", lw=1)
-        ratio.set_yticks(range(len(runs)), [arm.name for arm in runs] if j == 0 else [])
-        ratio.set_title(f"step {step}: lr / largest stable lr of the last layer (SGD)", fontsize="medium")
-        _plain(ratio)
-    return figure
-
-
-def _heat(axes: Axes, tables: dict[Arm, Record], key: str, logarithmic: bool, *, labels: bool) -> None:
-    layers = max(tables.values(), key=len)
-    values = np.array([[row.get(name, {}).get(key, np.nan) for name in layers] for row in tables.values()], float)
-    values[~np.isfinite(values)] = np.nan  # of a run that diverged
-    shown = np.log10(np.maximum(values, 1e-12)) if logarithmic else values
-    low, high = (np.nanmin(shown), np.nanmax(shown)) if logarithmic else (0, 1)
-    axes.imshow(shown, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-    middle = (low + high) / 2
-    for (i, j), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            colour = "black" if shown[i, j] > middle else "white"
-            axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color=colour)
-    axes.set_xticks(range(len(layers)), list(layers), fontsize="small")
-    axes.set_yticks(range(len(tables)), [arm.name for arm in tables] if labels else [], fontsize="small")
-
-
-def _layers(run: Run, step: int) -> Record:
-    found = next((p for p in run.probes if p["step"] == step), None)
-    return found["layers"] if found else {}
-
-
-def _load(directory: Path) -> Run | None:
-    records = read_records(directory)
-    kinds: dict[str, list[Record]] = {
-        kind: [r for r in records if r["kind"] == kind] for kind in ("step", "validation", "probe")
-    }
-    file, state = directory / "config.yaml", directory / STATUS
-    if not file.exists() or not state.exists():
-        return None
-    diverged = json.loads(state.read_text())["state"] == "diverged"
-    return Run(parse(["--config", str(file)])[0], diverged, kinds["step"], kinds["validation"], kinds["probe"])
-
-
-def _smooth(steps: Sequence[Record], over: int = 25) -> tuple[list[int], list[float]]:
-    """The loss as means of about `over` steps."""
-    n = max(1, over // steps[0]["step"]) if steps else 1
-    groups = [steps[i : i + n] for i in range(0, len(steps), n) if len(steps) - i > n // 2]  # no noisy tail
-    return [g[-1]["step"] for g in groups], [float(np.mean([r["loss"] for r in g])) for g in groups]
-
-
-def _when(runs: Sequence[Run], error: float) -> str:
+def _when(runs: Sequence[ArmRun], error: float) -> str:
+    """The step at which the training error of the runs first lay below, and how many never came there."""
+    if not runs:
+        return ""
     found = [step for run in runs if (step := run.first_below(error)) is not None]
+    steps = _span(found, "{:.0f}".format)
     if len(found) == len(runs):
-        return _span(found, "{:.0f}".format)
-    last = min(_steps(run) for run in runs)
-    never = f"never in {last}"
-    return f"{_span(found, '{:.0f}'.format)}; {len(runs) - len(found)} of {len(runs)} {never}" if found else never
+        return steps
+    never = f"never in {min(run.last_step for run in runs)}"
+    return f"{steps}; {len(runs) - len(found)} of {len(runs)} {never}" if found else never
+
+
+def _stable(runs: Sequence[ArmRun], step: int) -> str:
+    """The largest stable learning rate at a step; nothing if it is not known, or not finite, for each run."""
+    limits = [run.stable_lr(probe) or 0.0 for run in runs for probe in run.probes if probe["step"] == step]
+    if not limits or not all(0 < limit < float("inf") for limit in limits):
+        return ""
+    return _span(limits, "{:.2g}".format)
 
 
 def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """The mean, and if there are several values the least and the greatest."""
     if not values:
         return ""
     mean = show(float(np.mean(values)))
     return mean if len(values) == 1 else f"{mean} ({show(min(values))} to {show(max(values))})"
 
 
-def _steps(run: Run) -> int:
-    return int(run.steps[-1]["step"]) if run.steps else 0
+def measured(runs: Sequence[ArmRun]) -> list[Probed]:
+    """What the probes of these runs have measured, for each probed step."""
+    probes = []
+    for step in sorted({probe["step"] for run in runs for probe in run.probes}):
+        found = [run.probe(step) for run in runs]
+        tables: list[dict[str, Any]] = [probe["layers"] if probe else {} for probe in found]
+        layers = max((list(table) for table in tables), key=len)
+        values = {panel.key: _matrix(tables, layers, panel.key) for panel in PANELS}
+        ratios = [_ratio(run, probe) for run, probe in zip(runs, found, strict=True)]
+        probes.append(Probed(step, layers, values, np.array(ratios)))
+    return probes
 
 
-def _plain(*many: Axes) -> None:
-    for axes in many:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+def _matrix(tables: Sequence[dict[str, Any]], layers: Sequence[str], key: str) -> NDArray[np.float64]:
+    """One quantity of each run and layer, float64 [runs, layers]; NaN if it is missing, or was not finite."""
+    values = np.array([[table.get(layer, {}).get(key, np.nan) for layer in layers] for table in tables], np.float64)
+    values[~np.isfinite(values)] = np.nan  # of a run that diverged
+    return values
+
+
+def _ratio(run: ArmRun, probe: dict[str, Any] | None) -> float:
+    """The learning rate over the largest stable one; NaN if it is not known."""
+    limit = run.stable_lr(probe) if probe else None
+    return float("nan") if probe is None or limit is None else float(probe["lr"]) / limit
+
+
+def _batches(runs: Runs) -> str:
+    """Images in a step, of all arms."""
+    return " or ".join(map(str, sorted({run.config.train.global_batch for found in runs.values() for run in found})))
+
+
+def _runs(experiment: Experiment, arm: Arm) -> list[ArmRun]:
+    """The runs of an arm that have begun."""
+    directories = [arm.run(experiment.root, seed) for seed in arm.seeds]
+    return [_load(path) for path in directories if status.read(path) and (path / "config.yaml").exists()]
+
+
+def _load(directory: Path) -> ArmRun:
+    """The run in a directory. Raises RunError."""
+    records = record.read(directory)
+    steps, checks, probes = ([r for r in records if r["kind"] == kind] for kind in ("step", "validation", "probe"))
+    return ArmRun(read_config(directory), status.read(directory)["state"] == "diverged", steps, checks, probes)

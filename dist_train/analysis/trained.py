@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +16,13 @@ from dist_train.cli import parse
 from dist_train.config import Config, ConfigError
 from dist_train.data import open_sets
 from dist_train.ranks.world import World
-from dist_train.rundir.checkpoint import META, load, newest
+from dist_train.rundir.checkpoint import FOLDER, Checkpoint, find
+from dist_train.rundir.store import load_state
+from pipelines.errors import UsageError, UserError
 from pipelines.shards import MANIFEST, ShardSet
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run that cannot be opened; the message says why, and the remedy."""
 
 
@@ -47,6 +49,19 @@ class Trained:
     train: ShardSet
     val: ShardSet
 
+    def output_name(self, output: int) -> str:
+        """The name of the class that an output of the model stands for, or its number if it stands for none."""
+        return self.classes[output] if output < len(self.classes) else f"class #{output}"
+
+
+@contextmanager
+def device_option() -> Iterator[None]:
+    """Errors about a device speak of --device, which is what the user gave, not of the trainer's key."""
+    try:
+        yield
+    except UserError as error:
+        raise UsageError(str(error).replace("train.device", "--device")) from error
+
 
 def open_run(directory: Path, device: torch.device, which: str = "last", split: Path | None = None) -> Trained:
     """A run's model, configuration and data.
@@ -56,39 +71,27 @@ def open_run(directory: Path, device: torch.device, which: str = "last", split: 
             checkpoint's name. Its hash is verified.
         split: a shard set that takes the place of the validation set.
 
-    Raises RunError, ConfigError or ShardError, all ValueErrors of one sentence, where there is no such run, where it
-    has no good checkpoint, or where its sets are gone or are not those that it was trained on.
+    Raises RunError, ConfigError or ShardError, all UserErrors, if there is no such run, if it has no good checkpoint,
+    or if its sets are gone or are not those that it was trained on.
     """
     config = read_config(directory)
     val = str(split or config.data.val)
     config = replace(config, data=replace(config.data, val=val, device="auto"))  # this machine may have no GPU
     _check_paths(directory, config, split)
     train, test = open_sets(config)
-    path, meta = _choose(directory, which)
-    if (trained_on := meta.get("training set")) != train.fingerprint[:16]:
+    checkpoint = _checkpoint(directory, which)
+    if (trained_on := checkpoint.meta.get("training set")) != train.fingerprint[:16]:
         raise RunError(
             f"{config.data.train} is not the training set that {directory} was trained on (its index has fingerprint "
             f"{train.fingerprint[:16]} instead of {trained_on}): put the right one back"
         )
-    with torch.random.fork_rng(devices=[]):  # the weights are drawn, and then replaced
-        model = build.build_model(config, World(0, 1, 0, 1, device), len(train.classes), compiled=False)
-    try:
-        model.load_state_dict(load(path, torch.device("cpu"))["model"])
-    except (OSError, KeyError, RuntimeError) as error:
-        if not path.exists():
-            raise RunError(f"{path} vanished while it was read, the run goes on: try again") from error
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"{path} does not fit the model of {directory / 'config.yaml'} ({reason}): restore the file"
-        ) from error
-    model.eval()
-    return Trained(
-        directory, config, model, train.classes, int(meta["step"]), int(meta["epoch"]), path.name, train, test
-    )
+    model = _model(directory, config, device, len(train.classes), checkpoint)
+    step, epoch = int(checkpoint.meta["step"]), int(checkpoint.meta["epoch"])
+    return Trained(directory, config, model, train.classes, step, epoch, checkpoint.path.name, train, test)
 
 
 def read_config(directory: Path) -> Config:
-    """What a run was configured with, validated. Raises RunError and ConfigError."""
+    """The validated configuration of a run. Raises RunError."""
     file = directory / "config.yaml"
     if not directory.is_dir():
         raise RunError(f"there is no run {directory}: name the directory of a run, runs/<name>")
@@ -101,7 +104,7 @@ def read_config(directory: Path) -> Config:
 
 
 def _check_paths(directory: Path, config: Config, split: Path | None) -> None:
-    """Raises RunError where a shard set is not there."""
+    """Raises RunError if a shard set is not there."""
     for role, text in (("training", config.data.train), ("validation", config.data.val)):
         path = Path(text)
         if (path / MANIFEST).exists():
@@ -114,22 +117,35 @@ def _check_paths(directory: Path, config: Config, split: Path | None) -> None:
         raise RunError(f"the {role} set of {directory}, {path}, is not there: {remedy}")
 
 
-def _choose(directory: Path, which: str) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint whose hash matches, and its meta. Raises RunError."""
+def _checkpoint(directory: Path, which: str) -> Checkpoint:
+    """A good checkpoint of a run; bad ones that had to be passed over are named. Raises RunError."""
     bad: dict[str, str] = {}
-    store = directory / "checkpoints"
-    if which == "last":
-        path = newest(store.glob("step-*"), lambda path, why: bad.update({path.name: why}))
-    elif not (store / which).is_dir():
+    if which != "last" and not (directory / FOLDER / which).is_dir():
         raise RunError(f"{directory} has no checkpoint {which}: choose last")
-    else:
-        path = newest([(store / which).resolve()], lambda path, why: bad.update({path.name: why}))
+    found = find(directory, which, bad.__setitem__)
     reasons = ", ".join(f"{name}: {why}" for name, why in bad.items())
-    if path is None:
+    if found is None:
         if bad:
             remedy = "put a good one back" if which == "last" else "choose last"
             raise RunError(f"{directory} has no good checkpoint ({reasons}): {remedy}")
         raise RunError(f"{directory} has no checkpoint yet: train on, the first comes after an epoch at the latest")
     if bad:
         print(f"{directory}: bad checkpoints are passed over ({reasons})", file=sys.stderr)
-    return path, json.loads((path / META).read_bytes())
+    return found
+
+
+def _model(directory: Path, config: Config, device: torch.device, classes: int, checkpoint: Checkpoint) -> nn.Module:
+    """The model with the weights of a checkpoint, ready to predict. Raises RunError if they do not fit."""
+    with torch.random.fork_rng(devices=[]):  # the weights are drawn, and then replaced
+        model = build.model(config, World.single(device), classes, compiled=False)
+    path = checkpoint.path
+    try:
+        model.load_state_dict(load_state(path, torch.device("cpu"))["model"])
+    except (OSError, KeyError, RuntimeError) as error:
+        if not path.exists():
+            raise RunError(f"{path} vanished while it was read, the run goes on: try again") from error
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"{path} does not fit the model of {directory / 'config.yaml'} ({reason}): restore the file"
+        ) from error
+    return model.eval()

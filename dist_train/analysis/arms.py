@@ -1,0 +1,95 @@
+"""Experiments: a configuration, NAME.yaml, and its arms, NAME.sweep, one line of overrides a run (which is what
+`python -m slurm submit --array` takes too), each with its name as a comment. An arm runs with several seeds, or with
+the one it gives. `# ensemble of two: NAME` averages the runs of another arm, two by two.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_train.config import CONFIGS, ConfigError
+
+SWEEPS = CONFIGS / "experiments"
+ENSEMBLE = "# ensemble of two: "
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant of an experiment: its name, overrides and seeds; or, with `of`, pairs of runs of another arm."""
+
+    name: str
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+    of: str = ""
+
+    def run(self, root: Path, seed: int) -> Path:
+        """The run directory of a seed."""
+        return root / f"{slug(self.of or self.name)}-{seed}"
+
+
+class Pair(NamedTuple):
+    """Two runs whose predictions are averaged, and the file of the result."""
+
+    one: Path
+    two: Path
+    result: Path
+
+
+@dataclass
+class Experiment:
+    """A configuration and its arms; runs lie in `root`."""
+
+    name: str
+    config: Path
+    root: Path
+    arms: list[Arm] = field(default_factory=list)
+
+    @property
+    def trained(self) -> list[Arm]:
+        """The arms that have runs of their own."""
+        return [arm for arm in self.arms if not arm.of]
+
+    @property
+    def ensembles(self) -> list[Arm]:
+        """The arms that average runs of another one."""
+        return [arm for arm in self.arms if arm.of]
+
+    def pairs(self, arm: Arm) -> list[Pair]:
+        """The runs that an ensemble averages, two by two."""
+        pairs = []
+        for seeds in combinations(arm.seeds, 2):
+            one, two = (arm.run(self.root, seed) for seed in seeds)
+            pairs.append(Pair(one, two, self.root / f"{one.name}+{two.name}.json"))
+        return pairs
+
+
+def known() -> list[str]:
+    """The names of all experiments."""
+    return sorted(path.stem for path in SWEEPS.glob("*.sweep"))
+
+
+def read(name: str, seeds: int, root: Path) -> Experiment:
+    """The experiment of that name, whose arms have seeds 0 ... `seeds` - 1 where they give none. Raises ConfigError."""
+    sweep = SWEEPS / f"{name}.sweep"
+    if not sweep.exists():
+        raise ConfigError(f"there is no experiment {name}: choose from {', '.join(known())}")
+    experiment = Experiment(name, sweep.with_suffix(".yaml"), root / name)
+    for line in sweep.read_text().splitlines():
+        if line.startswith(ENSEMBLE):
+            of = line.removeprefix(ENSEMBLE)
+            experiment.arms.append(Arm(f"two of: {of}, averaged", (), tuple(range(seeds)), of))
+        elif overrides := shlex.split(line, comments=True):
+            given = [int(value) for word, value in pairwise(overrides) if word == "--train.seed"]
+            label = line.rpartition("# ")[2]
+            experiment.arms.append(Arm(label, tuple(overrides), tuple(given) or tuple(range(seeds))))
+    return experiment
+
+
+def slug(name: str) -> str:
+    """The name as a piece of a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
