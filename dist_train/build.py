@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train import models
-from dist_train.config import Config, as_dict
+from dist_train.config import Config
 from dist_train.ranks import tower_parallel
 from dist_train.ranks.world import World
 from pipelines.dali import Decode
@@ -65,17 +63,17 @@ def _loader(config: Config, world: World, plan: Plan, statistics: ShardSet, batc
     )
 
 
-def build_model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.Module:
-    """The model, or this rank's tower of it, on this rank's device, its weights from the seed. Raises ValueError for a
-    bad name or crop."""
+def model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.Module:
+    """The model, or this rank's tower of it, on this rank's device, its weights from the seed. Raises ConfigError for
+    a bad name or crop."""
     torch.manual_seed(config.train.seed)
-    model = models.build(config.model, classes=classes, crop=config.data.crop)
+    net = models.build(config.model, classes=classes, crop=config.data.crop)
     if world.mesh is not None:
-        tower_parallel.place(model, world)
-    model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        tower_parallel.place(net, world)
+    net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
-        model.compile(dynamic=False)  # a size has one kernel, whatever sizes came before
-    return model
+        net.compile(dynamic=False)  # a size has one kernel, whatever sizes came before
+    return net
 
 
 def compiler_works(world: World) -> str:
@@ -89,9 +87,15 @@ def compiler_works(world: World) -> str:
         return str(error).strip().splitlines()[-1][:120]
 
 
+def autocast(config: Config, world: World) -> torch.autocast:
+    """Mixed precision, or a context that does nothing where it is off."""
+    chosen = precision(config, world)
+    return torch.autocast(world.device.type, PRECISIONS[chosen], enabled=chosen != "off")
+
+
 def precision(config: Config, world: World) -> str:
-    """`auto`: off on the CPU, where bfloat16 was measured to be slower; on a GPU bf16 where it has it, else fp16, or
-    off for towers on two ranks: a GradScaler would know of the overflows of one alone."""
+    """off, bf16 or fp16. `auto`: off on the CPU, where bfloat16 was measured to be slower; on a GPU bf16 if it has it,
+    else fp16, but off for towers on two ranks: a GradScaler would know of the overflows of one tower only."""
     if config.train.precision != "auto":
         return config.train.precision
     if world.device.type == "cpu":
@@ -101,7 +105,7 @@ def precision(config: Config, world: World) -> str:
     return "fp16" if world.mesh is None else "off"
 
 
-def distribute(model: nn.Module, config: Config, world: World, autocast: torch.autocast) -> nn.Module:
+def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
     """DDP around the model, its buckets settled.
 
     DDP rebuilds its buckets after its first step, and gloo then sums in another order. Two throw-away steps put that
@@ -117,19 +121,9 @@ def distribute(model: nn.Module, config: Config, world: World, autocast: torch.a
     inputs = torch.zeros(share, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
     keys = torch.zeros(share, dtype=torch.int64, device=world.device)
     for _ in range(2):
-        with autocast:
+        with autocast(config, world):
             logits = net(inputs, keys)
         logits.float().sum().backward()
     net.zero_grad()
     model.load_state_dict(before)
     return net
-
-
-def identity(config: Config, shards: ShardSet) -> dict[str, Any]:
-    """What a run cannot change: where one of these differs, its checkpoints are another run's."""
-    flat = as_dict(config)
-    free = {"train", "val", "source", "device", "threads", "readers", "ahead", "max_bad"}
-    kept = {k: v for k, v in flat.items() if k.startswith("data.") and k.removeprefix("data.") not in free}
-    kept |= {k: v for k, v in flat.items() if k.startswith("model.") and k != "model.init_from"}
-    kept |= {k: flat[k] for k in ("train.seed", "train.global_batch", "optim.name")}
-    return kept | {"classes": len(shards.classes), "training set": shards.fingerprint[:16]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Schedule:
     best: float = float("inf")
     bad_epochs: int = 0
     divisions: int = 0
-    exhausted: bool = field(default=False)
+    exhausted: bool = False
 
     def lr(self, epoch: int, step: int, steps: int) -> float:
         """The learning rate of step `step` of `steps` of an epoch. Warm-up rises linearly from lr / warm-up steps."""

@@ -49,14 +49,8 @@ class NotSaved(Ended):
     code, state = FAILED, "failed"
 
 
-class NoProgress(Ended):
-    """The run was restarted again and again at the same step."""
-
-    code, state = USAGE, "failed"
-
-
 class NotBegun(Ended):
-    """The run directory cannot be written."""
+    """The run directory cannot be written, or the run was restarted again and again without progress."""
 
     code, state = USAGE, "failed"
 

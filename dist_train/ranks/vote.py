@@ -1,52 +1,61 @@
-"""What the ranks agree on at a step, and how training can end by it."""
+"""What the ranks agree on at a step: one small all-reduce, read one step later."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-class Stopped(Exception):
-    """A stop was asked for, and the state is saved."""
+from dist_train.ranks.world import World
 
 
-class Diverged(Exception):
-    """A loss or a gradient is not finite; the weights were not touched by it."""
+class Vote(NamedTuple):
+    """What the ranks say at a step, summed over all of them. What a rank does not say counts as 0.
+
+    Attributes:
+        loss: sum of the samples' cross-entropy, nats.
+        wrong: samples whose most probable class is not the right one.
+        refused: ranks that found a gradient that is not finite, and left the weights as they are.
+        stop: ranks that a stop signal has come to.
+        save: 1 if a save is due by the clock, which rank 0 looks at for all.
+        lost: 1 if a later start has taken over the run directory, which rank 0 finds out.
+        bad: samples that could not be decoded, and were replaced.
+    """
+
+    loss: float = 0.0
+    wrong: float = 0.0
+    refused: float = 0.0
+    stop: float = 0.0
+    save: float = 0.0
+    lost: float = 0.0
+    bad: float = 0.0
+
+    @staticmethod
+    def cast(world: World, **says: float | Tensor) -> Ballot:
+        """Begin the all-reduce of what this rank says, by the names above: numbers, or scalars on the device."""
+        at = {name: Vote._fields.index(name) for name in says}
+        plain = [0.0] * len(Vote._fields)
+        for name, value in says.items():
+            if not isinstance(value, Tensor):
+                plain[at[name]] = float(value)
+        # One copy carries the plain numbers to the device, where the scalars take their places: nothing is waited for.
+        values = torch.tensor(plain, dtype=torch.float64).to(world.device)
+        for name, value in says.items():
+            if isinstance(value, Tensor):
+                values[at[name]] = value
+        return Ballot(values, world.reduce(values))
 
 
-class NotSaved(Exception):
-    """The last save failed, and so did another try."""
-
-
-class BadData(Exception):
-    """More samples than allowed cannot be decoded."""
-
-
-class Agreed(NamedTuple):
-    """What one small all-reduce at each step carries; sums over the ranks."""
-
-    loss: float
-    wrong: float
-    refused: float
-    stop: float
-    due: float
-    superseded: float
-    bad: float
-
-
-class Pending(NamedTuple):
-    """An all-reduce under way, and the step that it belongs to."""
+class Ballot(NamedTuple):
+    """A vote whose all-reduce is under way."""
 
     values: Tensor
     work: dist.Work | None
-    epoch: int
-    step_in_epoch: int
-    step: int
-    lr: float
 
-    def read(self) -> Agreed:
+    def read(self) -> Vote:
+        """Wait for the sums."""
         if self.work:
             self.work.wait()
-        return Agreed(*self.values.tolist())
+        return Vote(*self.values.tolist())

@@ -1,0 +1,133 @@
+"""How a run goes on from its newest good checkpoint, or begins with the weights of another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train.config import Config, as_dict
+from dist_train.ranks.world import World
+from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find
+from dist_train.rundir.directory import RunDirectory
+from dist_train.rundir.state import TrainState
+from dist_train.rundir.store import load_state
+from pipelines.shards import ShardSet
+
+FREE = ("train", "val", "source", "device", "threads", "readers", "ahead", "max_bad")  # keys of data that may change
+TOLD = ("optim.", "schedule.", "train.epochs")  # keys that may change, and whose change is recorded
+
+
+@dataclass
+class Resumed:
+    """What a run was resumed from.
+
+    Attributes:
+        record_bytes: of the record, which the checkpoint covers.
+        changed: settings that differ from those that the checkpoint was made with.
+        bad: names of the checkpoints that were found to be damaged (rank 0).
+    """
+
+    record_bytes: int = 0
+    changed: dict[str, Any] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+
+
+def restore(state: TrainState, config: Config, world: World, training_set: ShardSet, run: RunDirectory) -> Resumed:
+    """Take over the newest good checkpoint of the run, if there is one; else the weights of `model.init_from`, if that
+    is given. Rank 0 looks, and all ranks take the same.
+
+    Raises CheckpointError if it is of another model, data set, seed or batch, or if there are checkpoints and none is
+    good.
+    """
+    resumed = Resumed()
+
+    def bad(name: str, why: str) -> None:
+        run.say(f"checkpoint {name} is bad ({why}): looking for an older one")
+        resumed.bad.append(name)
+
+    found: Checkpoint | None = world.share(find(run.path, bad=bad) if world.rank == 0 else None)
+    if found is None:
+        if world.share(resumed.bad):
+            raise CheckpointError(
+                f"no checkpoint in {run.path / FOLDER} is good: put a good one back, or delete it to begin anew"
+            )
+        if config.model.init_from:
+            each = " for each tower" if config.train.tower_parallel else ""
+            init_from(state.model, Path(config.model.init_from), world.device, each, run.say)
+        return resumed
+    _refuse_other_settings(found, run.path, identity(config, training_set))
+    saved = load_state(found.path, world.device)
+    state.load_state_dict(saved)
+    progress = state.progress
+    run.say(f"continuing from {found.path.name}: epoch {progress.epoch + 1}, step {progress.step}")
+    resumed.record_bytes = int(saved["record"])
+    resumed.changed = _changed(found.meta["config"], as_dict(config))
+    return resumed
+
+
+def identity(config: Config, training_set: ShardSet) -> dict[str, Any]:
+    """What a run cannot change: where one of these differs, its checkpoints are another run's."""
+    return _fixed_keys(config) | {
+        "classes": len(training_set.classes),
+        "training set": training_set.fingerprint[:16],
+    }
+
+
+def init_from(model: nn.Module, path: Path, device: torch.device, each: str, say: Callable[[str], None]) -> None:
+    """Take over the weights of a checkpoint, or of a run's newest good one, where name and shape agree, and say which.
+
+    Raises CheckpointError if there is no good checkpoint, or nothing agrees.
+    """
+    if not (path / FOLDER).exists() and not (path / META).exists():
+        raise CheckpointError(f"model.init_from is {path}, which is neither a run nor a checkpoint of one")
+    found = find(path)
+    if found is None:
+        raise CheckpointError(f"model.init_from: no checkpoint in {path} is good")
+    theirs, ours = load_state(found.path, device)["model"], model.state_dict()
+    taken = [name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape]
+    if not taken:
+        raise CheckpointError(f"model.init_from: no layer of {found.path} fits model.name: is it another kind of net?")
+    model.load_state_dict(ours | {name: theirs[name] for name in taken})
+    new = [name for name in ours if name not in taken]
+    say(f"{len(taken)} tensors{each} from {path}; new: {', '.join(new) or 'none'}")
+
+
+def _fixed_keys(config: Config) -> dict[str, Any]:
+    """The keys that decide what a run computes."""
+    flat = as_dict(config)
+    kept = {k: v for k, v in flat.items() if k.startswith("data.") and k.removeprefix("data.") not in FREE}
+    kept |= {k: v for k, v in flat.items() if k.startswith("model.") and k != "model.init_from"}
+    return kept | {k: flat[k] for k in ("train.seed", "train.global_batch", "optim.name")}
+
+
+def _refuse_other_settings(found: Checkpoint, run: Path, ours: dict[str, Any]) -> None:
+    """Raises CheckpointError. A key that the checkpoint does not know is newer than it, and counts as its default."""
+    defaults = _plain(_fixed_keys(Config()))
+    different = []
+    for key, value in _plain(ours).items():
+        was = found.meta.get(key, defaults.get(key))
+        if was != value:
+            different.append(f"{key} was {was!r}, now {value!r}")
+    if different:
+        raise CheckpointError(
+            f"{run} was begun with other settings ({'; '.join(different)}): restore them, or choose another run.name"
+        )
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are recorded when they change, as they are now."""
+    defaults = _plain(as_dict(Config()))
+    told = {k: v for k, v in _plain(now).items() if k.startswith(TOLD)}
+    return {k: v for k, v in told.items() if then.get(k, defaults[k]) != v}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back: tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain

@@ -1,0 +1,79 @@
+"""When the state of a run is saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dist_train.config import CheckpointConfig
+from dist_train.outcomes import NotSaved
+from dist_train.ranks.world import World
+from dist_train.rundir.directory import RunDirectory
+from dist_train.rundir.state import TrainState
+
+
+class Saver:
+    """Saves by steps, by the clock and at epochs, and sees to it that the last state is saved.
+
+    Args:
+        meta: what a checkpoint's meta.json says of the run, besides its progress.
+        covered: called with the bytes of the record that a state on the disk covers; what lies behind them may be cut
+            off by a restart.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        world: World,
+        run: RunDirectory,
+        state: TrainState,
+        meta: dict[str, Any],
+        covered: Callable[[int], None],
+    ) -> None:
+        self._config, self._world, self._run, self._state = config, world, run, state
+        self._meta, self._covered = meta, covered
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+        self._in_flight = 0  # bytes of the record that the save in flight covers
+
+    def due_by_clock(self) -> bool:
+        """Whether rank 0 asks for a save."""
+        minutes = self._config.minutes
+        return self._world.rank == 0 and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+
+    def due(self, step: int) -> bool:
+        """Whether the state after so many steps is one to save."""
+        every = self._config.steps
+        return every > 0 and step % every == 0 and step != self._saved_step
+
+    def save(self, *, best: bool = False) -> None:
+        """Save the state beside training; rank 0 writes. All ranks call it at the same step."""
+        self._saved_at, self._saved_step = time.monotonic(), self._state.progress.step
+        state = self._state.state_dict()  # on all ranks: towers on two ranks are put together
+        run = self._run
+        if self._world.rank or run.lease.lost:
+            return
+        run.store.join()
+        if run.store.error:
+            run.say(f"the last save failed ({run.store.error}): older checkpoints stand, trying again")
+        elif not run.lease.lost:
+            self._covered(self._in_flight)
+        size = run.record.size()
+        run.store.save(state | {"record": size}, self._state.progress.as_meta() | self._meta, best=best)
+        self._in_flight = size
+
+    def finish(self) -> None:
+        """Wait for the last save, and try once more if it failed. Raises LeaseLost, and NotSaved if it fails again, on
+        all ranks."""
+        run, share = self._run, self._world.share
+        run.store.join()
+        if share(bool(run.store.error) and not run.lease.lost):
+            self.save()
+            run.store.join()
+        if share(run.lease.lost):
+            raise run.lease.loss()
+        failure = run.store.error or run.record.error
+        message = f"{type(failure).__name__}: {failure}" if failure else ""
+        if message := share(message):
+            raise NotSaved(f"the last state could not be saved, older checkpoints stand: {message}")
