@@ -60,12 +60,13 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         path = Path(config.run.dir)
         run = RunDirectory(path, terminal.say, keep=config.checkpoint.keep, writes=world.rank == 0)
         wandb = WandbRun(path, config.monitor)
-        trainer, resumed = _restored(config, world, watch, run, sets, terminal, wandb)
+        trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
+        resumed = resume.restore(trainer.state, config, world, sets[0], run)
         _claim(config, world, run, trainer.progress, resumed.bad)
-    except (Refused, NotBegun) as refusal:
+    except (UserError, Refused, NotBegun) as error:  # the same on all ranks
         if world.rank == 0:
-            print(f"error: {refusal}", file=sys.stderr)
-        return refusal
+            print(f"error: {error}", file=sys.stderr)
+        return error if isinstance(error, Ended) else Refused(str(error))
     watch.on_exit = lambda why: run.status.set("failed", why)
     if world.rank == 0:
         run.record.open(resumed.record_bytes)
@@ -73,16 +74,16 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         wandb.publish(run.record.size())
     _announce(run, trainer.progress, resumed, f"{world.size} x {world.device.type}, {len(sets[0])} images")
     end = _train(trainer, run)
-    if end.state:
-        run.status.set(end.state, str(end), step=trainer.progress.step, epoch=trainer.progress.epoch)
-        wandb.publish(run.record.size())
-        terminal.end_epoch()
-        run.record.close()
-        wandb.close()
-        if world.rank == 0:
-            print(summary(path, end, trainer.progress))
-    else:
+    terminal.end_epoch()
+    if not end.state:  # the run is another start's now
         run.say(str(end))
+        return end
+    run.status.set(end.state, str(end), step=trainer.progress.step, epoch=trainer.progress.epoch)
+    wandb.publish(run.record.size())
+    wandb.close()
+    run.record.close()
+    if world.rank == 0:
+        print(summary(path, end, trainer.progress))
     return end
 
 
@@ -109,23 +110,6 @@ def _reproducible(config: Config) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _restored(
-    config: Config,
-    world: World,
-    watch: Watch,
-    run: RunDirectory,
-    sets: tuple[ShardSet, ShardSet],
-    terminal: Terminal,
-    wandb: WandbRun,
-) -> tuple[Trainer, Resumed]:
-    """The trainer in the state of the newest good checkpoint, if there is one. Raises Refused."""
-    try:
-        trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
-        return trainer, resume.restore(trainer.state, config, world, sets[0], run)
-    except UserError as error:  # the same on all ranks
-        raise Refused(str(error)) from error
 
 
 def _claim(config: Config, world: World, run: RunDirectory, progress: Progress, bad: list[str]) -> None:

@@ -95,7 +95,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the state that is there to the last epoch. Raises Ended if it ends before."""
         progress, schedule, steps = self.progress, self.state.schedule, self.train_loader.steps
-        while progress.epoch < self.config.train.epochs and not self.enough():
+        while progress.epoch < self.config.train.epochs and not self.enough():  # "roughly 90 cycles"
             self.report.begin_epoch(progress)
             for batch in self.train_loader.epoch(progress.epoch, start=progress.step_in_epoch):
                 lr = schedule.lr(progress.epoch, progress.step_in_epoch, steps)
@@ -109,6 +109,7 @@ class Trainer:
             last, self.pending = self.pending, None
             self.finish_step(last)
             error = self.validate()
+            # "divide the learning rate by 10 when the validation error rate stopped improving"
             if schedule.step(error, progress.epoch):
                 self.report.division(error, chance_error(self.val_loader.shards.index["label"]))
             best = progress.next_epoch(error)  # before the save: a restart must not repeat the epoch
