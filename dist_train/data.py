@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.config import Config, ConfigError
+from pipelines.misc import cpus
 from pipelines.shards import MANIFEST, ShardError, ShardSet
 from pipelines.sources import Torchvision
 
 
 def to_pack(config: Config) -> bool:
-    """Whether the sets do not exist yet but can be made from `data.source`."""
+    """True if the sets do not exist yet but can be made from `data.source`."""
     paths = (config.data.train, config.data.val)
     return bool(config.data.source) and not all((Path(path) / MANIFEST).exists() for path in paths)
 
@@ -22,12 +23,11 @@ def pack_source(config: Config) -> None:
 
     for path, training in ((config.data.train, True), (config.data.val, False)):
         source = Torchvision(config.data.source, training, Path(config.data.train).parent / "raw")
-        workers = len(os.sched_getaffinity(0))
-        pack(source, Path(path), Options(shorter_side=0), split=Path(path).name, workers=workers)
+        pack(source, Path(path), Options(shorter_side=0), split=Path(path).name, workers=cpus())
 
 
 def check_batch(config: Config, ranks: int) -> None:
-    """Raises ConfigError where a rank would get no sample of a batch, or no partner for the other tower."""
+    """Raises ConfigError if a rank would get no sample of a batch, or no partner for the other tower."""
     batch, pieces = config.train.global_batch, config.train.accumulate
     if config.train.tower_parallel:
         if ranks % 2:
@@ -37,24 +37,30 @@ def check_batch(config: Config, ranks: int) -> None:
         ranks //= 2
     if batch < ranks * pieces:
         raise ConfigError(
-            f"train.global_batch {batch} is smaller than {ranks} ranks x train.accumulate {pieces}: raise it, or start "
-            f"fewer ranks"
+            f"train.global_batch {batch} is smaller than ranks ({ranks}) x train.accumulate ({pieces}): raise it, or "
+            f"start fewer ranks"
         )
 
 
 def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
-    """The training and the validation set. Raises ShardError and ConfigError where they do not fit together."""
+    """The training and the validation set. Raises ShardError and ConfigError if they do not fit together."""
     data, batch = config.data, config.train.global_batch
     train, val = ShardSet(data.train), ShardSet(data.val)
     if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))[:3]
         raise ShardError(
-            f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ"
-            f"{' in ' + ', '.join(odd) if odd else ' in their order'}: labels would not mean the same, pack both from "
-            f"folders of the same names"
+            f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ "
+            f"{difference(train.classes, val.classes)}: labels would not mean the same, pack both from folders of the "
+            f"same names"
         )
     if batch > len(train):
         raise ConfigError(
             f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it"
         )
     return train, val
+
+
+def difference(classes: Sequence[str], others: Sequence[str]) -> str:
+    """How two lists of classes differ, to follow that word: `in blue, green`, of which three are named, or `in their
+    order`."""
+    odd = sorted(set(classes) ^ set(others))[:3]
+    return f"in {', '.join(odd)}" if odd else "in their order"

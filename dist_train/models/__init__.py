@@ -1,18 +1,18 @@
-"""Models by name."""
+"""Models by name: add a model of your own to OURS."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 
-from dist_train.config import ModelConfig
+from dist_train.config import ConfigError, ModelConfig
 from dist_train.models.alexnet import AlexNet
 from dist_train.models.two_tower import TwoTowers
+from pipelines.cli import nearest
 
-TORCHVISION = "torchvision:"
+TORCHVISION = "torchvision:"  # before the name of a model of torchvision
 
 
 class TorchvisionModel(nn.Module):
@@ -40,10 +40,11 @@ OURS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(options: ModelConfig, *, classes: int, crop: int) -> nn.Module:
-    """The model of that name, of `options.outputs` outputs or one a class. Raises ValueError with the nearest name."""
+    """The model of that name, with `options.outputs` outputs or one per class. Raises ConfigError with the nearest
+    name."""
     outputs = options.outputs or classes
     if outputs < classes:
-        raise ValueError(f"model.outputs is {outputs}, fewer than the {classes} classes: raise it, or leave it 0")
+        raise ConfigError(f"model.outputs is {outputs}, fewer than the {classes} classes: raise it, or leave it 0")
     if options.name in OURS:
         return OURS[options.name](outputs, crop, options)
     from torchvision import models
@@ -51,5 +52,5 @@ def build(options: ModelConfig, *, classes: int, crop: int) -> nn.Module:
     known = [TORCHVISION + model for model in models.list_models(module=models)]
     if options.name in known:
         return TorchvisionModel(options.name.removeprefix(TORCHVISION), outputs)
-    nearest = difflib.get_close_matches(options.name, [*OURS, *known], 1, cutoff=0)
-    raise ValueError(f"model.name {options.name!r} is unknown: did you mean {nearest[0]!r}?")
+    meant = nearest(options.name, [*OURS, *known])
+    raise ConfigError(f"model.name {options.name!r} is unknown: did you mean {meant!r}?")

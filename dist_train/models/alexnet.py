@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_train.config import ModelConfig
+from dist_train.config import ConfigError, ModelConfig
 from dist_train.models.dropout import Dropout
 from dist_train.models.lrn import local_response_norm
 
@@ -20,7 +20,7 @@ ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
 
 class Layers(nn.Module):
-    """What lies between the layers with weights, and how those begin: the same in all forms of the net."""
+    """Activation, normalisation, pooling, dropout and initialisation, shared by all AlexNet variants."""
 
     def __init__(self, options: ModelConfig) -> None:
         super().__init__()
@@ -96,17 +96,20 @@ class AlexNet(Layers):
 
 
 def feature_side(crop: int) -> int:
-    """Side of the maps after the last pooling. Raises ValueError where a stride does not divide its way."""
+    """Side of the maps after the last pooling. Raises ConfigError if a stride does not divide its way."""
     side = crop
     for kernel, stride in _strides():
         if side < kernel or (side - kernel) % stride:
             nearest = min(range(67, 1200, 32), key=lambda c: abs(c - crop))
-            raise ValueError(f"data.crop {crop} does not fit the layers of alexnet: the nearest that does is {nearest}")
+            raise ConfigError(
+                f"data.crop {crop} does not fit the layers of alexnet: the nearest that does is {nearest}"
+            )
         side = (side - kernel) // stride + 1
     return side
 
 
 def _strides() -> Iterator[tuple[int, int]]:
+    """Kernel and stride of all layers that shrink the maps, in their order."""
     yield 11, 4  # conv1; the other convolutions keep their size
     for _ in range(3):
         yield 3, 2

@@ -7,30 +7,31 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import ModelConfig
+from dist_train.config import ConfigError, ModelConfig
 from dist_train.models.alexnet import KERNELS, PAPER, TOWERS, Layers, feature_side
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
 class Exchange(Protocol):
-    """Where the lines of figure 2 cross. Each takes what the towers of this process made."""
+    """The crossing lines of figure 2. Each method takes the tensors of the towers in this process: both halves, or
+    one."""
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """The parts [n, maps / 2, ...] of both towers as [n, maps, ...]."""
+    def join(self, halves: list[Tensor], /) -> Tensor:
+        """The maps [n, maps, ...] of both towers, from halves [n, maps / 2, ...]."""
 
-    def add(self, parts: list[Tensor]) -> Tensor:
-        """The sum [n, outputs] of both towers' parts."""
+    def add(self, logits: list[Tensor], /) -> Tensor:
+        """The sum [n, outputs] of both towers' logits."""
 
 
-class Together:
-    """Both towers in this process."""
+class InOneProcess:
+    """The exchange if this process has both towers."""
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, 1)
+    def join(self, halves: list[Tensor], /) -> Tensor:
+        return torch.cat(halves, 1)
 
-    def add(self, parts: list[Tensor]) -> Tensor:
-        return parts[0] + parts[1]
+    def add(self, logits: list[Tensor], /) -> Tensor:
+        return logits[0] + logits[1]
 
 
 class Tower(nn.Module):
@@ -48,7 +49,7 @@ class Tower(nn.Module):
             whole, own = TOWERS * number, number
         self.fc6 = nn.Linear(whole * side * side, hidden)
         self.fc7 = nn.Linear(options.hidden, hidden)
-        self.fc8 = nn.Linear(hidden, outputs, bias=False)  # both towers' parts are added, and the bias once
+        self.fc8 = nn.Linear(hidden, outputs, bias=False)  # both towers' logits are added, and the bias once
         for name, layer in self.named_children():
             layers.reset(name, layer)  # type: ignore[arg-type]
 
@@ -59,18 +60,18 @@ class TwoTowers(Layers):
     The same function as `AlexNet` with the same weights (`grouped_state`): 60,965,224 parameters at 1000 outputs. With
     `keep` one of them moves to another process, where it has the same names.
 
-    Args: as `AlexNet`. Raises ValueError where hidden units or kernels cannot be halved.
+    Args: as `AlexNet`. Raises ConfigError if hidden units or kernels cannot be halved.
     """
 
     def __init__(self, outputs: int, crop: int = 227, options: ModelConfig = PAPER) -> None:
         super().__init__(options)
         side = feature_side(crop)
         if options.hidden % TOWERS or any(round(k[0] * options.width) % TOWERS for k in KERNELS.values()):
-            raise ValueError(
+            raise ConfigError(
                 f"two towers need an even model.hidden and even numbers of kernels: not {options.hidden} hidden units "
                 f"at model.width {options.width}"
             )
-        self.exchange: Exchange = Together()
+        self.exchange: Exchange = InOneProcess()
         self.towers = nn.ModuleDict({str(t): Tower(self, outputs, side) for t in range(TOWERS)})
         self.bias = nn.Parameter(torch.full((outputs,), float(options.biases == "ones")))
         self.drop6, self.drop7 = self.dropout(6), self.dropout(7)
@@ -106,7 +107,7 @@ class TwoTowers(Layers):
         return self.exchange.add([tower.fc8(x) for tower, x in zip(towers, xs, strict=True)]) + self.bias
 
 
-def grouped_state(state: State) -> State:
+def grouped_state(state: StateDict) -> StateDict:
     """The weights of `AlexNet` that make it the same function as the two towers with these weights."""
     grouped = {"fc8.bias": state["bias"]}
     for name in (key.removeprefix("towers.0.") for key in state if key.startswith("towers.0.")):
