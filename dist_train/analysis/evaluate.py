@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dist_train.analysis.options import CROPS
 from dist_train.analysis.predict import predict, summarise
 from dist_train.analysis.trained import RunError, Trained, device_option, open_run
-from dist_train.ranks.launcher import exit_code
+from dist_train.data import difference
 from dist_train.ranks.world import World, join
 from pipelines.cli import refuse
 from pipelines.errors import UserError
@@ -27,19 +27,15 @@ CLASSES, CONFUSIONS = 20, 10  # rows that are printed; the JSON holds all
 
 
 def start(args: Namespace) -> int:
-    """Print the errors and write them as JSON. Returns the exit code of this rank; a refusal is told to a launcher as
-    success, since no restart would mend it."""
-    try:
-        with device_option():
-            world = join(args.device)
-    except UserError as error:
-        return exit_code(refuse(error))
+    """Print the errors and write them as JSON. Returns the exit code of this rank. Raises UsageError."""
+    with device_option():
+        world = join(args.device)
     try:
         code = _evaluate(args, world)
         dist.barrier()  # leave together
     finally:
         dist.destroy_process_group()
-    return exit_code(code)
+    return code
 
 
 def _evaluate(args: Namespace, world: World) -> int:
@@ -78,20 +74,16 @@ def _check_alike(runs: Sequence[Trained]) -> None:
     first = runs[0]
     for run in runs[1:]:
         if run.classes != first.classes:
+            how = difference(run.classes, first.classes)
             raise RunError(
-                f"the classes of {run.directory} and {first.directory} differ {_how(run.classes, first.classes)}, so their "
-                f"predictions cannot be averaged: evaluate them one by one"
+                f"the classes of {run.directory} and {first.directory} differ {how}, so their predictions cannot be "
+                f"averaged: evaluate them one by one"
             )
         if run.val.fingerprint != first.val.fingerprint:
             raise RunError(
                 f"{run.directory} and {first.directory} have other validation sets ({run.val.directory} and "
                 f"{first.val.directory}): choose one with --split"
             )
-
-
-def _how(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    odd = sorted(set(ours) ^ set(theirs))[:3]
-    return f"in {', '.join(odd)}" if odd else "in their order"
 
 
 def describe(report: dict[str, Any]) -> str:
