@@ -25,7 +25,7 @@ def measure(model: nn.Module, inputs: Tensor, labels: Tensor, keys: Tensor) -> d
         of the mean loss's gradient to its weights; `dead`, the share of units that are not above zero anywhere in the
         batch (not for the last layer). Outputs are those without dropout, whose noise would pass for signal.
     """
-    layers: Layers = {k: m for k, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers: Weighted = {k: m for k, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     model.eval()
     with torch.no_grad():
         outputs, _, _ = _run(model, layers, inputs, keys)
@@ -50,12 +50,12 @@ def measure(model: nn.Module, inputs: Tensor, labels: Tensor, keys: Tensor) -> d
     return {"loss": loss.item(), "curvature": curvature(features, logits.detach().float()), "layers": table}
 
 
-Layers = dict[str, nn.Conv2d | nn.Linear]
+Weighted = dict[str, nn.Conv2d | nn.Linear]  # the layers with weights, by name
 Seen = dict[str, Tensor]
 
 
-def _run(model: nn.Module, layers: Layers, inputs: Tensor, keys: Tensor) -> tuple[Seen, Seen, Tensor]:
-    """What each layer computes, what enters it, and the logits."""
+def _run(model: nn.Module, layers: Weighted, inputs: Tensor, keys: Tensor) -> tuple[Seen, Seen, Tensor]:
+    """The output of each layer, the input of each layer, and the logits."""
     out: Seen = {}
     entering: Seen = {}
 

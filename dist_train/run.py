@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         wandb.open(as_dict(config))
         wandb.publish(run.record.size())
     _announce(run, trainer.progress, resumed, f"{world.size} x {world.device.type}, {len(sets[0])} images")
-    end = _train(trainer, run)
+    end = _end_of(trainer.fit, run)
     terminal.end_epoch()
     if not end.state:  # the run is another start's now
         run.say(str(end))
@@ -130,10 +131,10 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, size: str
     run.say(f"{run.path}: {size}, epoch {progress.epoch + 1}")
 
 
-def _train(trainer: Trainer, run: RunDirectory) -> Ended:
+def _end_of(training: Callable[[], None], run: RunDirectory) -> Ended:
     """How training ended. An error that nobody foresaw goes to status.json, and on."""
     try:
-        trainer.fit()
+        training()
     except Ended as end:
         return end
     except BaseException as error:

@@ -31,21 +31,21 @@ class Pair:
     def __init__(self, world: World, names: list[str]) -> None:
         self.group, self.tower, self.dp_rank, self.names = world.group("tower"), world.tower, world.dp_rank, names
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """This tower's part [n, maps / 2, ...] as both towers' [n, maps, ...], of its dtype and memory format.
+    def join(self, halves: list[Tensor]) -> Tensor:
+        """This tower's half [n, maps / 2, ...] as both towers' [n, maps, ...], of its dtype and memory format.
 
         The gradient of the other tower's half goes back to it, where the two towers' gradients are added.
         """
-        joined: Tensor = _Join.apply(*parts, self)
+        joined: Tensor = _Join.apply(*halves, self)
         return joined
 
-    def add(self, parts: list[Tensor]) -> Tensor:
-        """The sum [n, outputs] of both towers' parts, the same bits on both.
+    def add(self, summands: list[Tensor]) -> Tensor:
+        """The sum [n, outputs] of both towers' summands, the same bits on both.
 
-        Both ranks compute the same loss from it, so each has the whole gradient of its own part already, and nothing
+        Both ranks compute the same loss from it, so each has the whole gradient of its own summand already, and nothing
         goes back.
         """
-        total: Tensor = _Add.apply(*parts, self)
+        total: Tensor = _Add.apply(*summands, self)
         return total
 
     def swap(self, x: Tensor) -> Tensor:
@@ -63,8 +63,10 @@ class Pair:
 
         For rank 0 alone, whose pair alone communicates; all ranks call it at the same point.
         """
-        if self.dp_rank:
+        if self.dp_rank:  # every pair holds the same; the first one is enough
             return model, optimizer
+        # An optimizer numbers the parameters that it was given, so a tower counts its own only: the moments take the
+        # names of their parameters, are put together like the weights, and get the numbers of the whole net's.
         own = [name for name in self.names if name in model]
         moments = {own[i]: value for i, value in optimizer["state"].items()}
         model, moments = model | self._others(model), moments | self._others(moments)
@@ -73,14 +75,14 @@ class Pair:
         return model, {"state": state, "param_groups": [group | {"params": list(range(len(self.names)))}]}
 
     def split(self, model: dict[str, Any], optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """This tower's part of what `merge` gave."""
+        """This tower's share of what `merge` gave."""
         model = {name: value for name, value in model.items() if not name.startswith(_prefix(1 - self.tower))}
         moments = [optimizer["state"].get(i) for i, name in enumerate(self.names) if name in model]
         state = {i: value for i, value in enumerate(moments) if value is not None}  # none before the first step
         return model, optimizer | {"state": state}
 
     def _others(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What tower 1 has of `values`, at tower 0."""
+        """Copies tower 1's entries of `values` to tower 0, under the names that they have in the whole net."""
         mine, theirs = _prefix(self.tower), _prefix(1 - self.tower)
         own = {name: value for name, value in values.items() if name.startswith(mine)}
         return {theirs + name.removeprefix(mine): self._hand_over(value) for name, value in own.items()}

@@ -51,13 +51,15 @@ class Saver:
         """Save the state beside training; rank 0 writes. All ranks call it at the same step."""
         self._saved_at, self._saved_step = time.monotonic(), self._state.progress.step
         state = self._state.state_dict()  # on all ranks: towers on two ranks are put together
-        run = self._run
-        if self._world.rank or run.lease.lost:
+        if self._world.rank:
             return
+        run = self._run
         run.store.join()
+        if run.lease.lost:
+            return
         if run.store.error:
             run.say(f"the last save failed ({run.store.error}): older checkpoints stand, trying again")
-        elif not run.lease.lost:
+        else:
             self._covered(self._in_flight)
         size = run.record.size()
         run.store.save(state | {"record": size}, self._state.progress.as_meta() | self._meta, best=best)
