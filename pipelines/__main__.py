@@ -13,14 +13,14 @@ from pipelines.scan import REJECTED
 from pipelines.shards import QUARANTINE, Manifest, ShardError
 from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
 
-PACK = """
+PACK_USAGE = """
 pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at shorter side 256
 pack fashion-mnist DST     a torchvision data set (stl10, cifar10, ...) into DST/train and DST/val
 """
 
 
 def pack_options(parser: Parser) -> None:
-    parser.usage = PACK
+    parser.usage = PACK_USAGE
     parser.add_argument("source", help="imagefolder, or the name of a torchvision data set")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="SRC and DST, or DST alone")
     parser.add_argument("--shorter-side", type=int, metavar="PX", help="scale larger images down to it; 0: keep them")
@@ -51,10 +51,10 @@ def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
     destination = paths[-1]
     if name == "imagefolder":
         if len(paths) != 2:
-            raise SourceError(f"pack {name} takes SRC and DST:\n{PACK}")
+            raise SourceError(f"pack {name} takes SRC and DST:\n{PACK_USAGE}")
         return [(ImageFolder(paths[0]), destination)]
     if len(paths) != 1:
-        raise SourceError(f"pack {name} takes DST alone:\n{PACK}")
+        raise SourceError(f"pack {name} takes DST alone:\n{PACK_USAGE}")
     raw = destination / "raw"
     return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
 

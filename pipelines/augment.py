@@ -23,7 +23,7 @@ BLOCKS = WORDS // 4  # Philox4x64 makes four words a block, and `advance` counts
 
 @dataclass(frozen=True)
 class Views:
-    """How each sample of a batch is shown to the net.
+    """Size, crop, reflection and lighting of each sample of a batch.
 
     Attributes:
         size: width and height after the resize, int32 [n, 2].
@@ -71,7 +71,7 @@ def fixed_views(size: NDArray[np.int64], augment: Augment, view: int = 0) -> Vie
     "At test time, the network makes a prediction by extracting five 224x224 patches (the four corner patches and the
     center patch) as well as their horizontal reflections (hence ten patches in all)". With `center_square` they are
     those of the central square, otherwise of the whole resized image. The pixels are those of torchvision's
-    CenterCrop(resize) and TenCrop(crop). It reflects first and cuts then, so where the room beside the centre patch is
+    CenterCrop(resize) and TenCrop(crop). It reflects first and cuts then, so if the room beside the centre patch is
     odd, that of the reflected image begins one pixel further to the right.
 
     Args:

@@ -1,4 +1,4 @@
-"""How fast the loader is, by itself."""
+"""The speed of the loader, by itself."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _at_least(minimum: int, text: str) -> int:
 
 
 def _without_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> int:
-    """Help where it was asked for. Raises UsageError."""
+    """Print help if it was asked for; otherwise raise UsageError."""
     if argv and argv[0] in ("-h", "--help"):
         width = max(map(len, verbs))
         lines = [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]

@@ -1,4 +1,4 @@
-"""The DALI graph: what is done to a batch, as one function of encoded images and of how each is to be shown."""
+"""The DALI graph: from encoded images, and how each is to be shown, to the inputs of the net."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Feed(NamedTuple):
 
 @dataclass(frozen=True)
 class Decode:
-    """How encoded images become inputs.
+    """Settings of the decoding.
 
     Attributes:
         device: where DALI decodes; "gpu" needs `device_id`.
@@ -57,6 +57,11 @@ class Decode:
     device_id: int | None = None
     threads: int = 0
     inputs: Inputs = "mean_subtracted"
+
+    @property
+    def output(self) -> torch.device:
+        """Holds the inputs."""
+        return torch.device("cpu") if self.device == "cpu" else torch.device(f"cuda:{self.device_id}")
 
 
 def graph(
@@ -115,7 +120,7 @@ def collect(pipeline: Pipeline) -> Tensor:
 
 
 def scale(inputs: Inputs, statistics: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What is subtracted from each channel, and what it is then divided by, in levels: float32 [3] each."""
+    """Mean to subtract from each channel, and deviation to divide it by then, in levels: float32 [3] each."""
     if inputs == "minus_one_to_one":
         return np.full(3, 127.5, np.float32), np.full(3, 127.5, np.float32)
     mean, std = (255 * np.array(values, np.float32) for values in (statistics.mean, statistics.std))

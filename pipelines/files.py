@@ -29,7 +29,7 @@ def sha256(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One object for each line; none where there is no such file. Raises ValueError for a damaged line."""
+    """One object for each line; none if there is no such file. Raises ValueError for a damaged line."""
     return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 

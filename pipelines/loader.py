@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,7 +65,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Read:
-    """How files are read.
+    """Settings of the reading.
 
     Attributes:
         readers: threads that read files ahead.
@@ -80,12 +81,16 @@ class Read:
 DECODE, READING = Decode(), Read()  # as the paper, on this machine's CPUs
 
 
-class _Reading(NamedTuple):
-    """A step whose files are being read: in pieces, one after the other the samples of the step."""
-
+class _Reading(NamedTuple):  # a step whose files are being read, in pieces that follow each other
     samples: Ints
     start: int
     pieces: list[Future[Encoded]]
+
+
+class _Suspect(NamedTuple):
+    sample: int
+    position: int
+    data: NDArray[np.uint8]
 
 
 class Loader:
@@ -117,10 +122,12 @@ class Loader:
         self.plan, self.shards, self.augment = plan, plan.shards, plan.augment
         self.batch, self.rank, self.size = batch, rank, size
         self.steps = plan.steps(batch)
-        self.mean, self.std = scale(decode.inputs, statistics)
+        self.mean, std = scale(decode.inputs, statistics)
         self.decode, self.reading = decode, reading
         self.read = reading.read or plan.shards.read
         self.resizing = plan.shards.shorter_side != plan.augment.resize
+        crop = plan.augment.crop
+        self._graph = partial(graph, crop=crop, resize=self.resizing, std=std.tolist(), decode=decode)
         self.waited = 0.0
         self.bad: set[int] = set()
 
@@ -188,7 +195,8 @@ class Loader:
 
     def _batch(self, pipeline: Pipeline, epoch: int, step: int) -> Batch:
         wanted, _ = self.samples(epoch, step)
-        inputs = collect(pipeline) if len(wanted) else self._empty()
+        side = self.augment.crop
+        inputs = collect(pipeline) if len(wanted) else torch.empty(0, 3, side, side, device=self.decode.output)
         samples, start = self.usable(epoch, step)  # after that: reading may have found some to be damaged
         labels = torch.from_numpy(self.shards.index["label"][samples].astype(np.int64)).to(inputs.device)
         return Batch(inputs, labels, samples, start, replaced=int((wanted != samples).sum()))
@@ -213,9 +221,8 @@ class Loader:
                         return
                     samples, start, pieces = begun.popleft()
                     encoded = [data for piece in pieces for data in piece.result()]
-                    # Some were damaged on the disk, and are known as bad now: read their substitutes, which may be
-                    # damaged as well. All samples of the step are read again, since another step that was under way
-                    # may have found more of these to be bad.
+                    # Some were damaged on the disk, and are known as bad now: read the step again with substitutes,
+                    # which may be damaged as well. It is rare enough to read all of its samples again.
                     while any(data is None for data in encoded):
                         samples, start = self.usable(epoch, start // self.batch)
                         encoded = self._read(samples)
@@ -224,7 +231,7 @@ class Loader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, pool: ThreadPoolExecutor, samples: Ints, start: int) -> _Reading:
-        """Begin to read the files of a step, one piece a thread: fewer hand-overs than one a file."""
+        """Begin to read the files of a step, a piece per thread: fewer hand-overs than one per file."""
         pieces = np.array_split(samples, min(self.reading.readers, len(samples)))
         return _Reading(samples, start, [pool.submit(self._read, piece) for piece in pieces])
 
@@ -254,50 +261,38 @@ class Loader:
                 np.ascontiguousarray((edge * ratio)[:, ::-1], np.float32)
                 for edge in (views.corner, views.corner + self.augment.crop)
             )
-        # Lighting adds the same to all pixels of an image: it is fused with the subtraction of the mean.
+        # Lighting adds the same to all pixels of an image: one subtraction does it and the mean.
         return Feed(encoded, begin, end, views.mirror.astype(np.int32), self.mean - views.shift)
 
     def _find_bad(self, epoch: int, steps: range) -> bool:
         """Decode the samples of these steps one by one, the way they failed together; blame those that fail again.
         True if there are any."""
-        suspects: list[tuple[int, int]] = []
+        known, suspects = len(self.bad), list[_Suspect]()
         for step in steps:
             samples, start = self.usable(epoch, step)
-            suspects += [(int(sample), start + i) for i, sample in enumerate(samples)]
-        known = len(self.bad)
+            for i, (sample, data) in enumerate(zip(samples, self._read(samples), strict=True)):
+                if data is not None:
+                    suspects.append(_Suspect(int(sample), start + i, data))
         while suspects:
             suspects = suspects[self._decode_until_bad(epoch, suspects) :]
         return len(self.bad) > known
 
-    def _decode_until_bad(self, epoch: int, suspects: Sequence[tuple[int, int]]) -> int:
-        """Decode these (sample, position) up to the first bad one, with which the pipeline is lost. Returns how many
-        were looked at."""
-        pipeline = self._build((self._one(epoch, *suspect) for suspect in suspects), batch=1, depth=1)
-        for done, (sample, _) in enumerate(suspects, 1):
+    def _decode_until_bad(self, epoch: int, suspects: Sequence[_Suspect]) -> int:
+        """Decode these up to the first bad one, with which the pipeline is lost. Returns how many were looked at."""
+        pipeline = self._build((self._one(epoch, suspect) for suspect in suspects), batch=1, depth=1)
+        for done, suspect in enumerate(suspects, 1):
             try:
                 pipeline.run()
             except RuntimeError:
-                self._blame(sample, f"{self.shards.name(sample)} cannot be decoded")
+                self._blame(suspect.sample, f"{self.shards.name(suspect.sample)} cannot be decoded")
                 return done
         return len(suspects)
 
-    def _one(self, epoch: int, sample: int, position: int) -> Feed:
-        samples = np.array([sample])
-        return self._feed([self.read(sample)], samples, self.plan.views(epoch, samples, position))
+    def _one(self, epoch: int, suspect: _Suspect) -> Feed:
+        samples = np.array([suspect.sample])
+        return self._feed([suspect.data], samples, self.plan.views(epoch, samples, suspect.position))
 
     def _build(self, feeds: Iterator[Feed], *, batch: int, depth: int = DEPTH) -> Pipeline:
-        pipeline = graph(
-            lambda: next(feeds),
-            batch=batch,
-            crop=self.augment.crop,
-            resize=self.resizing,
-            std=self.std.tolist(),
-            decode=self.decode,
-            depth=depth,
-        )
+        pipeline = self._graph(lambda: next(feeds), batch=batch, depth=depth)
         pipeline.build()
         return pipeline
-
-    def _empty(self) -> Tensor:
-        side, decode = self.augment.crop, self.decode
-        return torch.empty(0, 3, side, side, device="cpu" if decode.device == "cpu" else f"cuda:{decode.device_id}")

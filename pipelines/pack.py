@@ -1,4 +1,4 @@
-"""Write shard sets: pack a source, or index tars that other tools made. Continues where a killed run stopped."""
+"""Write shard sets: pack a source, or index tars that other tools made. A killed run is continued."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FEWEST = 8  # shards, however small the images are, unless that leaves fewer tha
 
 @dataclass(frozen=True)
 class Options:
-    """How a source is stored.
+    """Settings of the images and shards to write.
 
     Attributes:
         shorter_side: larger images are scaled down to this shorter side, in pixels; 0 keeps their size.
@@ -237,7 +237,7 @@ def _key(number: int, name: str) -> str:
 
 
 def _shard_count(source: Source, trial: list[Item], total: int, options: Options) -> int:
-    """How many shards of about `shard_mb` the source needs, from the stored size of the samples `trial`."""
+    """Number of shards of about `shard_mb` the source needs, from the stored size of the samples `trial`."""
     sizes = []
     for item in trial:
         try:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 R = TypeVar("R")
-_count: Any = None  # in a worker: how many images all workers have done
+_count: Any = None  # in a worker: number of images that all workers have done
 
 
 def tick() -> None:
@@ -26,12 +26,12 @@ def tick() -> None:
 
 
 def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images: int | None, label: str) -> list[R]:
-    """`[work(task) for task in tasks]` in processes, which call `tick` once an image.
+    """`[work(task) for task in tasks]` in processes, which call `tick` once per image.
 
-    The first error ends all workers and is raised; ChildProcessError where a worker was killed.
+    The first error ends all workers and is raised; ChildProcessError if a worker was killed.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])  # its imports take seconds: once, not once a worker
+    context.set_forkserver_preload([work.__module__])  # its imports take seconds: once, not once per worker
     count = context.Value("q", 0)
     pool = ProcessPoolExecutor(max(1, min(workers, len(tasks))), context, _start, (count,))
     interval = 0.1 if sys.stderr.isatty() else 10

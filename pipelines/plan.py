@@ -18,7 +18,7 @@ from pipelines.shards import Manifest, ShardError, ShardSet
 
 
 class Plan(ABC):
-    """What an epoch shows of a shard set.
+    """The samples of an epoch, in order, and their views.
 
     Args:
         shards: the data.
@@ -43,7 +43,7 @@ class Plan(ABC):
 
     @abstractmethod
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
-        """How these samples are shown at positions start, start + 1, ... of an epoch."""
+        """Views of these samples at positions start, start + 1, ... of an epoch."""
 
     def substitute(self, epoch: int, position: int, bad: Set[int]) -> int:
         """The sample that stands at a position in the place of a bad one. Raises ShardError if all are bad.

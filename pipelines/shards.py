@@ -1,9 +1,9 @@
 """A shard set on disk: plain WebDataset tars, a manifest and a memory-mapped index that is bound to them.
 
 DIR/shard-000000.tar ...   `<key>.jpg` (or .jpeg .png .webp) and `<key>.cls`, the class number in ASCII
-DIR/index.npy              one SAMPLE record a sample
+DIR/index.npy              one SAMPLE record per sample
 DIR/quarantine.jsonl       samples that `verify` found bad, if any; they are left out
-DIR/manifest.json          what the set is; written last, so a directory without one is an unfinished pack
+DIR/manifest.json          describes the set; written last, so a directory without one is an unfinished pack
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 HEADER = tarfile.BLOCKSIZE  # the ustar header directly before each member's data
 NAME = 100  # its first field: the name
 
-# Where a sample's image lies in its shard, what it is, and the CRC-32 of its member name and of its bytes.
+# A sample: its image's place in the shard, size and label, and the CRC-32 of its member name and of its bytes.
 SAMPLE = np.dtype(
     [
         ("offset", "<u8"),
@@ -58,7 +58,7 @@ class ShardError(UserError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard set is.
+    """Description of a shard set.
 
     Attributes:
         classes: class names; the place in the list is the label.
@@ -92,7 +92,7 @@ class Manifest:
 
     @staticmethod
     def read(directory: Path) -> Manifest:
-        """Raises ShardError with the remedy where there is no usable manifest."""
+        """The manifest of a set. Raises ShardError with the remedy if there is no usable one."""
         path = directory / MANIFEST
         if not path.exists():
             if not any(directory.glob("*.tar")):
@@ -122,7 +122,7 @@ class _Tar(FileIO):
 
 
 class ShardSet:
-    """A shard set opened for reading. Raises ShardError where tars, index and manifest do not belong together."""
+    """A shard set opened for reading. Raises ShardError if tars, index and manifest do not belong together."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -171,6 +171,7 @@ class ShardSet:
         return data
 
     def shard_of(self, sample: int) -> int:
+        """Number of the shard that holds a sample."""
         return int(np.searchsorted(self._ends, sample, side="right"))
 
     def name(self, sample: int) -> str:
@@ -244,7 +245,7 @@ class ShardSet:
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Samples of a tar, grouped as WebDataset does: neighbours whose names agree up to the first dot of the file name.
 
-    Yields (key, {extension: member}). Raises ShardError where the tar is truncated, damaged or compressed.
+    Yields (key, {extension: member}). Raises ShardError if the tar is truncated, damaged or compressed.
     """
     try:
         with tarfile.open(path, "r:") as tar:
@@ -270,7 +271,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
 
 
 def is_header(header: bytes, row: Any) -> bool:
-    """Whether a tar header is that of the indexed sample: its name field and its size."""
+    """True if a tar header is that of the indexed sample, by its name field and its size."""
     if len(header) != HEADER or crc32(header[:NAME]) != row["name"]:
         return False
     try:

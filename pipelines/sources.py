@@ -1,4 +1,4 @@
-"""Where images come from: folders and torchvision data sets, as (name, reference, label) and a way to load each."""
+"""Sources of images: folders and torchvision data sets, as (name, reference, label) and a way to load each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Item(NamedTuple):
 
 
 class Source(Protocol):
-    """What `pack` needs of a source. Sources are pickled to worker processes, so they hold little."""
+    """A source of `pack`. Sources are pickled to worker processes, so they hold little."""
 
     @property
     def classes(self) -> list[str]: ...
@@ -48,7 +48,7 @@ class Source(Protocol):
 
 
 class _Light:
-    """Pickles as its fields alone: what was read from the disk is read again where it is needed."""
+    """Pickles as its fields alone: what was read from the disk is read again when it is needed."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
@@ -160,7 +160,7 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int) -> bytes
     """The bytes to store: an upright RGB JPEG whose shorter side is at most `shorter_side` (0: as it is).
 
     An upright RGB JPEG that is small enough keeps its bytes. Raises OSError, ValueError or Pillow's errors
-    where `data` is not a whole image.
+    if `data` is not a whole image.
     """
     if isinstance(data, Image.Image):
         image = data
@@ -184,7 +184,7 @@ def _fashion_mnist_from_debian(root: Path) -> None:
     """Put the files of Debian's dataset-fashion-mnist where torchvision looks.
 
     They are taken from the installed package, or fetched with apt into a folder of our own, which needs no root. Does
-    nothing where neither is possible.
+    nothing if neither is possible.
     """
     raw = root / "FashionMNIST" / "raw"
     if raw.exists():

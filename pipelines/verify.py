@@ -72,7 +72,7 @@ def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]
 
 
 def _difference(file: Any, group: Any, indexed: tuple[int, ...]) -> str:
-    """What is wrong with a sample; empty if nothing is."""
+    """Reason to reject a sample; empty if there is none."""
     if group is None:
         return "is not in the tar where the index says"
     try:
