@@ -17,8 +17,8 @@ from pipelines.bounds import least
 from pipelines.order import VIEWS, philox
 
 Inputs = Literal["mean_subtracted", "minus_one_to_one", "standardized"]  # how pixels are scaled
-WORDS = 8  # raw 64-bit words a position: x, y, reflection, four for two Box-Muller pairs, one spare
-BLOCKS = WORDS // 4  # Philox4x64 makes four words a block, and `advance` counts blocks
+WORDS = 8  # raw 64-bit words per position: x, y, reflection, four for two Box-Muller pairs, one spare
+BLOCKS = WORDS // 4  # Philox4x64 makes four words per block, and `advance` counts blocks
 
 
 @dataclass(frozen=True)

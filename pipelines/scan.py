@@ -32,7 +32,7 @@ WORK = ".pack"  # inside a set while it is being made: the plan, and the scan of
 REJECTED = "rejected.jsonl"
 # What DALI decodes on the CPU and on the GPU, whatever the extension says.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
-LARGEST = 65535  # pixels a side: what SAMPLE holds
+LARGEST = 65535  # pixels per side: what SAMPLE holds
 
 
 def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> None:

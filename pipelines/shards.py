@@ -33,6 +33,7 @@ QUARANTINE = "quarantine.jsonl"
 IMAGES = ("jpg", "jpeg", "png", "webp")
 HEADER = tarfile.BLOCKSIZE  # the ustar header directly before each member's data
 NAME = 100  # its first field: the name
+SIZE = slice(124, 136)  # another: the size in octal
 
 # A sample: its image's place in the shard, size and label, and the CRC-32 of its member name and of its bytes.
 SAMPLE = np.dtype(
@@ -275,7 +276,7 @@ def is_header(header: bytes, row: Any) -> bool:
     if len(header) != HEADER or crc32(header[:NAME]) != row["name"]:
         return False
     try:
-        return bool(int(header[124:136].strip(b" \0"), 8) == row["size"])
+        return bool(int(header[SIZE].strip(b" \0"), 8) == row["size"])
     except ValueError:
         return False
 

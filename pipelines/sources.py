@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from pipelines.errors import UserError, first_line
 
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
+ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 
 
 class SourceError(UserError):
@@ -168,7 +169,7 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int) -> bytes
         image = Image.open(BytesIO(data))
         image.load()
         fits = not shorter_side or min(image.size) <= shorter_side
-        if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1 and fits:
+        if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1 and fits:
             return data
     image = upright_rgb(image)
     if shorter_side and min(image.size) > shorter_side:
