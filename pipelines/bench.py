@@ -13,12 +13,12 @@ from pipelines.loader import Loader, Read
 from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardError, ShardSet
 
-IMAGES = 4096  # at most, to measure
+MEASURED = 4096  # at most, to measure
 WARM_UP = 8  # batches: as many as the loader is ahead by, so that the pace is steady when the clock starts
 
 
 def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: float) -> str:
-    """A line with images/s and CPU us/image, of the last IMAGES or fewer of an epoch, after a warm-up."""
+    """A line with images/s and CPU us/image, of the last MEASURED or fewer of an epoch, after a warm-up."""
     shards = ShardSet(directory)
 
     def read(sample: int) -> NDArray[np.uint8]:
@@ -31,7 +31,7 @@ def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: flo
         raise ShardError(
             f"{directory} has {len(shards)} samples, not {2 * WARM_UP} batches of {batch}: give a smaller --batch"
         )
-    measured = max(IMAGES // batch, WARM_UP)
+    measured = max(MEASURED // batch, WARM_UP)
     batches = loader.epoch(0, max(0, loader.steps - measured - WARM_UP))
     for _ in range(WARM_UP):
         next(batches)
