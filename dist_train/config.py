@@ -26,7 +26,7 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class DataConfig(Augment):
-    """Where images come from and how they become inputs."""
+    """Source of the images, and their way to the inputs of the net."""
 
     train: str = "data/imagenet/train"
     """Shard set to train on."""
@@ -40,7 +40,7 @@ class DataConfig(Augment):
     shuffle_shards: int = least(1, 16)
     """Samples are shuffled inside blocks of this many shards."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where DALI decodes; auto: with the model."""
+    """Device on which DALI decodes; auto: the model's."""
     threads: int = least(0, 0)
     """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks of the node."""
     readers: int = least(1, 32)
@@ -162,7 +162,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """What is recorded and shown."""
+    """Records and display."""
 
     log_every: int = least(1, 20)
     """Steps between two records in metrics.jsonl."""
@@ -174,7 +174,7 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lies."""
+    """Name and place of the run, and how long it may be silent."""
 
     name: str = ""
     """Default: the name of the configuration, date and time. A run of this name is continued."""
@@ -191,7 +191,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run follows from."""
+    """All settings of a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

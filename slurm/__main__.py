@@ -79,13 +79,13 @@ def _status_options(parser: Parser) -> None:
 
 def _status(args: Namespace) -> int:
     """Print the table."""
-    from slurm.table import table
+    from slurm.table import status_table
 
     if args.runs in ([], ["all"]):
         runs = submissions.all_runs()
     else:
-        runs = [run for text in args.runs for run in submissions.find(text)]
-    print(table(runs) if runs else f"no submitted runs under {submissions.ROOT}/")
+        runs = [run for text in args.runs for run in submissions.find_runs(text)]
+    print(status_table(runs) if runs else f"no submitted runs under {submissions.ROOT}/")
     return 0
 
 
@@ -99,7 +99,7 @@ def _logs(args: Namespace) -> int:
     """Print the log of one rank."""
     from slurm.table import show_log
 
-    run, *others = submissions.find(args.run)
+    run, *others = submissions.find_runs(args.run)
     if others:
         raise SlurmError(f"{args.run} is a sweep: name one of its runs, such as {shlex.quote(run.name)}")
     show_log(run, args.rank, args.follow)
@@ -115,7 +115,7 @@ def _cancel(args: Namespace) -> int:
     """Save, end, and never requeue."""
     from dist_train.rundir.checkpoint import newest_name
 
-    for run in submissions.find(args.run):
+    for run in submissions.find_runs(args.run):
         submission = run.last
         if cluster.ended(submission):
             print(f"{run.name}: job {submission.job} has ended already")
@@ -149,7 +149,7 @@ def _requeue(args: Namespace) -> int:
     """Put a run back into the queue: the same job if Slurm still has it there, otherwise a new one."""
     from slurm.submit import launch
 
-    for run in submissions.find(args.run):
+    for run in submissions.find_runs(args.run):
         submission, active = run.last, not cluster.ended(run.last)
         if active and submission.local:
             raise SlurmError(f"{run.name} runs on this machine: cancel it first")
@@ -165,7 +165,7 @@ def _requeue(args: Namespace) -> int:
 
 
 def _resources(parser: Parser, *, gpus: int) -> None:
-    """What a job asks Slurm for."""
+    """Declare what a job asks Slurm for."""
     parser.add_argument("--nodes", type=positive, default=1, help="nodes of the job")
     parser.add_argument(
         "--gpus-per-node", type=natural, default=gpus, help="one task per GPU; 0: one task per node, on its CPUs"

@@ -25,7 +25,7 @@ ROOT = Path("runs")
 
 
 class SlurmError(UserError):
-    """What was asked for cannot be done; the message names it and the remedy."""
+    """A request that cannot be met; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SubmittedRun:
 
     @property
     def name(self) -> str:
-        """Name that `find` takes: relative to `runs/` if the run lies there."""
+        """Name that `find_runs` takes: relative to `runs/` if the run lies there."""
         try:
             return str(self.directory.relative_to(ROOT.absolute()))
         except ValueError:
@@ -96,7 +96,7 @@ class SubmittedRun:
 
     @property
     def last(self) -> Submission:
-        """The newest submission of a run that `find` gave."""
+        """The newest submission of a run that `find_runs` gave."""
         submission = self.submission()
         assert submission
         return submission
@@ -116,7 +116,7 @@ class SubmittedRun:
         return read_jsonl(self.folder / "starts.jsonl")
 
 
-def find(text: str) -> list[SubmittedRun]:
+def find_runs(text: str) -> list[SubmittedRun]:
     """The run of that path, or of that name under `runs/`; or the members of that sweep. Raises SlurmError."""
     for path in (Path(text).absolute(), (ROOT / text).absolute()):
         if SubmittedRun(path).submission():

@@ -45,7 +45,7 @@ class _Executor(SlurmExecutor):  # type: ignore[misc]  # submitit is not type-ch
         return 2
 
 
-class Planned(NamedTuple):
+class PlannedRuns(NamedTuple):
     """The checked runs of a command line.
 
     Attributes:
@@ -57,7 +57,7 @@ class Planned(NamedTuple):
     runs: list[tuple[SubmittedRun, Config]]
 
 
-def plan(options: Namespace, argv: Sequence[str], own: Iterable[str]) -> Planned:
+def plan(options: Namespace, argv: Sequence[str], own: Iterable[str]) -> PlannedRuns:
     """Check a command line, before anything fails after hours in the queue. Raises ConfigError, ShardError and
     SlurmError.
 
@@ -83,7 +83,7 @@ def plan(options: Namespace, argv: Sequence[str], own: Iterable[str]) -> Planned
         run = SubmittedRun(directory)
         _check_directory(run)
         runs.append((run, config))
-    return Planned(top, runs)
+    return PlannedRuns(top, runs)
 
 
 def parameters(options: Namespace, name: str, folder: Path) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def script(folder: Path, wanted: dict[str, Any], array: int) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
-def submit(planned: Planned, folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
+def submit(planned: PlannedRuns, folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
     """Submit runs, more than one as an array. Raises SlurmError."""
     for run, config in planned.runs:
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ SILENT = 60.0  # seconds; a run writes its heartbeat every 10
 TAIL = 1 << 16  # bytes of the record that are read from its end
 
 
-def table(runs: list[SubmittedRun]) -> str:
+def status_table(runs: list[SubmittedRun]) -> str:
     """A line of column names and one line per run."""
     queue = look(run.last for run in runs)
     rows = [HEAD, *(row(run, queue, time.time()) for run in runs)]
