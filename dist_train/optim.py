@@ -45,7 +45,7 @@ def update(
     return refused
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take over moments, not options: learning rate, momentum and decay are the configuration's."""
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 

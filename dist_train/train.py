@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_train import build, optim
+from dist_train import build, optim, probe
 from dist_train.config import Config, as_dict
 from dist_train.models.dropout import mask_keys, rank_seed
 from dist_train.monitor.reporter import Reporter
 from dist_train.monitor.terminal import Terminal
 from dist_train.monitor.wandb import WandbRun
 from dist_train.outcomes import BadData, Diverged, Stopped
-from dist_train.probe import measure
 from dist_train.ranks.vote import Ballot, Vote
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World
@@ -221,5 +220,5 @@ class Trainer:
         """Record what `dist_train.probe` measures on a batch, and leave the state of training as it is."""
         device = self.world.device
         keys = mask_keys(self.config.train.seed, self.progress.step, batch.positions).to(device)
-        values = measure(self.model, batch.inputs.to(device), batch.labels.to(device), keys)
+        values = probe.measure(self.model, batch.inputs.to(device), batch.labels.to(device), keys)
         self.report.probe(values, self.progress, lr)

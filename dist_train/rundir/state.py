@@ -94,7 +94,7 @@ class TrainState(NamedTuple):
         if pair := pair_of(self.model):
             model, optimizer = pair.split(model, optimizer)
         self.model.load_state_dict(model)
-        optim.load_state(self.optimizer, optimizer)
+        optim.load_moments(self.optimizer, optimizer)
         self.scaler.load_state_dict(saved["scaler"])
         self.schedule.load_state_dict(saved["schedule"])
         vars(self.progress).update(saved["state"])
