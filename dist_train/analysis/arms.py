@@ -32,7 +32,7 @@ class Arm:
         return root / f"{slug(self.of or self.name)}-{seed}"
 
 
-class Pair(NamedTuple):
+class Averaged(NamedTuple):
     """Two runs whose predictions are averaged, and the file of the result."""
 
     one: Path
@@ -59,12 +59,12 @@ class Experiment:
         """The arms that average runs of another one."""
         return [arm for arm in self.arms if arm.of]
 
-    def pairs(self, arm: Arm) -> list[Pair]:
+    def pairs(self, arm: Arm) -> list[Averaged]:
         """The runs that an ensemble averages, two by two."""
         pairs = []
         for seeds in combinations(arm.seeds, 2):
             one, two = (arm.run(self.root, seed) for seed in seeds)
-            pairs.append(Pair(one, two, self.root / f"{one.name}+{two.name}.json"))
+            pairs.append(Averaged(one, two, self.root / f"{one.name}+{two.name}.json"))
         return pairs
 
 

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ from dist_train.analysis.neighbours import (
     Neighbours,
     Predictions,
     most_probable,
-    nearest,
+    nearest_images,
     searched,
     varied_tests,
 )
@@ -41,7 +42,12 @@ from pipelines.shards import ShardSet
 
 RUN_NAME = 250  # width in points
 
-Drawing = tuple[Figure, str]  # and a sentence to print with it, or nothing
+
+class Drawing(NamedTuple):
+    """A figure, and the share of neighbours of the same class if it shows neighbours."""
+
+    figure: Figure
+    same_class: str = ""
 
 
 def start(args: Namespace) -> int:
@@ -55,12 +61,12 @@ def start(args: Namespace) -> int:
         device = pick_device(args.device)
     run = open_run(args.run, device, args.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    rows = draw(run, out, images=args.images, neighbours=args.neighbours, train_images=args.train_images)
+    rows = write_figures(run, out, images=args.images, neighbours=args.neighbours, train_images=args.train_images)
     print("\n".join(f"{label:>14}  {text}" for label, text in rows))
     return 0
 
 
-def draw(run: Trained, out: Path, *, images: int, neighbours: int, train_images: int) -> list[tuple[str, str]]:
+def write_figures(run: Trained, out: Path, *, images: int, neighbours: int, train_images: int) -> list[tuple[str, str]]:
     """Write the three figures into the directory `out`.
 
     Args:
@@ -72,12 +78,12 @@ def draw(run: Trained, out: Path, *, images: int, neighbours: int, train_images:
     """
 
     def similar() -> Drawing:
-        found = nearest(run, varied_tests(run, images), searched(run, train_images), neighbours)
-        return nearest_figure(run, found), found.summary()
+        found = nearest_images(run, varied_tests(run, images), searched(run, train_images), neighbours)
+        return Drawing(nearest_figure(run, found), found.summary())
 
     drawings: dict[str, Callable[[], Drawing]] = {
-        "kernels": lambda: (kernels_figure(run), ""),
-        "top5": lambda: (top5_figure(run, most_probable(run, images)), ""),
+        "kernels": lambda: Drawing(kernels_figure(run)),
+        "top5": lambda: Drawing(top5_figure(run, most_probable(run, images))),
         "nearest": similar,
     }
     results: list[tuple[str, str]] = []
@@ -85,12 +91,12 @@ def draw(run: Trained, out: Path, *, images: int, neighbours: int, train_images:
     for name, drawing in drawings.items():
         path = out / f"{name}.png"
         try:
-            figure, same = drawing()
+            figure, same_class = drawing()
         except FigureError as error:
             print(f"{path.name} is left out: {error}", file=sys.stderr)
             continue
-        if same:
-            results.append(("same class", same))
+        if same_class:
+            results.append(("same class", same_class))
         png = BytesIO()
         figure.savefig(png, format="png", dpi=figure.dpi, pil_kwargs={"optimize": True})
         write_atomically(path, png.getvalue())

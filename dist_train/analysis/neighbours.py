@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dist_train import build
 from dist_train.analysis.trained import Trained
-from dist_train.build import fixed_loader
 from dist_train.ranks.world import World
 from pipelines.errors import UserError
 from pipelines.order import SAMPLES, Ints, permutation
@@ -61,7 +61,7 @@ def outputs(run: Trained, shards: ShardSet, samples: Ints, text: str) -> Iterato
     """
     device = next(run.model.parameters()).device
     batch = min(BATCH, len(samples))
-    loader = fixed_loader(run.config, World.single(device), shards, run.train, batch=batch, samples=samples)
+    loader = build.fixed_loader(run.config, World.single(device), shards, run.train, batch=batch, samples=samples)
     with tqdm(total=len(samples), desc=text, unit="img", dynamic_ncols=True, disable=None) as bar:
         for images in loader.epoch():
             yield images.samples, *forward(run.model, images.inputs.to(device))
@@ -160,7 +160,7 @@ def searched(run: Trained, m: int) -> Ints:
     return np.sort(_permuted(run, run.train)[: m or None])
 
 
-def nearest(run: Trained, tests: Ints, candidates: Ints, k: int) -> Neighbours:
+def nearest_images(run: Trained, tests: Ints, candidates: Ints, k: int) -> Neighbours:
     """The `k` training images among `candidates` "that produce feature vectors in the last hidden layer with the
     smallest Euclidean distance from the feature vector for the test image"; equally near ones in the order of the set.
 

@@ -39,9 +39,9 @@ def figures(parser: Parser) -> None:
 def experiments(parser: Parser) -> None:
     """Declare the options of `experiments`; it passes all others on to the trainer."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="without: all of configs/experiments")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds of an arm that gives none")
+    parser.add_argument("--seeds", type=natural, default=3, metavar="N", help="seeds of an arm that gives none")
     parser.add_argument(
-        "--jobs", type=positive, metavar="N", help="runs at a time; without: the GPUs, or else the CPUs"
+        "--jobs", type=natural, default=0, metavar="N", help="runs at a time; 0: the GPUs, or else the CPUs"
     )
     parser.add_argument("--root", type=Path, default=Path("runs/experiments"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="where tables and pictures go")
@@ -49,21 +49,21 @@ def experiments(parser: Parser) -> None:
 
 
 def _evaluate(args: Namespace) -> int:
-    from dist_train.analysis.evaluate import start
+    from dist_train.analysis import evaluate as verb
 
-    return start(args)
+    return verb.start(args)
 
 
 def _figures(args: Namespace) -> int:
-    from dist_train.analysis.figures import start
+    from dist_train.analysis import figures as verb
 
-    return start(args)
+    return verb.start(args)
 
 
 def _experiments(args: Namespace) -> int:
-    from dist_train.analysis.experiments import start
+    from dist_train.analysis import experiments as verb
 
-    return start(args)
+    return verb.start(args)
 
 
 VERBS = {

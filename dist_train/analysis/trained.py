@@ -16,8 +16,8 @@ from dist_train.cli import parse
 from dist_train.config import Config, ConfigError
 from dist_train.data import open_sets
 from dist_train.ranks.world import World
+from dist_train.rundir import store
 from dist_train.rundir.checkpoint import FOLDER, Checkpoint, find
-from dist_train.rundir.store import load_state
 from pipelines.errors import UsageError, UserError
 from pipelines.shards import MANIFEST, ShardSet
 
@@ -140,7 +140,7 @@ def _model(directory: Path, config: Config, device: torch.device, classes: int, 
         model = build.model(config, World.single(device), classes, compiled=False)
     path = checkpoint.path
     try:
-        model.load_state_dict(load_state(path, torch.device("cpu"))["model"])
+        model.load_state_dict(store.load_state(path, torch.device("cpu"))["model"])
     except (OSError, KeyError, RuntimeError) as error:
         if not path.exists():
             raise RunError(f"{path} vanished while it was read, the run goes on: try again") from error
