@@ -1,6 +1,6 @@
 """`torchrun --nproc_per_node=N -m dist_train [--config FILE] [--key value ...]`, or `python -m dist_train`.
 
-`python -m dist_train VERB ...` runs another command instead of training; see `analysis.options.VERBS`.
+`python -m dist_train VERB ...` runs another command instead of training; see `analysis.verbs`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_train import cli
-from dist_train.analysis.options import VERBS
+from dist_train.analysis.verbs import VERBS
 from dist_train.ranks import launcher
 from pipelines.cli import run_verb
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,13 +16,9 @@ from pipelines.cli import nearest, refuse
 from pipelines.errors import UserError
 
 
-def parse(argv: Sequence[str], also: Iterable[str] = ()) -> tuple[Config, str]:
+def parse(argv: Sequence[str]) -> tuple[Config, str]:
     """The configuration of a command line and the name of the YAML file it came from. Without `--config` the embedded
-    default, `configs/quickstart.yaml`, is used. Raises ConfigError; exits for --help and --print_config.
-
-    Args:
-        also: names of options that the command takes besides, which a misspelt one may have meant.
-    """
+    default, `configs/quickstart.yaml`, is used. Raises ConfigError; exits for --help and --print_config."""
     parser = _parser()
     argv = list(argv)
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
@@ -31,7 +27,7 @@ def parse(argv: Sequence[str], also: Iterable[str] = ()) -> tuple[Config, str]:
         namespace = parser.parse_args(argv)
         groups = parser.instantiate(namespace)
     except ArgumentError as error:
-        raise ConfigError(_explain(str(error), also)) from error
+        raise ConfigError(_explain(str(error))) from error
     return Config(**{f.name: groups[f.name] for f in fields(Config)}), Path(str(namespace.config[-1])).stem
 
 
@@ -65,13 +61,13 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _explain(message: str, also: Iterable[str]) -> str:
+def _explain(message: str) -> str:
     """jsonargparse's message as one sentence that names the key and the remedy."""
     for pattern in (r"unrecognized arguments: --([\w.-]+)", r"Option '([\w.-]+)' is not accepted"):
         if found := re.search(pattern, message):
-            return _unknown(found[1], also)
+            return _unknown(found[1])
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        return _unknown(f"{found[1]}.{found[2]}", also)
+        return _unknown(f"{found[1]}.{found[2]}")
     if found := re.search(r"Parser key \"([\w.]+)\":\s+Expected an? (.+?)\. Got value: (.*)", message):
         kind = re.sub(r"<class '(\w+)'>", r"\1", found[2])
         if choices := re.fullmatch(r"typing.Literal\[(.*)\]", kind):
@@ -80,9 +76,5 @@ def _explain(message: str, also: Iterable[str]) -> str:
     return " ".join(message.split())
 
 
-def _unknown(key: str, also: Iterable[str]) -> str:
-    options = set(also)
-    meant = nearest(key, [*as_dict(Config()), *options])
-    if meant in options:
-        return f"unknown option --{key}: did you mean --{meant}?"
-    return f"unknown configuration key {key}: did you mean {meant}?"
+def _unknown(key: str) -> str:
+    return f"unknown configuration key {key}: did you mean {nearest(key, as_dict(Config()))}?"

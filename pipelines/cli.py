@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from pipelines.errors import UsageError, UserError
 
 USAGE, INTERRUPTED = 2, 130  # exit codes; the latter is the shell's for Ctrl-C
+TRAINERS = ("--config", "--print_config")  # options of the trainer without a dot
 
 
 class Parser(ArgumentParser):
@@ -31,14 +32,22 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
-    def parse(self, argv: Sequence[str]) -> Namespace:
-        """Raises UsageError; exits for --help."""
+    def parse(self, argv: Sequence[str], *, passes_on: bool = False) -> Namespace:
+        """Raises UsageError; exits for --help.
+
+        Args:
+            passes_on: options of the trainer, --config and those with a dot, are left in `rest`, with their values.
+        """
+        # Looked for first: argparse would rather complain of a required option that the misspelt one was to be.
+        trainers = TRAINERS if passes_on else ()
+        for name in (word.partition("=")[0] for word in argv):
+            passed = passes_on and ("." in name or name in trainers)
+            if name.startswith("--") and name not in self.names and not passed:
+                raise UsageError(f"unknown option {name}: did you mean {nearest(name, [*self.names, *trainers])}?")
         args, rest = self.parse_known_args(argv)
-        if rest:
-            word = rest[0].partition("=")[0]
-            what = "option" if word.startswith("-") else "argument"
-            hint = f": did you mean {nearest(word, self.names)}?" if what == "option" else f" of {self.prog}"
-            raise UsageError(f"unknown {what} {word}{hint}")
+        if rest and not passes_on:
+            raise UsageError(f"unknown argument {rest[0]} of {self.prog}")
+        args.rest = rest
         return args
 
 
@@ -58,7 +67,7 @@ class Verb(NamedTuple):
         help: one line.
         options: declares its options; imports nothing heavy.
         start: does it; imports what it needs. Returns the exit code.
-        passes_on: options that it does not know are left in `args.rest`, for the trainer.
+        passes_on: options of the trainer are left in `args.rest`.
     """
 
     help: str
@@ -77,12 +86,7 @@ def run_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> int:
         verb, words = verbs[name], argv[len(name.split()) :]
         parser = Parser(f"{prog} {name}", verb.help)
         verb.options(parser)
-        if verb.passes_on:
-            args, rest = parser.parse_known_args(words)
-            args.rest = rest
-        else:
-            args = parser.parse(words)
-        return verb.start(args)
+        return verb.start(parser.parse(words, passes_on=verb.passes_on))
     except (UserError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:

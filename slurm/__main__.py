@@ -32,9 +32,7 @@ def _submit(args: Namespace) -> int:
 
     if args.local and args.nodes > 1:
         raise SlurmError("--local has one node: leave --nodes out")
-    own = Parser("", "")
-    _submit_options(own)
-    planned = plan(args, args.rest, [name.removeprefix("--") for name in own.names])
+    planned = plan(args, args.rest)
     folder = planned.top / "slurm"
     wanted = parameters(args, planned.top.name, folder)
     if args.dry_run:

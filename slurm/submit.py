@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,22 +57,21 @@ class PlannedRuns(NamedTuple):
     runs: list[tuple[SubmittedRun, Config]]
 
 
-def plan(options: Namespace, argv: Sequence[str], own: Iterable[str]) -> PlannedRuns:
+def plan(options: Namespace, argv: Sequence[str]) -> PlannedRuns:
     """Check a command line, before anything fails after hours in the queue. Raises ConfigError, ShardError and
     SlurmError.
 
     Args:
         options: of `submit`.
         argv: options of the trainer.
-        own: names of the options of `submit`, which a misspelt one may have meant.
     """
-    config, stem = parse(argv, own)
+    config, stem = parse(argv)
     name = config.run.name or default_name(stem)
     top = Path(config.run.dir or Path(config.run.root) / name).absolute()
     runs = []
     for i, overrides in enumerate(_sweep(options.array) if options.array else [[]]):
         if overrides:
-            config, _ = parse([*argv, *overrides], own)
+            config, _ = parse([*argv, *overrides])
         directory = top / _member(i, overrides) if options.array else top
         config = replace(
             config, run=replace(config.run, name=str(directory.relative_to(top.parent)), dir=str(directory))

@@ -15,12 +15,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from dist_train.analysis import arms, options
+from dist_train.analysis import arms
 from dist_train.analysis.arms import Experiment
 from dist_train.analysis.tables import report
 from dist_train.cli import parse
 from dist_train.rundir import status
-from pipelines.cli import Parser
 from pipelines.misc import cpus
 
 ENDED = ("done", "diverged")  # a run that diverged is a result
@@ -60,10 +59,8 @@ def start(args: Namespace) -> int:
 
 def check(experiments: Sequence[Experiment], extra: Sequence[str]) -> None:
     """Raises ConfigError if the trainer would refuse these options."""
-    parser = Parser("experiments", "")
-    options.experiments(parser)
     for experiment in experiments:
-        parse(["--config", str(experiment.config), *extra], also=[name.removeprefix("--") for name in parser.names])
+        parse(["--config", str(experiment.config), *extra])
 
 
 def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) -> list[str]:

@@ -1,11 +1,10 @@
-"""The options of the verbs that look at finished runs. What they start is imported when they start."""
+"""The options of the verbs that look at finished runs, apart from what they start."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 
-from pipelines.cli import Parser, Verb, natural, positive
+from pipelines.cli import Parser, natural, positive
 
 CROPS = {"one": 1, "five": 5, "ten": 10}  # fixed views that `evaluate` averages
 
@@ -46,33 +45,3 @@ def experiments(parser: Parser) -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/experiments"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="where tables and pictures go")
     parser.add_argument("--draw-only", action="store_true", help="run nothing; draw what has been run")
-
-
-def _evaluate(args: Namespace) -> int:
-    from dist_train.analysis import evaluate as verb
-
-    return verb.start(args)
-
-
-def _figures(args: Namespace) -> int:
-    from dist_train.analysis import figures as verb
-
-    return verb.start(args)
-
-
-def _experiments(args: Namespace) -> int:
-    from dist_train.analysis import experiments as verb
-
-    return verb.start(args)
-
-
-VERBS = {
-    "evaluate": Verb("exact errors of a run, or of several whose predictions are averaged", evaluate, _evaluate),
-    "figures": Verb("figures 3 and 4 of the paper: kernels, probable classes, nearest images", figures, _figures),
-    "experiments": Verb(
-        "run and draw the sweeps of configs/experiments; further options go to the trainer",
-        experiments,
-        _experiments,
-        passes_on=True,
-    ),
-}

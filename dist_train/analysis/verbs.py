@@ -1,0 +1,42 @@
+"""The verbs that look at finished runs. What they start is imported when they start."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from dist_train.analysis import options
+from pipelines.cli import Verb
+
+
+def _evaluate(args: Namespace) -> int:
+    from dist_train.analysis import evaluate as verb
+
+    return verb.start(args)
+
+
+def _figures(args: Namespace) -> int:
+    from dist_train.analysis import figures as verb
+
+    return verb.start(args)
+
+
+def _experiments(args: Namespace) -> int:
+    from dist_train.analysis import experiments as verb
+
+    return verb.start(args)
+
+
+VERBS = {
+    "evaluate": Verb(
+        "exact errors of a run, or of several whose predictions are averaged", options.evaluate, _evaluate
+    ),
+    "figures": Verb(
+        "figures 3 and 4 of the paper: kernels, probable classes, nearest images", options.figures, _figures
+    ),
+    "experiments": Verb(
+        "run and draw the sweeps of configs/experiments; further options go to the trainer",
+        options.experiments,
+        _experiments,
+        passes_on=True,
+    ),
+}
