@@ -27,12 +27,8 @@ def _experiments(args: Namespace) -> int:
 
 
 VERBS = {
-    "evaluate": Verb(
-        "exact errors of a run, or of several whose predictions are averaged", options.evaluate, _evaluate
-    ),
-    "figures": Verb(
-        "figures 3 and 4 of the paper: kernels, probable classes, nearest images", options.figures, _figures
-    ),
+    "evaluate": Verb("exact errors of a run, or of several, averaged", options.evaluate, _evaluate),
+    "figures": Verb("figures 3 and 4 of the paper, for a trained run", options.figures, _figures),
     "experiments": Verb(
         "run and draw the sweeps of configs/experiments; further options go to the trainer",
         options.experiments,
