@@ -1,10 +1,13 @@
-# make demo | test | lint | drills | bench | experiments | test-gpu, each with its own set-up; EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
+# make demo | quick | test | lint | drills | bench | experiments | test-gpu, each with its own set-up; EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cuda13
 BIN = $(VENV)/bin
 NPROC ?= 2
 MARK ?= not slow and not gpu
+# No tests of the kind that is asked for is no failure.
+PYTEST = $(BIN)/python -m pytest $(ARGS) -m
+OR_NONE = || [ $$? = 5 ]
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,8 +17,17 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready  ## pack Fashion-MNIST, train with two processes, show the result
 	$(BIN)/torchrun --nproc_per_node=$(NPROC) -m dist_train --run.name demo --monitor.wandb offline $(ARGS)
 
-test: $(VENV)/ready
-	$(BIN)/python -m pytest -m '$(MARK)' $(ARGS)
+quick: lint  ## what a change is tried with: lint, types, and the tests that start no trainer; under two minutes
+	$(PYTEST) 'not integration and not slow and not gpu and not slurm'
+
+test: $(VENV)/ready  ## the tests on Slurm, which mostly wait for it, beside all others
+	$(MAKE) -j2 -Otarget test-slurm test-rest
+
+test-slurm:
+	$(PYTEST) '($(MARK)) and slurm' $(OR_NONE)
+
+test-rest:
+	$(PYTEST) '($(MARK)) and not slurm' $(OR_NONE)
 
 test-gpu:
 	$(MAKE) test MARK=gpu
@@ -32,4 +44,4 @@ experiments: $(VENV)/ready  ## the paper's own comparisons, and why re-implement
 bench: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks
 
-.PHONY: demo test test-gpu lint drills bench experiments
+.PHONY: demo quick test test-slurm test-rest test-gpu lint drills bench experiments
