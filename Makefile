@@ -21,7 +21,7 @@ quick: lint  ## what a change is tried with: lint, types, and the tests that sta
 	$(PYTEST) 'not integration and not slow and not gpu and not slurm'
 
 test: $(VENV)/ready  ## the tests on Slurm, which mostly wait for it, beside all others
-	$(MAKE) -j2 -Otarget test-slurm test-rest
+	$(MAKE) -j2 -Oline test-slurm test-rest
 
 test-slurm:
 	$(PYTEST) '($(MARK)) and slurm' $(OR_NONE)
