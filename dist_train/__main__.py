@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; see `dist_train.outcomes`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
-        return launcher.exit_code(run_verb("dist_train", VERBS, words))
+        speaks = launcher.rank() == 0
+        return launcher.exit_code(run_verb("python -m dist_train", VERBS, words, speaks=speaks))
     return cli.train(words)
 
 

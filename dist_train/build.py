@@ -56,8 +56,8 @@ def _loader(config: Config, world: World, plan: Plan, statistics: ShardSet, batc
         plan,
         statistics.manifest,
         batch=batch,
-        rank=world.dp_rank,
-        size=world.dp_size,
+        dp_rank=world.dp_rank,
+        dp_size=world.dp_size,
         decode=decode,
         reading=reading,
     )

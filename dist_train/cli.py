@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,7 +13,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dist_train.config import DEFAULT, Config, ConfigError, as_dict
 from dist_train.ranks import launcher
-from pipelines.cli import nearest, refuse
+from pipelines.cli import TRAINERS, interrupted, nearest, refuse
 from pipelines.errors import UserError
 
 
@@ -28,7 +29,17 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
         groups = parser.instantiate(namespace)
     except ArgumentError as error:
         raise ConfigError(_explain(str(error))) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config is not a text file in UTF-8 ({error.reason}): write it anew") from error
     return Config(**{f.name: groups[f.name] for f in fields(Config)}), Path(str(namespace.config[-1])).stem
+
+
+def overrides_of(line: str, file: Path) -> list[str]:
+    """The overrides in a line of a sweep, without its comment. Raises ConfigError."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error} in the line {line.strip()!r}") from error
 
 
 def default_name(stem: str) -> str:
@@ -45,7 +56,9 @@ def train(argv: Sequence[str]) -> int:
 
         return run.start(config, default_name(stem))
     except UserError as error:
-        return launcher.exit_code(refuse(error))
+        return launcher.exit_code(refuse(error, speaks=launcher.rank() == 0))
+    except KeyboardInterrupt:  # before the watch took over
+        return interrupted()
 
 
 def _parser() -> ArgumentParser:
@@ -55,6 +68,7 @@ def _parser() -> ArgumentParser:
         description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
         "`python -m dist_train evaluate|figures RUN` looks at a trained one; each has its own --help.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file")
     parser.add_class_arguments(Config, None, as_group=False)
@@ -77,4 +91,7 @@ def _explain(message: str) -> str:
 
 
 def _unknown(key: str) -> str:
-    return f"unknown configuration key {key}: did you mean {nearest(key, as_dict(Config()))}?"
+    meant = nearest(key, [*as_dict(Config()), "help", *(name.removeprefix("--") for name in TRAINERS)])
+    if "." in key or "." in meant:
+        return f"unknown configuration key {key}: did you mean {meant}?"
+    return f"unknown option --{key}: did you mean --{meant}?"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-DONE, FAILED, USAGE, DIVERGED, STOPPED = 0, 1, 2, 70, 75  # exit codes of a process without a launcher
+from pipelines.cli import USAGE
+
+DONE, FAILED, DIVERGED, STOPPED = 0, 1, 70, 75  # exit codes of a process without a launcher; and USAGE
 
 
 class Ended(Exception):

@@ -37,7 +37,7 @@ def validate(
     """
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
-    full = ceil_div(loader.batch, loader.size)
+    full = ceil_div(loader.batch, loader.dp_size)
     model.eval()
     with torch.inference_mode():
         for batch in loader.epoch():

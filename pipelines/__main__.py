@@ -6,8 +6,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from pipelines.cli import INTERRUPTED, Parser, Verb, positive, run_verb
+from pipelines.cli import Parser, Verb, interrupted, natural, positive, run_verb
 from pipelines.errors import UsageError
+from pipelines.files import read_text
 from pipelines.misc import cpus
 from pipelines.scan import REJECTED
 from pipelines.shards import QUARANTINE, Manifest, ShardError
@@ -19,14 +20,17 @@ pack fashion-mnist DST     a torchvision data set (stl10, cifar10, ...) into DST
 """
 
 
+CONTINUES = "the same command continues"
+
+
 def pack_options(parser: Parser) -> None:
     parser.usage = PACK_USAGE
     parser.add_argument("source", help="imagefolder, or the name of a torchvision data set")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="SRC and DST, or DST alone")
-    parser.add_argument("--shorter-side", type=int, metavar="PX", help="scale larger images down to it; 0: keep them")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEGs that are written anew, 1 to 95")
+    parser.add_argument("--shorter-side", type=natural, metavar="PX", help="scale larger images to it; 0: keep them")
+    parser.add_argument("--quality", type=natural, default=90, help="of JPEGs that are written anew, 1 to 95")
     parser.add_argument("--shard-mb", type=float, default=64, help="aimed size of a shard in 10^6 bytes")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples in the shards")
+    parser.add_argument("--seed", type=natural, default=0, help="of the order of the samples in the shards")
     _workers(parser)
 
 
@@ -42,7 +46,7 @@ def start_pack(args: Namespace) -> int:
         for source, directory in sets:
             _report(pack.pack(source, directory, options, split=directory.name, workers=args.workers), directory)
     except KeyboardInterrupt:
-        return _interrupted()
+        return interrupted(CONTINUES)
     return 0
 
 
@@ -51,10 +55,10 @@ def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
     destination = paths[-1]
     if name == "imagefolder":
         if len(paths) != 2:
-            raise SourceError(f"pack {name} takes SRC and DST:\n{PACK_USAGE}")
+            raise SourceError("pack imagefolder takes SRC and DST: name the folder of the classes, and the set to make")
         return [(ImageFolder(paths[0]), destination)]
     if len(paths) != 1:
-        raise SourceError(f"pack {name} takes DST alone:\n{PACK_USAGE}")
+        raise SourceError(f"pack {name} takes DST alone: it fetches the images itself")
     raw = destination / "raw"
     return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
 
@@ -68,12 +72,12 @@ def index_options(parser: Parser) -> None:
 def start_index(args: Namespace) -> int:
     from pipelines import pack
 
-    names = args.classes.read_text().splitlines() if args.classes else None
+    names = read_text(args.classes).splitlines() if args.classes else None
     split = args.directory.name
     try:
         _report(pack.index(args.directory, classes=names, split=split, workers=args.workers), args.directory)
     except KeyboardInterrupt:
-        return _interrupted()
+        return interrupted(CONTINUES)
     return 0
 
 
@@ -98,7 +102,7 @@ def preview_options(parser: Parser) -> None:
     _sizes(parser)
     parser.add_argument("out", type=Path, help="the PNG to write")
     parser.add_argument("--rows", type=positive, default=6, help="samples to draw")
-    parser.add_argument("--seed", type=int, default=0, help="of order and augmentation")
+    parser.add_argument("--seed", type=natural, default=0, help="of order and augmentation")
 
 
 def start_preview(args: Namespace) -> int:
@@ -150,11 +154,6 @@ def _report(manifest: Manifest, directory: Path) -> None:
     if count := (directory / REJECTED).read_text().count("\n"):
         line += f"; {count} rejected, see {directory / REJECTED}"
     print(line)
-
-
-def _interrupted() -> int:
-    print("interrupted: the same command continues", file=sys.stderr)
-    return INTERRUPTED
 
 
 VERBS = {

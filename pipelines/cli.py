@@ -6,9 +6,8 @@ A verb's options are declared apart from what it starts, so that `--help` and a 
 from __future__ import annotations
 
 import difflib
-import os
 import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,14 +18,17 @@ TRAINERS = ("--config", "--print_config")  # options of the trainer without a do
 
 
 class Parser(ArgumentParser):
-    """argparse's, which names the nearest option to a misspelt one and raises UsageError instead of exiting."""
+    """argparse's, which names the nearest option to a misspelt one and raises UsageError instead of exiting. Its help
+    shows the default of each option that has one."""
 
     def __init__(self, prog: str, description: str) -> None:
         self.names: list[str] = []  # of all options; before argparse adds its own --help
-        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
+        super().__init__(prog, description=description, allow_abbrev=False)
 
     def add_argument(self, *names: str, **options: Any) -> Action:
         self.names += [name for name in names if name.startswith("--")]
+        if names[0].startswith("-") and options.get("default") not in (None, False, SUPPRESS):
+            options["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -40,24 +42,18 @@ class Parser(ArgumentParser):
         """
         # Looked for first: argparse would rather complain of a required option that the misspelt one was to be.
         trainers = TRAINERS if passes_on else ()
-        for name in (word.partition("=")[0] for word in argv):
+        for word in argv:
+            if word == "--":  # what follows are no options
+                break
+            name = word.partition("=")[0]
             passed = passes_on and ("." in name or name in trainers)
             if name.startswith("--") and name not in self.names and not passed:
                 raise UsageError(f"unknown option {name}: did you mean {nearest(name, [*self.names, *trainers])}?")
         args, rest = self.parse_known_args(argv)
         if rest and not passes_on:
-            raise UsageError(f"unknown argument {rest[0]} of {self.prog}")
+            raise UsageError(f"{rest[0]} is one argument too many: see {self.prog} --help")
         args.rest = rest
         return args
-
-
-class _Formatter(ArgumentDefaultsHelpFormatter):
-    """Shows the default of each option that has one."""
-
-    def _get_help_string(self, action: Action) -> str | None:
-        if action.default is None or action.default is False or not action.option_strings:
-            return action.help
-        return super()._get_help_string(action)
 
 
 class Verb(NamedTuple):
@@ -76,29 +72,40 @@ class Verb(NamedTuple):
     passes_on: bool = False
 
 
-def run_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> int:
-    """Run the verb that `argv` begins with: its first two words, or its first. Returns the exit code: the verb's, 2
-    after one sentence on stderr, 130 for Ctrl-C. Under a launcher one rank speaks for all."""
+def run_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str], *, speaks: bool = True) -> int:
+    """Run the verb that `argv` begins with. Returns the exit code: the verb's, 2 after one sentence on stderr, 130 for
+    Ctrl-C.
+
+    Args:
+        speaks: whether this process prints the sentence; under a launcher one rank does for all.
+    """
     try:
-        name = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in verbs), "")
-        if not name:
+        name = " ".join(argv[:2])  # `submit pack` is a verb, and `submit` is one
+        if name not in verbs:
+            name = argv[0] if argv else ""
+        if name not in verbs:
             return _without_verb(prog, verbs, argv)
         verb, words = verbs[name], argv[len(name.split()) :]
         parser = Parser(f"{prog} {name}", verb.help)
         verb.options(parser)
         return verb.start(parser.parse(words, passes_on=verb.passes_on))
     except (UserError, OSError) as error:
-        return refuse(error)
+        return refuse(error, speaks=speaks)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return interrupted()
 
 
-def refuse(error: Exception) -> int:
-    """Print the one sentence, from rank 0; the exit code."""
-    if os.environ.get("RANK", "0") == "0":
+def refuse(error: Exception, *, speaks: bool = True) -> int:
+    """Print the one sentence, if this process speaks; the exit code."""
+    if speaks:
         print(f"error: {error}", file=sys.stderr)
     return USAGE
+
+
+def interrupted(remedy: str = "") -> int:
+    """Say that Ctrl-C has ended the command, and what to do; the exit code."""
+    print(f"interrupted: {remedy}" if remedy else "interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -128,7 +135,7 @@ def _at_least(minimum: int, text: str) -> int:
 
 def _without_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> int:
     """Print help if it was asked for; otherwise raise UsageError."""
-    if argv and argv[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help", "help"):
         width = max(map(len, verbs))
         lines = [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
         print("\n".join([f"usage: {prog} VERB ...", "", *lines, "", f"Each has its own help: {prog} VERB --help"]))

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside, flush to the disk, rename: after a crash the file is the old one or the new one."""
@@ -28,9 +30,29 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_text(path: Path) -> str:
+    """A text file that a person wrote. Raises UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8 ({error.reason}): write it anew") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError for a damaged one."""
+    return _parsed(path, path.read_bytes())
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One object for each line; none if there is no such file. Raises ValueError for a damaged line."""
-    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    """One object for each line; none if there is no such file. Raises UserError for a damaged line."""
+    return [_parsed(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def _parsed(path: Path, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or move it away") from error
 
 
 def jsonl(lines: list[dict[str, Any]]) -> bytes:

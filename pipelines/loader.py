@@ -99,7 +99,7 @@ class Loader:
     Args:
         statistics: the manifest of the *training* set, for mean and deviation.
         batch: the global batch, in samples.
-        rank, size: this data-parallel rank, and how many there are.
+        dp_rank, dp_size: this data-parallel rank, and how many there are.
 
     Attributes:
         steps: batches in an epoch.
@@ -114,13 +114,13 @@ class Loader:
         statistics: Manifest,
         *,
         batch: int,
-        rank: int = 0,
-        size: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
         decode: Decode = DECODE,
         reading: Read = READING,
     ) -> None:
         self.plan, self.shards, self.augment = plan, plan.shards, plan.augment
-        self.batch, self.rank, self.size = batch, rank, size
+        self.batch, self.dp_rank, self.dp_size = batch, dp_rank, dp_size
         self.steps = plan.steps(batch)
         self.mean, std = scale(decode.inputs, statistics)
         self.decode, self.reading = decode, reading
@@ -134,7 +134,7 @@ class Loader:
     def samples(self, epoch: int, step: int) -> tuple[Ints, int]:
         """The sample numbers of this rank at a step of an epoch, and the position of the first."""
         first = step * self.batch
-        low, high = even_split(min(self.batch, len(self.plan) - first), self.rank, self.size)
+        low, high = even_split(min(self.batch, len(self.plan) - first), self.dp_rank, self.dp_size)
         return self.plan.samples(epoch, first + low, first + high), first + low
 
     def usable(self, epoch: int, step: int) -> tuple[Ints, int]:
@@ -180,7 +180,7 @@ class Loader:
             while step < self.steps and not stop.is_set():
                 feeds = self.feeds(epoch, range(step, self.steps))
                 try:
-                    pipeline = self._build(feeds, batch=ceil_div(self.batch, self.size))
+                    pipeline = self._build(feeds, batch=ceil_div(self.batch, self.dp_size))
                     while step < self.steps and not stop.is_set():
                         ready.put(self._batch(pipeline, epoch, step))
                         step += 1

@@ -15,10 +15,11 @@ from submitit import JobEnvironment
 from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributedEnvironment
 
 from dist_train.cli import train
-from dist_train.outcomes import DIVERGED, STOPPED, USAGE
+from dist_train.outcomes import DIVERGED, STOPPED
 from dist_train.ranks.launcher import leave
 from dist_train.rundir import restarts, status
 from dist_train.rundir.checkpoint import newest_name
+from pipelines.cli import USAGE
 from pipelines.misc import cpus
 from slurm.cluster import entry
 from slurm.submissions import Submission, SubmittedRun

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from pipelines.errors import UserError
-from pipelines.files import read_jsonl, write_atomically
+from pipelines.files import read_json, read_jsonl, write_atomically
 
 ROOT = Path("runs")
 
@@ -92,7 +92,7 @@ class SubmittedRun:
     def submission(self) -> Submission | None:
         """The newest submission; None before the first."""
         path = self.folder / "job.json"
-        return Submission(**json.loads(path.read_bytes())) if path.exists() else None
+        return Submission(**read_json(path)) if path.exists() else None
 
     @property
     def last(self) -> Submission:

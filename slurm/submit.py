@@ -17,10 +17,10 @@ from submitit import LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
-from dist_train.cli import default_name, parse
+from dist_train.cli import default_name, overrides_of, parse
 from dist_train.config import Config, dump
 from dist_train.data import check_batch, open_sets, to_pack
-from pipelines.files import write_atomically
+from pipelines.files import read_text, write_atomically
 from pipelines.misc import ceil_div
 from slurm.cluster import entry
 from slurm.job import Job, Pack
@@ -223,7 +223,7 @@ def _aside(log: Path) -> Iterator[None]:
 
 def _sweep(path: Path) -> list[list[str]]:
     """The overrides of each line."""
-    lines = [shlex.split(line, comments=True) for line in path.read_text().splitlines()]
+    lines = [overrides_of(line, path) for line in read_text(path).splitlines()]
     if not (members := [line for line in lines if line]):
         raise SlurmError(f"{path} is empty: write one line of overrides per run, such as --optim.lr 0.02")
     return members

@@ -6,12 +6,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dist_train.rundir import record, status
+from pipelines.errors import UserError
 from slurm.cluster import Entry, entry, look
-from slurm.submissions import SlurmError, SubmittedRun
+from slurm.submissions import SlurmError, Submission, SubmittedRun
 
 HEAD = (
     "RUN",
@@ -32,8 +34,18 @@ TAIL = 1 << 16  # bytes of the record that are read from its end
 
 def status_table(runs: list[SubmittedRun]) -> str:
     """A line of column names and one line per run."""
-    queue = look(run.last for run in runs)
-    rows = [HEAD, *(row(run, queue, time.time()) for run in runs)]
+    rows: list[tuple[str, ...]] = [HEAD]
+    submissions: dict[str, Submission] = {}
+    for run in runs:
+        with suppress(UserError):  # its row will say so
+            submissions[run.name] = run.last
+    queue = look(submissions.values())
+    for run in runs:
+        try:
+            rows.append(row(run, queue, time.time()))
+        except UserError as error:  # one damaged run does not hide the others
+            job = submissions[run.name].job if run.name in submissions else ""
+            rows.append((run.name, job, "", str(error), *[""] * (len(HEAD) - 4)))
     widths = [max(len(line[i]) for line in rows) for i in range(len(HEAD))]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in rows)
 
@@ -134,7 +146,10 @@ def _newest_numbers(path: Path) -> tuple[str, str]:
         lines = lines[1:]  # its beginning is cut off
     newest: dict[str, dict[str, Any]] = {}
     for line in lines:
-        values = json.loads(line)
+        try:
+            values = json.loads(line)
+        except ValueError as damage:
+            raise UserError(f"{path} is damaged ({damage}): restore it, or move it away") from damage
         newest[values["kind"]] = values
     rate = f"{newest['step']['images_per_s']:.0f}" if "step" in newest else "-"
     error = f"{newest['validation']['top1_error']:.1%}" if "validation" in newest else "-"

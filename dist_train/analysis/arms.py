@@ -6,13 +6,14 @@ the one it gives. `# ensemble of two: NAME` averages the runs of another arm, tw
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_train.cli import overrides_of
 from dist_train.config import CONFIGS, ConfigError
+from pipelines.files import read_text
 
 SWEEPS = CONFIGS / "experiments"
 ENSEMBLE = "# ensemble of two: "
@@ -79,11 +80,11 @@ def read(name: str, seeds: int, root: Path) -> Experiment:
     if not sweep.exists():
         raise ConfigError(f"there is no experiment {name}: choose from {', '.join(known())}")
     experiment = Experiment(name, sweep.with_suffix(".yaml"), root / name)
-    for line in sweep.read_text().splitlines():
+    for line in read_text(sweep).splitlines():
         if line.startswith(ENSEMBLE):
             of = line.removeprefix(ENSEMBLE)
             experiment.arms.append(Arm(f"two of: {of}, averaged", (), tuple(range(seeds)), of))
-        elif overrides := shlex.split(line, comments=True):
+        elif overrides := overrides_of(line, sweep):
             given = [int(value) for word, value in pairwise(overrides) if word == "--train.seed"]
             label = line.rpartition("# ")[2]
             experiment.arms.append(Arm(label, tuple(overrides), tuple(given) or tuple(range(seeds))))

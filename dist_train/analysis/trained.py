@@ -122,7 +122,7 @@ def _checkpoint(directory: Path, which: str) -> Checkpoint:
     bad: dict[str, str] = {}
     if which != "last" and not (directory / FOLDER / which).is_dir():
         raise RunError(f"{directory} has no checkpoint {which}: choose last")
-    found = find(directory, which, bad.__setitem__)
+    found = find(directory, which, lambda name, why: bad.update({name: why}))
     reasons = ", ".join(f"{name}: {why}" for name, why in bad.items())
     if found is None:
         if bad:

@@ -20,9 +20,9 @@ def mask_keys(seed: int, step: int, positions: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(keys.astype(np.int64))
 
 
-def rank_seed(seed: int, step: int, rank: int) -> int:
+def rank_seed(seed: int, step: int, dp_rank: int) -> int:
     """A seed for torch's own generator on a data-parallel rank at a step, for nets that bring their own dropout."""
-    return int(mask_keys(seed, step, np.array([rank]))[0])
+    return int(mask_keys(seed, step, np.array([dp_rank]))[0])
 
 
 def _splitmix(x: np.uint64 | NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -34,17 +34,14 @@ class Vote(NamedTuple):
 
     @staticmethod
     def cast(world: World, **says: float | Tensor) -> Ballot:
-        """Begin the all-reduce of what this rank says, by the names above: numbers, or scalars on the device."""
-        at = {name: Vote._fields.index(name) for name in says}
-        plain = [0.0] * len(Vote._fields)
-        for name, value in says.items():
-            if not isinstance(value, Tensor):
-                plain[at[name]] = float(value)
+        """Begin the all-reduce of what this rank says, by the names above: numbers, or scalars on the device.
+        Raises TypeError for another name."""
         # One copy carries the plain numbers to the device, where the scalars take their places: nothing is waited for.
+        plain = Vote(**{name: 0.0 if isinstance(value, Tensor) else float(value) for name, value in says.items()})
         values = torch.tensor(plain, dtype=torch.float64).to(world.device)
         for name, value in says.items():
             if isinstance(value, Tensor):
-                values[at[name]] = value
+                values[Vote._fields.index(name)] = value
         return Ballot(values, world.reduce(values))
 
 

@@ -103,19 +103,20 @@ class World:
     ) -> T | None:
         """Do `work` on the ranks `on` (all of them if None), and go on only if it went well on each.
 
-        Returns its result, or None on the other ranks. If it raises UserError or OSError on one rank, all raise
+        Returns its result, or None on the other ranks. If it raises ValueError or OSError on one rank, all raise
         `failure` with the message of the first that failed: none is left waiting for a rank that is gone.
         """
         result, message = None, ""
         if on is None or self.rank in on:
             try:
                 result = work()
-            except (UserError, OSError) as error:
+            except (ValueError, OSError) as error:  # UserError, and what a library makes of a damaged file
                 message = str(error) or type(error).__name__
         messages = [""] * self.size
         dist.all_gather_object(messages, message)
-        if first := next(filter(None, messages), ""):
-            raise failure(first)
+        failed = [message for message in messages if message]
+        if failed:
+            raise failure(failed[0])
         return result
 
 

@@ -38,20 +38,18 @@ def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambd
     """A good checkpoint; None if there is none.
 
     Args:
-        run: a run directory, or the directory of one checkpoint.
+        run: a run directory.
         which: "last", the newest good one; "best", the one of the lowest validation error; or a name.
         bad: hears the name of each checkpoint that does not count, and why.
     """
     folder = run / FOLDER
-    if (run / META).exists():
-        candidates = [run]
-    elif which == "last":
+    if which == "last":
         candidates = sorted(folder.glob(NAMES), reverse=True)
     else:
         candidates = [(folder / which).resolve()] if (folder / which).is_dir() else []
     for path in candidates:
         try:
-            return Checkpoint(path, _verified_meta(path))
+            return verified(path)
         except CheckpointError as error:
             bad(path.name, str(error))
     return None
@@ -62,8 +60,8 @@ def newest_name(run: Path) -> str:
     return max((path.name for path in (run / FOLDER).glob(NAMES)), default="")
 
 
-def _verified_meta(path: Path) -> dict[str, Any]:
-    """The meta.json of a checkpoint. Raises CheckpointError with the reason if it does not count."""
+def verified(path: Path) -> Checkpoint:
+    """The checkpoint in this directory. Raises CheckpointError with the reason if it does not count."""
     try:
         meta: dict[str, Any] = json.loads((path / META).read_bytes())
         size = (path / STATE).stat().st_size
@@ -71,7 +69,7 @@ def _verified_meta(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{STATE} has {size} bytes instead of {meta['bytes']}")
         if sha256(path / STATE) != meta["sha256"]:
             raise CheckpointError(f"the sha256 of {STATE} differs")
-        return meta
+        return Checkpoint(path, meta)
     except CheckpointError:
         raise
     except FileNotFoundError as error:

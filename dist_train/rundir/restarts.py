@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_train.ranks import launcher
 from pipelines.errors import UserError
-from pipelines.files import write_atomically
+from pipelines.files import read_json, write_atomically
 
 FILE = "starts.json"
 LIMIT = 3  # starts at one place; one more would end as they did
@@ -35,7 +35,7 @@ def count(run: Path, step: int) -> None:
     before this.
     """
     path = run / FILE
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
     restarted = launcher.restarts() > 0
     number = before["count"] + 1 if restarted and before.get("step") == step else int(restarted)
     write_atomically(path, json.dumps({"step": step, "count": number}).encode())

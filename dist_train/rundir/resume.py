@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_train.config import Config, as_dict
 from dist_train.ranks.world import World
-from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find
+from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find, verified
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.state import TrainState
 from dist_train.rundir.store import load_state
@@ -51,7 +51,8 @@ def restore(state: TrainState, config: Config, world: World, training_set: Shard
         run.say(f"checkpoint {name} is bad ({why}): looking for an older one")
         resumed.bad.append(name)
 
-    found: Checkpoint | None = world.share(find(run.path, bad=bad) if world.rank == 0 else None)
+    look = world.together(lambda: find(run.path, bad=bad), on=[0], failure=CheckpointError)
+    found: Checkpoint | None = world.share(look)
     if found is None:
         if world.share(resumed.bad):
             raise CheckpointError(
@@ -86,7 +87,10 @@ def init_from(model: nn.Module, path: Path, device: torch.device, each: str, say
     """
     if not (path / FOLDER).exists() and not (path / META).exists():
         raise CheckpointError(f"model.init_from is {path}, which is neither a run nor a checkpoint of one")
-    found = find(path)
+    if (path / META).exists():
+        found: Checkpoint | None = verified(path)
+    else:
+        found = find(path)
     if found is None:
         raise CheckpointError(f"model.init_from: no checkpoint in {path} is good")
     theirs, ours = load_state(found.path, device)["model"], model.state_dict()

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.rundir.lease import Lease
-from pipelines.files import write_atomically
+from pipelines.files import read_json, write_atomically
 
 FILE = "status.json"
 PERIOD = 10.0  # seconds between two heartbeats
 
 
 def read(run: Path) -> dict[str, Any]:
-    """What was written last; empty before the first start."""
+    """What was written last; empty before the first start. Raises UserError for a damaged file."""
     path = run / FILE
-    body: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    body: dict[str, Any] = read_json(path) if path.exists() else {}
     return body
 
 
