@@ -48,7 +48,7 @@ def _evaluate(args: Namespace, world: World) -> int:
             print(describe(report))
             _write(report, args)
     except (UserError, OSError) as error:  # on all ranks, but for a file that rank 0 cannot write
-        return refuse(error)
+        return refuse(error, speaks=world.rank == 0)
     return 0
 
 
