@@ -64,6 +64,7 @@ class Refused(Ended):
 
 
 class LeaseLost(Ended):
-    """A later start has taken over the run directory, which is its to write from now on."""
+    """A later start has taken over the run directory, which is its to write from now on. The run itself goes well, so
+    the code is that of an end that nobody has to mend."""
 
     code, state = DONE, ""

@@ -35,8 +35,8 @@ def start(config: Config, name: str) -> int:
     Args:
         name: of the run, if the configuration gives none.
 
-    Returns the exit code, see `outcomes`; to a launcher non-zero means "restart me", so there only a failure is, and
-    status.json tells the others apart. Raises UserError if this machine has no such device.
+    Returns the exit code, see `outcomes`. To a launcher non-zero means "restart me", so there only a failure is
+    non-zero, and status.json tells the other ends apart. Raises UserError if this machine has no such device.
     """
     watch = Watch(config.run.start_timeout, config.run.stop_timeout)
     world = join(config.train.device)
@@ -62,7 +62,7 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         run = RunDirectory(path, terminal.say, keep=config.checkpoint.keep, writes=world.rank == 0)
         wandb = WandbRun(path, config.monitor)
         trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
-        resumed = resume.restore(trainer.state, config, world, sets[0], run)
+        resumed = resume.restore(trainer.state, config, world, sets[0], run)  # may refuse: before anything is claimed
         _claim(config, world, run, trainer.progress, resumed.bad)
     except (UserError, Refused, NotBegun) as error:  # the same on all ranks
         if world.rank == 0:
@@ -132,7 +132,7 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, size: str
 
 
 def _end_of(training: Callable[[], None], run: RunDirectory) -> Ended:
-    """How training ended. An error that nobody foresaw goes to status.json, and on."""
+    """How training ended. An error that nobody foresaw is written to status.json and raised again."""
     try:
         training()
     except Ended as end:

@@ -17,7 +17,7 @@ from dist_train.monitor.reporter import Reporter
 from dist_train.monitor.terminal import Terminal
 from dist_train.monitor.wandb import WandbRun
 from dist_train.outcomes import BadData, Diverged, Stopped
-from dist_train.ranks.vote import Ballot, Vote
+from dist_train.ranks.vote import PendingVote, Vote
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World
 from dist_train.rundir import postmortem
@@ -35,7 +35,7 @@ class Pending(NamedTuple):
     """A step whose vote is under way."""
 
     step: Step
-    ballot: Ballot
+    vote: PendingVote
 
 
 class Trainer:
@@ -94,15 +94,17 @@ class Trainer:
     def fit(self) -> None:
         """Train from the state that is there to the last epoch. Raises Ended if it ends before."""
         progress, schedule, steps = self.progress, self.state.schedule, self.train_loader.steps
-        while progress.epoch < self.config.train.epochs and not self.enough():  # "roughly 90 cycles"
+        while progress.epoch < self.config.train.epochs and not self.enough():  # section 5: "roughly 90 cycles"
             self.report.begin_epoch(progress)
             for batch in self.train_loader.epoch(progress.epoch, start=progress.step_in_epoch):
                 lr = schedule.lr(progress.epoch, progress.step_in_epoch, steps)
                 if progress.step in self.config.monitor.probes:
                     self.probe(batch, lr)
-                before, self.pending = self.pending, self.train_step(batch, lr)
+                # The step before is finished while this one is under way, so that the device is never waited for.
+                before = self.pending
+                self.pending = self.train_step(batch, lr)
                 progress.advance()
-                self.finish_step(before)  # a step late, so that the device is never waited for
+                self.finish_step(before)
                 if self.enough():
                     break
             last, self.pending = self.pending, None
@@ -153,19 +155,20 @@ class Trainer:
             total += loss.detach()
             wrong += (logits.argmax(1) != labels[low:high]).sum()
         refused = optim.update(optimizer, scaler, world.agree)
-        says: dict[str, Any] = {"refused": refused, "stop": self.watch.stop, "lost": self.run.lease.lost}
-        says["save"] = self.saver.due_by_clock()
-        if world.counted:  # the second tower of a net saw the same samples
-            says |= {"loss": total, "wrong": wrong, "bad": batch.replaced}
+        said: dict[str, Any] = {"refused": refused, "stop": self.watch.stop, "lost": self.run.lease.lost}
+        said["save"] = self.saver.due_by_clock()
+        if world.counted:  # not by the second tower of a net, which saw the same samples as the first
+            said |= {"loss": total, "wrong": wrong, "bad": batch.replaced}
         step = Step(progress.epoch, progress.step_in_epoch, progress.step, lr)
-        return Pending(step, Vote.cast(world, **says))
+        return Pending(step, Vote.cast(world, **said))
 
     def finish_step(self, pending: Pending | None) -> None:
         """Record a step, save where due, and stop if a rank was asked to. Raises Ended."""
         vote = self.observe(pending)
         stop = vote.stop > 0
         if stop or vote.save or self.saver.due(self.progress.step):
-            # The step that is under way is part of the state: it must be known to be good before that is saved.
+            # The step that is under way is in the weights already, and in `progress.step`: it must be known to be good
+            # before the state is saved.
             last, self.pending = self.pending, None
             stop = self.observe(last).stop > 0 or stop
             self.saver.save()
@@ -179,7 +182,7 @@ class Trainer:
             return Vote()
         step, batch, progress = pending.step, self.config.train.global_batch, self.progress
         self.watch.heartbeat(self.config.run.step_timeout)
-        vote = pending.ballot.read()
+        vote = pending.vote.read()
         loss = vote.loss / batch
         if vote.lost:
             raise self.run.lease.loss()

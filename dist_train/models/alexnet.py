@@ -16,7 +16,7 @@ TOWERS = 2  # the paper's two GPUs: "the kernels of the second, fourth, and fift
 KERNELS = {"conv1": (96, 11, 4, 0), "conv2": (256, 5, 1, 2), "conv3": (384, 3, 1, 1)}  # number, side, stride, padding
 KERNELS |= {"conv4": (384, 3, 1, 1), "conv5": (256, 3, 1, 1)}
 PAPER = ModelConfig()
-ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")
+ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases begin with 1 (section 5)
 
 
 class Layers(nn.Module):
@@ -100,7 +100,8 @@ def feature_side(crop: int) -> int:
     side = crop
     for kernel, stride in _strides():
         if side < kernel or (side - kernel) % stride:
-            nearest = min(range(67, 1200, 32), key=lambda c: abs(c - crop))
+            fitting = range(67, 1200, 32)  # 67 is the smallest; the strides multiply to 4 x 2 x 2 x 2 = 32
+            nearest = min(fitting, key=lambda c: abs(c - crop))
             raise ConfigError(
                 f"data.crop {crop} does not fit the layers of alexnet: the nearest that does is {nearest}"
             )
@@ -112,4 +113,4 @@ def _strides() -> Iterator[tuple[int, int]]:
     """Kernel and stride of all layers that shrink the maps, in their order."""
     yield 11, 4  # conv1; the other convolutions keep their size
     for _ in range(3):
-        yield 3, 2
+        yield 3, 2  # pooling; windows of 2 give the same sizes at the crops that fit

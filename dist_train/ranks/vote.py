@@ -33,7 +33,7 @@ class Vote(NamedTuple):
     bad: float = 0.0
 
     @staticmethod
-    def cast(world: World, **says: float | Tensor) -> Ballot:
+    def cast(world: World, **says: float | Tensor) -> PendingVote:
         """Begin the all-reduce of what this rank says, by the names above: numbers, or scalars on the device.
         Raises TypeError for another name."""
         # One copy carries the plain numbers to the device, where the scalars take their places: nothing is waited for.
@@ -42,10 +42,10 @@ class Vote(NamedTuple):
         for name, value in says.items():
             if isinstance(value, Tensor):
                 values[Vote._fields.index(name)] = value
-        return Ballot(values, world.reduce(values))
+        return PendingVote(values, world.reduce(values))
 
 
-class Ballot(NamedTuple):
+class PendingVote(NamedTuple):
     """A vote whose all-reduce is under way."""
 
     values: Tensor

@@ -18,8 +18,8 @@ class Saver:
 
     Args:
         meta: what a checkpoint's meta.json says of the run, besides its progress.
-        covered: called with the bytes of the record that a state on the disk covers; what lies behind them may be cut
-            off by a restart.
+        covered: told how many bytes of the record are safe, once the state that was saved with them is on the disk. A
+            restart cuts the record back to what its checkpoint covers, so nothing behind them may be sent to wandb yet.
     """
 
     def __init__(
@@ -43,7 +43,8 @@ class Saver:
         return self._world.rank == 0 and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 
     def due(self, step: int) -> bool:
-        """Whether the state after so many steps is one to save."""
+        """Whether the state after so many steps is to be saved, and is not yet: an epoch's last step is asked about
+        twice."""
         every = self._config.steps
         return every > 0 and step % every == 0 and step != self._saved_step
 
@@ -60,7 +61,7 @@ class Saver:
         if run.store.error:
             run.say(f"the last save failed ({run.store.error}): older checkpoints stand, trying again")
         else:
-            self._covered(self._in_flight)
+            self._covered(self._in_flight)  # the save before this one is on the disk; the last one is the run's to tell
         size = run.record.size()
         run.store.save(state | {"record": size}, self._state.progress.as_meta() | self._meta, best=best)
         self._in_flight = size
