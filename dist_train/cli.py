@@ -14,7 +14,6 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from dist_train.config import DEFAULT, Config, ConfigError, as_dict
 from dist_train.ranks import launcher
 from pipelines.cli import TRAINERS, interrupted, nearest, refuse
-from pipelines.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, str]:
@@ -53,12 +52,11 @@ def train(argv: Sequence[str]) -> int:
     try:
         config, stem = parse(argv)
         from dist_train import run  # torch takes seconds, which no misspelt option should cost
-
-        return run.start(config, default_name(stem))
-    except UserError as error:
+    except ConfigError as error:
         return launcher.exit_code(refuse(error, speaks=launcher.rank() == 0))
-    except KeyboardInterrupt:  # before the watch took over
+    except KeyboardInterrupt:  # from here on a stop signal is the watch's
         return interrupted()
+    return run.start(config, default_name(stem))
 
 
 def _parser() -> ArgumentParser:

@@ -25,6 +25,7 @@ from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.resume import Resumed
 from dist_train.rundir.state import Progress
 from dist_train.train import Trainer
+from pipelines.cli import refuse
 from pipelines.errors import UserError
 from pipelines.shards import ShardSet
 
@@ -36,10 +37,13 @@ def start(config: Config, name: str) -> int:
         name: of the run, if the configuration gives none.
 
     Returns the exit code, see `outcomes`. To a launcher non-zero means "restart me", so there only a failure is
-    non-zero, and status.json tells the other ends apart. Raises UserError if this machine has no such device.
+    non-zero, and status.json tells the other ends apart. An error that nobody foresaw is raised.
     """
     watch = Watch(config.run.start_timeout, config.run.stop_timeout)
-    world = join(config.train.device)
+    try:
+        world = join(config.train.device)
+    except UserError as error:
+        return launcher.exit_code(refuse(error, speaks=launcher.rank() == 0))
     try:
         end = _run(config, name, world, watch)
         dist.barrier()  # leave together
@@ -94,7 +98,8 @@ def _open_sets(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
     world.together(lambda: data.check_batch(config, world.size))
     if world.share(data.to_pack(config)):
         world.together(lambda: data.pack_source(config), on=[0])
-    sets = world.together(lambda: data.open_sets(config))
+    # A file system that fails for a moment is no refusal: that may be mended by a restart.
+    sets = world.together(lambda: data.open_sets(config), catch=(UserError,))
     assert sets is not None
     return sets
 

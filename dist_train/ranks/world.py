@@ -22,6 +22,7 @@ from pipelines.errors import UserError
 from pipelines.misc import cpus
 
 T = TypeVar("T")
+CAUGHT = (ValueError, OSError)  # UserError, what a library makes of a damaged file, and a file that cannot be had
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,23 @@ class World:
         return box[0]
 
     def together(
-        self, work: Callable[[], T], *, on: Collection[int] | None = None, failure: type[Exception] = Refused
+        self,
+        work: Callable[[], T],
+        *,
+        on: Collection[int] | None = None,
+        failure: type[Exception] = Refused,
+        catch: tuple[type[Exception], ...] = CAUGHT,
     ) -> T | None:
         """Do `work` on the ranks `on` (all of them if None), and go on only if it went well on each.
 
-        Returns its result, or None on the other ranks. If it raises ValueError or OSError on one rank, all raise
+        Returns its result, or None on the other ranks. If it raises one of `catch` on one rank, all ranks raise
         `failure` with the message of the first that failed: none is left waiting for a rank that is gone.
         """
         result, message = None, ""
         if on is None or self.rank in on:
             try:
                 result = work()
-            except (ValueError, OSError) as error:  # UserError, and what a library makes of a damaged file
+            except catch as error:
                 message = str(error) or type(error).__name__
         messages = [""] * self.size
         dist.all_gather_object(messages, message)

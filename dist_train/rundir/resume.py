@@ -51,8 +51,7 @@ def restore(state: TrainState, config: Config, world: World, training_set: Shard
         run.say(f"checkpoint {name} is bad ({why}): looking for an older one")
         resumed.bad.append(name)
 
-    look = world.together(lambda: find(run.path, bad=bad), on=[0], failure=CheckpointError)
-    found: Checkpoint | None = world.share(look)
+    found: Checkpoint | None = world.share(find(run.path, bad=bad) if world.rank == 0 else None)
     if found is None:
         if world.share(resumed.bad):
             raise CheckpointError(
