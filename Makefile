@@ -1,4 +1,5 @@
-# make demo | quick | test | lint | drills | bench | experiments | test-gpu, each with its own set-up; EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
+# make demo | quick | test | lint | drills | bench | experiments | test-gpu, each with its own set-up
+# EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cuda13

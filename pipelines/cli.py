@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 from pipelines.errors import UsageError, UserError
 
 USAGE, INTERRUPTED = 2, 130  # exit codes; the latter is the shell's for Ctrl-C
-TRAINERS = ("--config", "--print_config")  # options of the trainer without a dot
+PRINT_CONFIG = "--print_config"
+TRAINERS = ("--config", PRINT_CONFIG)  # options of the trainer without a dot; all others of it have one
 
 
 class Parser(ArgumentParser):
@@ -38,22 +39,35 @@ class Parser(ArgumentParser):
         """Raises UsageError; exits for --help.
 
         Args:
-            passes_on: options of the trainer, --config and those with a dot, are left in `rest`, with their values.
+            passes_on: options of the trainer, --config and those with a dot, go to `rest`, with their values.
         """
-        # Looked for first: argparse would rather complain of a required option that the misspelt one was to be.
-        trainers = TRAINERS if passes_on else ()
-        for word in argv:
+        own, trainers = self._divided(argv) if passes_on else (list(argv), [])
+        for word in own:
             if word == "--":  # what follows are no options
                 break
-            name = word.partition("=")[0]
-            passed = passes_on and ("." in name or name in trainers)
-            if name.startswith("--") and name not in self.names and not passed:
-                raise UsageError(f"unknown option {name}: did you mean {nearest(name, [*self.names, *trainers])}?")
-        args, rest = self.parse_known_args(argv)
-        if rest and not passes_on:
-            raise UsageError(f"{rest[0]} is one argument too many: see {self.prog} --help")
-        args.rest = rest
+            # Looked for first: argparse would rather complain of a required option that the misspelt one was to be.
+            if word.startswith("--") and (name := word.partition("=")[0]) not in self.names:
+                known = [*self.names, *TRAINERS] if passes_on else self.names
+                raise UsageError(f"unknown option {name}: did you mean {nearest(name, known)}?")
+        args, left = self.parse_known_args(own)
+        if left:
+            raise UsageError(f"{left[0]} is one argument too many: see {self.prog} --help")
+        args.rest = trainers
         return args
+
+    def _divided(self, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The words that are this verb's, and those that are the trainer's."""
+        own, trainers = list[str](), list[str]()
+        words = iter(argv)
+        for word in words:
+            name, given, _ = word.partition("=")
+            if not word.startswith("--") or ("." not in name and name not in TRAINERS):
+                own.append(word)
+                continue
+            trainers.append(word)
+            if not given and name != PRINT_CONFIG and (value := next(words, None)) is not None:
+                trainers.append(value)
+        return own, trainers
 
 
 class Verb(NamedTuple):

@@ -6,12 +6,13 @@ the one it gives. `# ensemble of two: NAME` averages the runs of another arm, tw
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_train.cli import overrides_of
+from dist_train.cli import overrides_of, parse
 from dist_train.config import CONFIGS, ConfigError
 from pipelines.files import read_text
 
@@ -72,6 +73,14 @@ class Experiment:
 def known() -> list[str]:
     """The names of all experiments."""
     return sorted(path.stem for path in SWEEPS.glob("*.sweep"))
+
+
+def chosen(names: Sequence[str], seeds: int, root: Path, extra: Sequence[str]) -> list[Experiment]:
+    """These experiments, or all. Raises ConfigError, also if the trainer would refuse the options `extra`."""
+    experiments = [read(name, seeds, root) for name in names or known()]
+    for experiment in experiments:
+        parse(["--config", str(experiment.config), *extra])
+    return experiments
 
 
 def read(name: str, seeds: int, root: Path) -> Experiment:

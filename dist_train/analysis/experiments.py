@@ -15,10 +15,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from dist_train.analysis import arms
 from dist_train.analysis.arms import Experiment
 from dist_train.analysis.tables import report
-from dist_train.cli import parse
 from dist_train.rundir import status
 from pipelines.misc import cpus
 
@@ -41,11 +39,8 @@ class Place(NamedTuple):
     gpu: dict[str, str]
 
 
-def start(args: Namespace) -> int:
-    """Run and draw. Returns 0, or 1 if a run failed. Raises ConfigError before any run is begun."""
-    experiments = [arms.read(name, args.seeds, args.root) for name in args.names or arms.known()]
-    if args.rest:
-        check(experiments, args.rest)
+def start(args: Namespace, experiments: Sequence[Experiment]) -> int:
+    """Run and draw. Returns 0, or 1 if a run failed."""
     failed: list[str] = []
     if not args.draw_only:
         failed = run_all(experiments, args.rest, args.jobs or torch.cuda.device_count() or cpus())
@@ -55,12 +50,6 @@ def start(args: Namespace) -> int:
     for failure in failed:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def check(experiments: Sequence[Experiment], extra: Sequence[str]) -> None:
-    """Raises ConfigError if the trainer would refuse these options."""
-    for experiment in experiments:
-        parse(["--config", str(experiment.config), *extra])
 
 
 def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) -> list[str]:

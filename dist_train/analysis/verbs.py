@@ -21,9 +21,12 @@ def _figures(args: Namespace) -> int:
 
 
 def _experiments(args: Namespace) -> int:
+    from dist_train.analysis import arms
+
+    chosen = arms.chosen(args.names, args.seeds, args.root, args.rest)  # what is misspelt does not wait for torch
     from dist_train.analysis import experiments as verb
 
-    return verb.start(args)
+    return verb.start(args, chosen)
 
 
 VERBS = {
