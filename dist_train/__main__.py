@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_train import cli
-from dist_train.analysis.verbs import VERBS
+from dist_train.analysis.verbs import SHARED, VERBS
 from dist_train.ranks import launcher
 from pipelines.cli import run_verb
 
@@ -18,8 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; see `dist_train.outcomes`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
-        speaks = launcher.rank() == 0
-        return launcher.exit_code(run_verb("python -m dist_train", VERBS, words, speaks=speaks))
+        shared = words[0] in SHARED
+        code = run_verb("python -m dist_train", VERBS, words, speaks=launcher.rank() == 0 or not shared)
+        return launcher.exit_code(code) if shared else code
     return cli.train(words)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from dist_train.config import DEFAULT, Config, ConfigError, as_dict
+from dist_train.config import DEFAULT, UNDOTTED, Config, ConfigError, as_dict
 from dist_train.ranks import launcher
-from pipelines.cli import TRAINERS, interrupted, nearest, refuse
+from pipelines.cli import interrupted, nearest, refuse
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, str]:
@@ -90,7 +90,7 @@ def _explain(message: str) -> str:
 
 
 def _unknown(key: str) -> str:
-    meant = nearest(key, [*as_dict(Config()), "help", *(name.removeprefix("--") for name in TRAINERS)])
+    meant = nearest(key, [*as_dict(Config()), "help", *(name.removeprefix("--") for name in UNDOTTED)])
     if "." in key or "." in meant:
         return f"unknown configuration key {key}: did you mean {meant}?"
     return f"unknown option --{key}: did you mean --{meant}?"

@@ -229,6 +229,10 @@ class Config:
             )
 
 
+# Options of the trainer without a dot: a file, and each group as a mapping.
+UNDOTTED = ("--config", "--print_config", *(f"--{f.name}" for f in fields(Config)))
+
+
 def dump(config: Config) -> str:
     """YAML that the command line reads back with `--config`."""
     return str(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))

@@ -65,13 +65,16 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         path = Path(config.run.dir)
         run = RunDirectory(path, terminal.say, keep=config.checkpoint.keep, writes=world.rank == 0)
         wandb = WandbRun(path, config.monitor)
-        trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
-        resumed = resume.restore(trainer.state, config, world, sets[0], run)  # may refuse: before anything is claimed
+        try:  # before anything is claimed
+            trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
+            resumed = resume.restore(trainer.state, config, world, sets[0], run)
+        except ValueError as error:  # ours, and torch's for sizes that do not fit
+            raise Refused(str(error)) from error
         _claim(config, world, run, trainer.progress, resumed.bad)
-    except (UserError, Refused, NotBegun) as error:  # the same on all ranks
+    except (Refused, NotBegun) as refusal:  # the same on all ranks
         if world.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return error if isinstance(error, Ended) else Refused(str(error))
+            print(f"error: {refusal}", file=sys.stderr)
+        return refusal
     watch.on_exit = lambda why: run.status.set("failed", why)
     if world.rank == 0:
         run.record.open(resumed.record_bytes)
@@ -107,8 +110,8 @@ def _open_sets(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
 def _placed(config: Config, name: str, world: World) -> Config:
     """The configuration with the name and the directory of the run, the same on all ranks."""
     name = world.share(config.run.name or Path(config.run.dir).name or name)
-    path = config.run.dir or str(Path(config.run.root) / name)
-    return replace(config, run=replace(config.run, name=name, dir=path))
+    path = Path(config.run.dir or Path(config.run.root) / name)
+    return replace(config, run=replace(config.run, name=name, dir=str(path)))
 
 
 def _reproducible(config: Config) -> None:

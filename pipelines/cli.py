@@ -8,14 +8,13 @@ from __future__ import annotations
 import difflib
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from pipelines.errors import UsageError, UserError
 
 USAGE, INTERRUPTED = 2, 130  # exit codes; the latter is the shell's for Ctrl-C
-PRINT_CONFIG = "--print_config"
-TRAINERS = ("--config", PRINT_CONFIG)  # options of the trainer without a dot; all others of it have one
+PRINT_CONFIG = "--print_config"  # the one option that is passed on without a value
 
 
 class Parser(ArgumentParser):
@@ -35,39 +34,39 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
-    def parse(self, argv: Sequence[str], *, passes_on: bool = False) -> Namespace:
+    def parse(self, argv: Sequence[str], passes_on: Collection[str] = ()) -> Namespace:
         """Raises UsageError; exits for --help.
 
         Args:
-            passes_on: options of the trainer, --config and those with a dot, go to `rest`, with their values.
+            passes_on: options of another program, which go to `rest` with their values; its others have a dot.
         """
-        own, trainers = self._divided(argv) if passes_on else (list(argv), [])
+        own, rest = _divided(argv, passes_on) if passes_on else (list(argv), [])
         for word in own:
             if word == "--":  # what follows are no options
                 break
             # Looked for first: argparse would rather complain of a required option that the misspelt one was to be.
             if word.startswith("--") and (name := word.partition("=")[0]) not in self.names:
-                known = [*self.names, *TRAINERS] if passes_on else self.names
-                raise UsageError(f"unknown option {name}: did you mean {nearest(name, known)}?")
+                raise UsageError(f"unknown option {name}: did you mean {nearest(name, [*self.names, *passes_on])}?")
         args, left = self.parse_known_args(own)
         if left:
             raise UsageError(f"{left[0]} is one argument too many: see {self.prog} --help")
-        args.rest = trainers
+        args.rest = rest
         return args
 
-    def _divided(self, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-        """The words that are this verb's, and those that are the trainer's."""
-        own, trainers = list[str](), list[str]()
-        words = iter(argv)
-        for word in words:
-            name, given, _ = word.partition("=")
-            if not word.startswith("--") or ("." not in name and name not in TRAINERS):
-                own.append(word)
-                continue
-            trainers.append(word)
-            if not given and name != PRINT_CONFIG and (value := next(words, None)) is not None:
-                trainers.append(value)
-        return own, trainers
+
+def _divided(argv: Sequence[str], passed: Collection[str]) -> tuple[list[str], list[str]]:
+    """The words of a verb, and those that it passes on: options with a dot and those named, each with its value."""
+    own, rest = list[str](), list[str]()
+    words = iter(argv)
+    for word in words:
+        name, given, _ = word.partition("=")
+        if not word.startswith("--") or ("." not in name and name not in passed):
+            own.append(word)
+            continue
+        rest.append(word)
+        if not given and name != PRINT_CONFIG and (value := next(words, None)) is not None:
+            rest.append(value)
+    return own, rest
 
 
 class Verb(NamedTuple):
@@ -77,13 +76,13 @@ class Verb(NamedTuple):
         help: one line.
         options: declares its options; imports nothing heavy.
         start: does it; imports what it needs. Returns the exit code.
-        passes_on: options of the trainer are left in `args.rest`.
+        passes_on: as for `Parser.parse`.
     """
 
     help: str
     options: Callable[[Parser], None]
     start: Callable[[Namespace], int]
-    passes_on: bool = False
+    passes_on: Collection[str] = ()
 
 
 def run_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str], *, speaks: bool = True) -> int:
@@ -102,11 +101,11 @@ def run_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str], *, speak
         verb, words = verbs[name], argv[len(name.split()) :]
         parser = Parser(f"{prog} {name}", verb.help)
         verb.options(parser)
-        return verb.start(parser.parse(words, passes_on=verb.passes_on))
+        return verb.start(parser.parse(words, verb.passes_on))
     except (UserError, OSError) as error:
         return refuse(error, speaks=speaks)
     except KeyboardInterrupt:
-        return interrupted()
+        return interrupted(speaks=speaks)
 
 
 def refuse(error: Exception, *, speaks: bool = True) -> int:
@@ -116,9 +115,10 @@ def refuse(error: Exception, *, speaks: bool = True) -> int:
     return USAGE
 
 
-def interrupted(remedy: str = "") -> int:
-    """Say that Ctrl-C has ended the command, and what to do; the exit code."""
-    print(f"interrupted: {remedy}" if remedy else "interrupted", file=sys.stderr)
+def interrupted(remedy: str = "", *, speaks: bool = True) -> int:
+    """Say that Ctrl-C has ended the command, and what to do, if this process speaks; the exit code."""
+    if speaks:
+        print(f"interrupted: {remedy}" if remedy else "interrupted", file=sys.stderr)
     return INTERRUPTED
 
 

@@ -267,14 +267,13 @@ class Loader:
     def _find_bad(self, epoch: int, steps: range) -> bool:
         """Decode the samples of these steps one by one, the way they failed together; blame those that fail again.
         True if there are any."""
-        known, suspects = len(self.bad), list[_Suspect]()
+        known = len(self.bad)
         for step in steps:
             samples, start = self.usable(epoch, step)
-            for i, (sample, data) in enumerate(zip(samples, self._read(samples), strict=True)):
-                if data is not None:
-                    suspects.append(_Suspect(int(sample), start + i, data))
-        while suspects:
-            suspects = suspects[self._decode_until_bad(epoch, suspects) :]
+            read = enumerate(zip(samples, self._read(samples), strict=True))
+            suspects = [_Suspect(int(sample), start + i, data) for i, (sample, data) in read if data is not None]
+            while suspects:
+                suspects = suspects[self._decode_until_bad(epoch, suspects) :]
         return len(self.bad) > known
 
     def _decode_until_bad(self, epoch: int, suspects: Sequence[_Suspect]) -> int:

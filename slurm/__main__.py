@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from dist_train.config import UNDOTTED
 from pipelines.cli import Parser, Verb, natural, positive, run_verb
 from slurm import cluster, submissions
-from slurm.submissions import SlurmError, SubmittedRun
+from slurm.submissions import SlurmError, Submission, SubmittedRun
 
 PATIENCE = 30  # seconds that a stopped job may take to end, besides those of its save
 
@@ -120,7 +121,7 @@ def _cancel(args: Namespace) -> int:
             continue
         submission.no_requeue.touch()
         if cluster.entry(submission).state == "RUNNING" and not args.now:
-            _stop(run)
+            _stop(run, submission)
         if not cluster.ended(submission):
             cluster.end(submission)
         newest = newest_name(run.directory)
@@ -128,12 +129,12 @@ def _cancel(args: Namespace) -> int:
     return 0
 
 
-def _stop(run: SubmittedRun) -> None:
+def _stop(run: SubmittedRun, submission: Submission) -> None:
     """Ask a run to save and end, and wait for it as long as its configuration allows."""
-    cluster.stop(run.last)
+    cluster.stop(submission)
     patience = PATIENCE + run.config()["run"]["stop_timeout"]
     try:
-        cluster.wait(partial(cluster.ended, run.last), patience, "it does not stop")
+        cluster.wait(partial(cluster.ended, submission), patience, "it does not stop")
     except SlurmError as error:
         print(f"{run.name}: {error}; ending it without a save", file=sys.stderr)
 
@@ -189,7 +190,7 @@ def _time(text: str) -> int:
 
 
 VERBS = {
-    "submit": Verb("check a run and put it into the queue", _submit_options, _submit, passes_on=True),
+    "submit": Verb("check a run and put it into the queue", _submit_options, _submit, passes_on=UNDOTTED),
     "submit pack": Verb("pack a large image folder as an array", _pack_options, _submit_pack),
     "status": Verb("a table of runs", _status_options, _status),
     "logs": Verb("the log of a rank, over all restarts", _logs_options, _logs),

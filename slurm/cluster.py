@@ -56,8 +56,10 @@ def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
         except SlurmError:  # an unknown number, or no Slurm here: what the run directory says must do
             text = ""
         for line in text.splitlines():
-            job, state, reason, left = line.split("|")
-            entries[job] = Entry(state, "" if reason == "None" else reason, left)
+            if line.count("|") >= 3:
+                job, state, rest = line.split("|", 2)
+                reason, _, left = rest.rpartition("|")
+                entries[job] = Entry(state, "" if reason == "None" else reason, left)
     return entries
 
 

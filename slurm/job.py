@@ -14,7 +14,6 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributedEnvironment
 
-from dist_train.cli import train
 from dist_train.outcomes import DIVERGED, STOPPED
 from dist_train.ranks.launcher import leave
 from dist_train.rundir import restarts, status
@@ -46,6 +45,8 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         _remove_stale(here)
         if rank == 0 and not _begin(run, here):
             os._exit(DIVERGED)  # like a run that diverged, it must not be tried again
+        from dist_train.cli import train  # not before this start is noted: a node may have lost the program
+
         code = train(["--config", str(run.config_file), "--run.dir", str(self.directory)])
         if code == STOPPED:
             leave(_come_back(here, rank, requeue, STOPPED))

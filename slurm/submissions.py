@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.errors import UserError
-from pipelines.files import read_json, read_jsonl, write_atomically
+from pipelines.errors import UserError, first_line
+from pipelines.files import read_json, read_jsonl, read_text, write_atomically
 
 ROOT = Path("runs")
 
@@ -86,7 +86,10 @@ class SubmittedRun:
 
     def config(self) -> dict[str, Any]:
         """The configuration as nested dicts."""
-        config: dict[str, Any] = yaml.safe_load(self.config_file.read_text())
+        try:
+            config: dict[str, Any] = yaml.safe_load(read_text(self.config_file))
+        except yaml.YAMLError as error:
+            raise SlurmError(f"{self.config_file} is damaged ({first_line(error)}): restore it") from error
         return config
 
     def submission(self) -> Submission | None:

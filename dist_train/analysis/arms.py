@@ -76,11 +76,24 @@ def known() -> list[str]:
 
 
 def chosen(names: Sequence[str], seeds: int, root: Path, extra: Sequence[str]) -> list[Experiment]:
-    """These experiments, or all. Raises ConfigError, also if the trainer would refuse the options `extra`."""
+    """These experiments, or all. Raises ConfigError, also if no arm of one could be run with the options `extra`."""
     experiments = [read(name, seeds, root) for name in names or known()]
-    for experiment in experiments:
-        parse(["--config", str(experiment.config), *extra])
+    for experiment in experiments if extra else ():
+        refusals = [
+            _refusal(["--config", str(experiment.config), *arm.overrides, *extra]) for arm in experiment.trained
+        ]
+        if all(refusals):
+            raise ConfigError(refusals[0])
     return experiments
+
+
+def _refusal(argv: Sequence[str]) -> str:
+    """What the trainer has against this command line, or nothing."""
+    try:
+        parse(argv)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def read(name: str, seeds: int, root: Path) -> Experiment:

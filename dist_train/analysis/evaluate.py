@@ -63,9 +63,10 @@ def open_runs(directories: Sequence[Path], world: World, which: str, split: Path
         _check_alike(runs)
         return runs
 
-    runs = world.together(lambda: opened([which] * len(directories)), on=[0], failure=RunError)
+    caught = (ValueError, OSError)  # ValueError: what torch makes of a model's sizes
+    runs = world.together(lambda: opened([which] * len(directories)), on=[0], failure=RunError, catch=caught)
     names = world.share([run.checkpoint for run in runs or ()])
-    others = world.together(lambda: opened(names), on=range(1, world.size), failure=RunError)
+    others = world.together(lambda: opened(names), on=range(1, world.size), failure=RunError, catch=caught)
     return runs or others or []
 
 

@@ -43,7 +43,8 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
     Raises ShardError, on all ranks, if a tar is not what was indexed, or if no image can be decoded.
     """
     batch = min(batch, len(runs[0].val))
-    table = world.together(lambda: _own_rows(runs, world, views, batch), failure=ShardError)
+    caught = (ShardError, OSError)
+    table = world.together(lambda: _own_rows(runs, world, views, batch), failure=ShardError, catch=caught)
     assert table is not None  # all ranks work
     world.sum(torch.from_numpy(table))  # which shares the memory of the table
     if table[:, LEFT_OUT].all():

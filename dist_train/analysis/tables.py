@@ -61,13 +61,13 @@ Errors = Mapping[str, Sequence[float]]  # of validation, of the runs or pairs of
 def report(experiment: Experiment, out: Path) -> list[Path]:
     """Write NAME.md and NAME.png, and NAME-layers.png if layers were probed. Returns the paths: none if nothing was
     run."""
-    runs = {arm.name: found for arm in experiment.trained if (found := _runs(experiment, arm))}
+    runs = {label(experiment, arm): found for arm in experiment.trained if (found := _runs(experiment, arm))}
     if not runs:
         return []
     errors = {name: [run.checks[-1]["top1_error"] for run in found if run.checks] for name, found in runs.items()}
     for arm in experiment.ensembles:
         results = [pair.result for pair in experiment.pairs(arm) if pair.result.exists()]
-        errors[arm.name] = [json.loads(path.read_text())["top1_error"] for path in results]
+        errors[label(experiment, arm)] = [json.loads(path.read_text())["top1_error"] for path in results]
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{experiment.name}.md", out / f"{experiment.name}.png"]
     write_atomically(paths[0], table(runs, errors).encode())
@@ -81,6 +81,13 @@ def report(experiment: Experiment, out: Path) -> list[Path]:
         paths.append(out / f"{experiment.name}-layers.png")
         draw_layers(list(probed), measured(list(probed.values()))).savefig(paths[2])
     return paths
+
+
+def label(experiment: Experiment, arm: Arm) -> str:
+    """The name of an arm, with its seeds if another one has the same name."""
+    if sum(other.name == arm.name for other in experiment.arms) == 1:
+        return arm.name
+    return f"{arm.name}, seed {', '.join(map(str, arm.seeds))}"
 
 
 def table(runs: Runs, errors: Errors) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from dist_train.analysis import options
+from dist_train.config import UNDOTTED
 from pipelines.cli import Verb
 
 
@@ -29,6 +30,7 @@ def _experiments(args: Namespace) -> int:
     return verb.start(args, chosen)
 
 
+SHARED = ("evaluate",)  # verbs whose work the ranks of torchrun share
 VERBS = {
     "evaluate": Verb("exact errors of a run, or of several, averaged", options.evaluate, _evaluate),
     "figures": Verb("figures 3 and 4 of the paper, for a trained run", options.figures, _figures),
@@ -36,6 +38,6 @@ VERBS = {
         "run and draw the sweeps of configs/experiments; further options go to the trainer",
         options.experiments,
         _experiments,
-        passes_on=True,
+        passes_on=UNDOTTED,
     ),
 }

@@ -22,7 +22,7 @@ from pipelines.errors import UserError
 from pipelines.misc import cpus
 
 T = TypeVar("T")
-CAUGHT = (ValueError, OSError)  # UserError, what a library makes of a damaged file, and a file that cannot be had
+CAUGHT = (UserError, OSError)  # what a user can mend; all else is raised where it happens
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,14 @@ def join(device: str) -> World:
     """Join the process group of torchrun's (or submitit's) environment; a group of one without a launcher.
 
     `device`: as for `pick_device`. Backend: nccl on the GPU, gloo on the CPU. A collective that hangs is ended by
-    `Watch`, long before the group's own time-out. Raises UserError if there is no such device.
+    `Watch`, long before the group's own time-out. Raises UserError if there is no such device, or if the environment
+    is that of a launcher in parts.
     """
-    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    try:
+        size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    except ValueError as error:
+        raise UserError(f"the environment is not a launcher's, use torchrun: {error}") from error
     place = pick_device(device, local_rank, local_size)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -153,7 +157,10 @@ def join(device: str) -> World:
         torch.set_num_threads(max(1, cpus() // local_size))
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
-        shared, rank, size = next(rendezvous("env://", timeout=timedelta(hours=1)))
+        try:
+            shared, rank, size = next(rendezvous("env://", timeout=timedelta(hours=1)))
+        except ValueError as error:
+            raise UserError(f"the environment is not a launcher's, use torchrun: {error}") from error
         store: Store = PrefixStore(_meet(shared, rank, size), shared)
     else:
         store, rank, size = HashStore(), 0, 1

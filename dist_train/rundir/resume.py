@@ -86,12 +86,16 @@ def init_from(model: nn.Module, path: Path, device: torch.device, each: str, say
     """
     if not (path / FOLDER).exists() and not (path / META).exists():
         raise CheckpointError(f"model.init_from is {path}, which is neither a run nor a checkpoint of one")
+    why: list[str] = []
     if (path / META).exists():
-        found: Checkpoint | None = verified(path)
+        try:
+            found: Checkpoint | None = verified(path)
+        except CheckpointError as error:
+            found, why = None, [str(error)]
     else:
-        found = find(path)
+        found = find(path, bad=lambda name, reason: why.append(f"{name}: {reason}"))
     if found is None:
-        raise CheckpointError(f"model.init_from: no checkpoint in {path} is good")
+        raise CheckpointError(f"model.init_from: no checkpoint in {path} is good ({'; '.join(why) or 'there is none'})")
     theirs, ours = load_state(found.path, device)["model"], model.state_dict()
     taken = [name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape]
     if not taken:
