@@ -14,6 +14,8 @@ from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 
+pytest_plugins = ["tests.helpers.plugin"]
+
 CLASSES = ("amber", "blue", "green")
 TINTS = np.array([(190, 130, 60), (70, 100, 190), (80, 170, 90)], np.float64)
 SIZES = ((96, 80), (75, 110), (72, 72), (150, 100))  # width, height

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipelines.augment import Augment, fixed_views, random_views, reference_crop, resized
+from pipelines.augment import Augment, fixed_views, random_views, resized
+from tests.helpers.reference import reference_crop
 
 N = 40_000
 COMPONENTS = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0] * np.array([0.22, 0.019, 0.0045])

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from pipelines.augment import Augment
-from pipelines.loader import Loader
+from pipelines.dali import Decode
+from pipelines.loader import Loader, Read
+from pipelines.plan import FixedPlan, TrainingPlan
 from pipelines.shards import BadSample, ShardError, ShardSet
-from tests.helpers.launch import launch, records, status
+from tests.helpers.compare import records, status
+from tests.helpers.launch import launch
 
 
 def test_replaced_by_the_same_sample_at_any_world_size(
@@ -18,29 +21,20 @@ def test_replaced_by_the_same_sample_at_any_world_size(
 ) -> None:
     root, bad = damaged
     shards = ShardSet(root / "train")
+    plan = TrainingPlan(shards, Augment(72, 67), shards.manifest, seed=4)
     shown: dict[int, list[np.ndarray]] = {}
     for size in (1, 2, 3):
         steps: list[list[np.ndarray]] = [[] for _ in range(10)]
         replaced = 0
         for rank in range(size):
-            loader = Loader(
-                shards,
-                Augment(72, 67),
-                shards.manifest,
-                batch=24,
-                training=True,
-                seed=4,
-                rank=rank,
-                size=size,
-                threads=1,
-            )
+            loader = Loader(plan, shards.manifest, batch=24, dp_rank=rank, dp_size=size, decode=Decode(threads=1))
             for i, batch in enumerate(loader.epoch(1)):
                 steps[i].append(batch.samples)
                 replaced += batch.replaced
                 assert len(batch.inputs) == len(batch.labels) == len(batch.samples)
                 np.testing.assert_array_equal(batch.labels, shards.index["label"][batch.samples])
         shown[size] = [np.concatenate(s) for s in steps]
-        wanted = Loader(shards, Augment(72, 67), shards.manifest, batch=240, training=True, seed=4).samples(1, 0)[0]
+        wanted = Loader(plan, shards.manifest, batch=240).samples(1, 0)[0]
         seen = np.concatenate(shown[size])
         assert replaced == 3
         assert not set(seen) & set(bad)
@@ -52,6 +46,7 @@ def test_replaced_by_the_same_sample_at_any_world_size(
         assert told.count(f"{shards.name(sample)} is damaged: another sample takes its place") == 3  # worlds
 
 
+@pytest.mark.integration
 def test_counted_and_limited(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
     root, bad = damaged
     result = launch(root, tmp_path / "run", "--train.epochs=1")
@@ -74,11 +69,12 @@ def test_what_dali_cannot_decode(shard_sets: Path, capsys: pytest.CaptureFixture
         data = shards.read(sample)
         return data[: len(data) // 3] if sample in bad else data
 
-    def batches(**options: object) -> list[tuple[list[int], int]]:
-        loader = Loader(shards, Augment(72, 67), shards.manifest, batch=24, training=True, threads=2, **options)
+    def batches(reading: Read) -> list[tuple[list[int], int]]:
+        plan = TrainingPlan(shards, Augment(72, 67), shards.manifest)
+        loader = Loader(plan, shards.manifest, batch=24, decode=Decode(threads=2), reading=reading)
         return [(batch.samples.tolist(), batch.replaced) for batch in loader.epoch(0)]
 
-    whole, mended = batches(), batches(read=read)
+    whole, mended = batches(Read()), batches(Read(read=read))
     assert sum(replaced for _, replaced in mended) == 3
     for (a, _), (b, _) in zip(whole, mended, strict=True):
         assert all(x == y or (x in bad and y not in bad) for x, y in zip(a, b, strict=True))
@@ -91,6 +87,6 @@ def test_nothing_left_to_show(shard_sets: Path) -> None:
     def read(sample: int) -> np.ndarray:
         raise BadSample("all gone")
 
-    loader = Loader(shards, Augment(72, 67), shards.manifest, batch=63, training=False, read=read)
+    loader = Loader(FixedPlan(shards, Augment(72, 67)), shards.manifest, batch=63, reading=Read(read=read))
     with pytest.raises(ShardError, match=r"no sample of .* can be decoded"):
         next(loader.epoch())

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.rundir.checkpoint import Store
-from dist_train.rundir.lease import NoProgress, Owner, Superseded, check_progress
+from dist_train.rundir.checkpoint import find
+from dist_train.rundir.lease import Lease
+from dist_train.rundir.restarts import NoProgress, count
+from dist_train.rundir.store import Store
 
 
 def store(directory: Path, keep: int = 2) -> Store:
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-    owner = Owner(directory)
-    owner.claim()
-    return Store(directory / "checkpoints", keep, owner)
+    lease = Lease(directory)
+    lease.acquire()
+    return Store(lease, keep)
 
 
 def save(checkpoints: Store, step: int, *, best: bool = False, validated: bool = False) -> None:
@@ -46,9 +48,9 @@ def test_a_state_after_validation_is_newer_than_before_it(tmp_path: Path) -> Non
     save(checkpoints, 7)
     save(checkpoints, 7, validated=True)
     save(checkpoints, 3)
-    found = checkpoints.newest(print)
+    found = find(tmp_path, bad=print)
     assert found is not None
-    assert found[0].name == "step-00000007-validated"
+    assert found.path.name == "step-00000007-validated"
 
 
 def test_what_is_saved_is_a_copy(tmp_path: Path) -> None:
@@ -105,20 +107,31 @@ def test_falls_back_and_says_why(tmp_path: Path, how: str, why: str) -> None:
     save(checkpoints, 1)
     save(checkpoints, 2)
     damage(checkpoints.directory / "step-00000002", how, random.Random(0))
-    told: list[str] = []
-    found = checkpoints.newest(told.append)
+    told: list[tuple[str, str]] = []
+    found = find(tmp_path, bad=lambda *args: told.append(args))
     assert found is not None
-    assert found[0].name == "step-00000001"
-    assert len(told) == 1
-    assert "step-00000002 is bad" in told[0]
-    assert why in told[0]
-    checkpoints.clean()
+    assert found.path.name == "step-00000001"
+    ((name, reason),) = told
+    assert name == "step-00000002"
+    assert why in reason
+    checkpoints.clean([name])
     assert names(checkpoints) == ["step-00000001"]
     assert (checkpoints.directory / "bad-step-00000002").exists()
     save(checkpoints, 2)  # the run comes to that step again
-    found = checkpoints.newest(told.append)
+    found = find(tmp_path, bad=lambda *args: told.append(args))
     assert found is not None
-    assert found[0].name == "step-00000002"
+    assert found.path.name == "step-00000002"
+
+
+def test_a_stray_file_is_no_checkpoint(tmp_path: Path) -> None:
+    """Only what lies in checkpoints/ is the run's, whatever else somebody put into its directory."""
+    checkpoints = store(tmp_path)
+    save(checkpoints, 3)
+    for name in ("meta.json", "state.pt"):
+        (tmp_path / name).write_text("{}")
+    found = find(tmp_path)
+    assert found is not None
+    assert found.path.name == "step-00000003"
 
 
 def test_every_single_bit_counts(tmp_path: Path) -> None:
@@ -131,9 +144,9 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
         data = bytearray(pristine)
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
-        assert checkpoints.newest(lambda _: None) is None
+        assert find(tmp_path) is None
     path.write_bytes(pristine)
-    assert checkpoints.newest(print) is not None
+    assert find(tmp_path, bad=print) is not None
 
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
@@ -141,24 +154,27 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
     save(checkpoints, 1)
     (checkpoints.directory / ".step-00000002.tmp").mkdir()
     (checkpoints.directory / ".step-00000002.tmp" / "state.pt").write_bytes(b"half")
-    assert checkpoints.newest(print) is not None
-    checkpoints.clean()
+    assert find(tmp_path, bad=print) is not None
+    checkpoints.clean([])
     assert [p.name for p in checkpoints.directory.iterdir()] == ["step-00000001"]
 
 
 def test_a_stale_process_renames_nothing(tmp_path: Path) -> None:
-    stale, successor = store(tmp_path), Owner(tmp_path)
-    successor.claim()
+    (tmp_path / "checkpoints").mkdir()
+    lease, successor = Lease(tmp_path), Lease(tmp_path)
+    lease.acquire()
+    stale = Store(lease, 2)
+    successor.acquire()
     stale.save({}, {"step": 9, "epoch": 0, "validated": False}, best=True)
     stale.join()
-    assert isinstance(stale.error, Superseded)
+    assert lease.lost
     assert not list(stale.directory.iterdir())
 
 
 def test_three_automatic_restarts_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(step: int, restarted: Any) -> None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarted))
-        check_progress(tmp_path, step)
+        count(tmp_path, step)
 
     begin(5, 0)
     begin(5, 1)

@@ -160,18 +160,24 @@ def test_bench(shard_sets: Path) -> None:
         (["pack", "imagefolder", "DIR", "DIR/out"], "no images to pack into DIR/out: expected SRC/<class>/<image>"),
         (["pack", "imagefolder", "DIR", "DIR/out", "--quality", "0"], "--quality is 0: it must lie between 1 and 95"),
         (["pack", "no-such-set", "DIR/out"], "torchvision has no data set 'no-such-set'; it has"),
-        (["pack", "imagefolder", "DIR", "DIR/out", "--workers", "0"], "--workers: 0 is not a positive number"),
+        (["pack", "imagefolder", "DIR", "DIR/out", "--workers", "0"], "argument --workers: 0 is below 1"),
         (["index", "DIR"], "no shards in DIR: expected uncompressed *.tar files of WebDataset samples"),
         (["index", "SET", "--classes", "DIR/nowhere.txt"], "No such file or directory: 'DIR/nowhere.txt'"),
         (["preview", "DIR", "DIR/x.png"], "no shards in DIR: make them with `python -m pipelines pack"),
         (["preview", "SET", "SET", "--resize", "72", "--crop", "67", "--rows", "1"], "Is a directory: 'SET'"),
         (["preview", "SET", "DIR/x.png", "--resize", "60", "--crop", "67"], "--crop 67 is larger than --resize 60"),
-        (["preview", "SET", "DIR/x.png", "--rows", "0"], "--rows: 0 is not a positive number"),
-        (["bench", "SET", "--crop", "many"], "--crop: invalid"),
+        (["preview", "SET", "DIR/x.png", "--rows", "0"], "argument --rows: 0 is below 1"),
+        (["bench", "SET", "--crop", "many"], "argument --crop: 'many' is not a whole number"),
         (["bench", "SET", "--batch", "1000"], "SET has 63 samples, not 16 batches of 1000: give a smaller --batch"),
         (["bench", "DIR/nowhere"], "no shards in DIR/nowhere: make them with"),
-        (["make"], "invalid choice: 'make'"),
-        ([], "required: VERB"),
+        (["preview", "SET", "DIR/x.png", "--row", "3"], "unknown option --row: did you mean --rows?"),
+        (["preview", "SET", "DIR/x.png", "--seed", "-1"], "argument --seed: -1 is below 0"),
+        (["pack", "imagefolder", "DIR", "DIR/out", "--seed", "-1"], "argument --seed: -1 is below 0"),
+        (["index", "SET", "--classes", "SET/index.npy"], "SET/index.npy is not a text file in UTF-8"),
+        (["verify", "SET", "DIR"], "DIR is one argument too many: see python -m pipelines verify --help"),
+        (["verify", "SET", "--work", "1"], "unknown option --work: did you mean --workers?"),
+        (["make"], "unknown verb make: did you mean pack?"),
+        ([], "python -m pipelines needs a verb: one of pack, index, verify, preview, bench"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_code_2(
@@ -191,6 +197,14 @@ def test_errors_are_one_sentence_and_exit_code_2(
     out, err = capsys.readouterr()
     assert fill(message) in err
     assert out == ""
+
+
+def test_what_follows_two_dashes_is_no_option(
+    shard_sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "verify", "--workers=1", "--", shard_sets / "val") == 0
+    assert call(monkeypatch, "verify", "--", "--no-such-folder") == 2
+    assert "--no-such-folder" in capsys.readouterr().err
 
 
 def test_a_process_that_fails_has_no_traceback(tmp_path: Path) -> None:

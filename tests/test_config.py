@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.config import CONFIGS, Config, ConfigError, as_dict, dump, parse
+from dist_train.cli import parse
+from dist_train.config import CONFIGS, Config, ConfigError, as_dict, dump
 
 
 def test_the_defaults_are_the_paper() -> None:
@@ -79,6 +80,11 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
         (["--model.dropout", "1"], r"model.dropout is 1.0: it must lie in \[0, 1\)"),
         (["--data.crop", "99"], "data.crop 99 is larger than data.resize 72.*: raise data.resize"),
         (["--checkpoint.keep", "1"], "keep at least 2"),
+        (["--optim.l", "0.1"], "unknown configuration key optim.l: did you mean optim.lr?"),
+        (["--confg", "x.yaml"], "unknown option --confg: did you mean --config?"),
+        (["--conf", "x.yaml"], "unknown option --conf: did you mean --config?"),
+        (["--print-config"], "unknown option --print-config: did you mean --print_config?"),
+        (["--hlep"], "unknown option --hlep: did you mean --help?"),
         (["--config", "/no/such.yaml"], "does not exist: '/no/such.yaml'"),
     ],
 )
@@ -86,6 +92,13 @@ def test_bad_values_are_named(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         parse(argv)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(b"optim: {lr: 1}  # \xff\xfe")
+    with pytest.raises(ConfigError, match="--config is not a text file in UTF-8"):
+        parse(["--config", str(file)])
 
 
 def test_bad_keys_in_a_file(tmp_path: Path) -> None:

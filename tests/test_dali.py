@@ -18,20 +18,34 @@ from nvidia.dali import backend
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipelines.augment import Augment, reference_crop
-from pipelines.dali import Device, graph
-from pipelines.loader import Batch, Loader
+from pipelines.augment import Augment
+from pipelines.dali import Decode, Device, graph
+from pipelines.loader import Batch, Loader, Read
 from pipelines.pack import Options, index, pack
+from pipelines.plan import FixedPlan, Plan, TrainingPlan
 from pipelines.shards import ShardError, ShardSet
 from pipelines.sources import ImageFolder
 from tests.conftest import CLASSES, TINTS, photograph
+from tests.helpers.reference import reference_crop
 
 AUGMENT = Augment(resize=72, crop=67)
+DECODE, READING = Decode(threads=2), Read()
+GPU = Decode("gpu", device_id=0, threads=2)
 
 
-def make(directory: Path, augment: Augment = AUGMENT, **options: Any) -> Loader:
+def make(
+    directory: Path,
+    augment: Augment = AUGMENT,
+    *,
+    training: bool = True,
+    seed: int = 0,
+    decode: Decode = DECODE,
+    reading: Read = READING,
+    **options: Any,
+) -> Loader:
     shards = ShardSet(directory)
-    return Loader(shards, augment, shards.manifest, **{"batch": 11, "training": True, "threads": 2, **options})
+    plan: Plan = TrainingPlan(shards, augment, shards.manifest, seed) if training else FixedPlan(shards, augment)
+    return Loader(plan, shards.manifest, decode=decode, reading=reading, **{"batch": 11, **options})
 
 
 def threads() -> list[str]:
@@ -59,7 +73,7 @@ def test_inputs_are_exact_without_a_resize(shard_sets: Path) -> None:
         assert batch.inputs.shape == (11, 3, 67, 67)
         assert batch.inputs.dtype == torch.float32
         assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
-        views = loader.views(2, batch.samples, batch.start)
+        views = loader.plan.views(2, batch.samples, batch.start)
         images = levels(loader, batch, views.shift)
         for i, sample in enumerate(batch.samples):
             expected = reference_crop(decoded(loader.shards, int(sample)), views, i, 67)
@@ -77,7 +91,7 @@ def test_lighting_and_mean_are_fused_as_the_paper_adds_them(shard_sets: Path) ->
     loader = make(shard_sets / "train", seed=1)
     manifest = loader.shards.manifest
     batch = next(loader.epoch(0))
-    views = loader.views(0, batch.samples, 0)
+    views = loader.plan.views(0, batch.samples, 0)
     for i, sample in enumerate(batch.samples):
         pixels = reference_crop(decoded(loader.shards, int(sample)), views, i, 67) / 255
         lit = pixels + views.shift[i] / 255
@@ -89,7 +103,8 @@ def test_lighting_and_mean_are_fused_as_the_paper_adds_them(shard_sets: Path) ->
 def test_scales_of_the_inputs(shard_sets: Path) -> None:
     """The same pixels, lighting included, in each of the three scales."""
     plain, divided, unit = (
-        make(shard_sets / "train", inputs=inputs) for inputs in ("mean_subtracted", "standardized", "minus_one_to_one")
+        make(shard_sets / "train", decode=Decode(threads=2, inputs=inputs))
+        for inputs in ("mean_subtracted", "standardized", "minus_one_to_one")
     )
     mean, std = (
         255 * torch.tensor(v).view(1, 3, 1, 1) for v in (plain.shards.manifest.mean, plain.shards.manifest.std)
@@ -101,9 +116,9 @@ def test_scales_of_the_inputs(shard_sets: Path) -> None:
 
 def test_statistics_are_the_training_sets(shard_sets: Path) -> None:
     train, val = ShardSet(shard_sets / "train"), ShardSet(shard_sets / "val")
-    options: dict[str, Any] = {"batch": 63, "training": False, "threads": 1}
-    own = next(Loader(val, AUGMENT, val.manifest, **options).epoch())
-    right = next(Loader(val, AUGMENT, train.manifest, **options).epoch())
+    plan, decode = FixedPlan(val, AUGMENT), Decode(threads=1)
+    own = next(Loader(plan, val.manifest, batch=63, decode=decode).epoch())
+    right = next(Loader(plan, train.manifest, batch=63, decode=decode).epoch())
     offset = 255 * (torch.tensor(val.manifest.mean) - torch.tensor(train.manifest.mean))
     torch.testing.assert_close(
         right.inputs - own.inputs, offset.view(1, 3, 1, 1).expand_as(own.inputs), atol=1e-3, rtol=0
@@ -131,7 +146,7 @@ def test_inputs_after_a_resize(originals: Path, training: bool, center_square: b
     loader = make(originals, augment, batch=8, training=training, seed=4)
     differences = []
     for batch in loader.epoch(1):
-        views = loader.views(1, batch.samples, batch.start)
+        views = loader.plan.views(1, batch.samples, batch.start)
         images = levels(loader, batch, views.shift)
         for i, sample in enumerate(batch.samples):
             image = decoded(loader.shards, int(sample))
@@ -177,9 +192,11 @@ def test_world_sizes_give_the_same_global_batches(shard_sets: Path, resize: int)
     for size in (1, 2, 3, 4):
         ranks = []
         for rank in range(size):
-            options = {"threads": rng.integers(1, 4), "readers": rng.integers(1, 9), "ahead": rng.integers(0, 5)}
-            options = {name: int(value) for name, value in options.items()}
-            loader = make(shard_sets / "train", augment, seed=8, rank=rank, size=size, **options)
+            decode = Decode(threads=int(rng.integers(1, 4)))
+            reading = Read(readers=int(rng.integers(1, 9)), ahead=int(rng.integers(0, 5)))
+            loader = make(
+                shard_sets / "train", augment, seed=8, dp_rank=rank, dp_size=size, decode=decode, reading=reading
+            )
             ranks.append([next(epoch) for epoch in [loader.epoch(3)] for _ in range(20)])
         batches = [
             (
@@ -219,7 +236,7 @@ def test_validation_covers_every_sample_once(shard_sets: Path, size: int) -> Non
     seen: list[int] = []
     lengths = []
     for rank in range(size):
-        loader = make(shard_sets / "val", augment, batch=31, training=False, rank=rank, size=size)
+        loader = make(shard_sets / "val", augment, batch=31, training=False, dp_rank=rank, dp_size=size)
         batches = list(loader.epoch())
         lengths.append([len(batch.labels) for batch in batches])
         for batch in batches:
@@ -241,7 +258,7 @@ def test_a_consumer_that_leaves_ends_the_threads(shard_sets: Path) -> None:
         reads.append(sample)
         return shards.read(sample)
 
-    loader = make(shard_sets / "train", read=read)
+    loader = make(shard_sets / "train", reading=Read(read=read))
     for steps in (0, 1, 5):
         reads.clear()
         for i, _ in enumerate(loader.epoch()):
@@ -259,14 +276,14 @@ def test_a_consumer_that_leaves_ends_the_threads(shard_sets: Path) -> None:
 
 def test_a_reader_that_fails_reaches_the_consumer(shard_sets: Path) -> None:
     shards = ShardSet(shard_sets / "train")
-    fails = int(make(shard_sets / "train").order.samples(0, 100, 101)[0])
+    fails = int(make(shard_sets / "train").plan.samples(0, 100, 101)[0])
 
     def read(sample: int) -> NDArray[np.uint8]:
         if sample == fails:
             raise ShardError("injected")
         return shards.read(sample)
 
-    loader = make(shard_sets / "train", read=read, ahead=1)
+    loader = make(shard_sets / "train", reading=Read(read=read, ahead=1))
     seen = []
     with pytest.raises(ShardError, match="injected"):
         seen.extend(loader.epoch())
@@ -290,7 +307,7 @@ def test_slow_reads_overlap(shard_sets: Path) -> None:
             under_way -= 1
         return shards.read(sample)
 
-    loader = make(shard_sets / "train", read=read)
+    loader = make(shard_sets / "train", reading=Read(read=read))
     assert sum(len(batch.labels) for batch in loader.epoch()) == 231
     assert most >= 8
 
@@ -308,9 +325,7 @@ def test_placement(resize: bool, device: Device) -> None:
         crop=67,
         resize=resize,
         std=[1.0, 1.0, 1.0],
-        device=device,
-        device_id=0 if device == "gpu" else None,
-        threads=2,
+        decode=Decode(device, 0 if device == "gpu" else None, threads=2),
     )
     (output,) = pipeline._graph_out
     assert output.device == device
@@ -343,7 +358,7 @@ def test_placement(resize: bool, device: Device) -> None:
 def test_gpu_inputs_are_the_cpus(shard_sets: Path, resize: int) -> None:
     augment = Augment(resize=resize, crop=67)
     on_cpu = list(make(shard_sets / "train", augment).epoch())
-    on_gpu = list(make(shard_sets / "train", augment, device="gpu", device_id=0).epoch())  # all are kept
+    on_gpu = list(make(shard_sets / "train", augment, decode=GPU).epoch())  # all are kept
     assert len(on_cpu) == len(on_gpu) == 21
     for one, two in zip(on_cpu, on_gpu, strict=True):
         assert two.inputs.is_cuda
@@ -353,7 +368,5 @@ def test_gpu_inputs_are_the_cpus(shard_sets: Path, resize: int) -> None:
         assert difference.max() < 12  # another JPEG decoder: it rounds, and smooths colour, in another way
         assert difference.mean() < 1
     for rank in range(3):
-        batches = list(
-            make(shard_sets / "val", batch=31, training=False, rank=rank, size=3, device="gpu", device_id=0).epoch()
-        )
+        batches = list(make(shard_sets / "val", batch=31, training=False, dp_rank=rank, dp_size=3, decode=GPU).epoch())
         assert all(batch.inputs.is_cuda and len(batch.inputs) == len(batch.labels) for batch in batches)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.launch import STEPS, equal, finish, launch, newest, records, start, status
+from tests.helpers.compare import assert_same_run, newest, records, status
+from tests.helpers.launch import STEPS, Run, alive, at, children, finish, launch, start
+
+pytestmark = pytest.mark.integration
 
 EVERY = "--checkpoint.steps=4"
 TABLE: list[tuple[str, str, str]] = []
@@ -34,12 +36,7 @@ class Drill:
     extra: tuple[str, ...] = ()
     agent: str = ""
     says: str = ""
-    env: dict[str, str] = field(default_factory=dict)
     slow: bool = False  # has a sibling that is not: `make drills` and `make test MARK=slow` run it
-
-
-def at(moment: str, n: int, do: str, rank: int = 0, **more: Any) -> dict[str, Any]:
-    return {"at": moment, "n": n, "do": do, "rank": rank, **more}
 
 
 DRILLS = [
@@ -109,8 +106,7 @@ def time_lost(run: Path) -> str:
 
 
 def same(run: Path, undisturbed: Path) -> None:
-    assert records(run) == records(undisturbed)
-    assert equal(newest(run) | {"record": 0}, newest(undisturbed) | {"record": 0})
+    assert_same_run(run, undisturbed)
     assert not list((run / "checkpoints").glob(".*"))
     assert len(list((run / "checkpoints").glob("step-*"))) <= 3
 
@@ -121,8 +117,7 @@ def same(run: Path, undisturbed: Path) -> None:
 )
 def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    env = {"FAULT": json.dumps(drill.fault), **drill.env}
-    first = launch(shard_sets, run, EVERY, *drill.extra, module="tests.helpers.faults", agent=drill.agent, env=env)
+    first = launch(shard_sets, run, EVERY, *drill.extra, agent=drill.agent, fault=drill.fault)
     assert list(run.glob("fault-*")), f"the fault did not strike\n{first.stderr}"
     assert status(run)["state"] in {"dead": ("running", "failed")}.get(drill.ends, (drill.ends,)), first.stderr
     assert drill.says in first.stderr
@@ -130,7 +125,7 @@ def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path
         assert "Traceback" not in first.stderr
     outcome = drill.ends
     if drill.again:
-        second = launch(shard_sets, run, EVERY, module="tests.helpers.faults")
+        second = launch(shard_sets, run, EVERY, fault={})
         assert second.returncode == 0, second.stderr
         assert "continuing from step-" in second.stderr
         outcome += ", continued"
@@ -140,10 +135,8 @@ def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path
 
 def test_nan_in_one_rank_stops_all_and_harms_nothing(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    env = {"FAULT": json.dumps(at("step", 7, "nan", 1))}
-    result = launch(
-        shard_sets, run, EVERY, "--checkpoint.keep=9", module="tests.helpers.faults", env=env, agent="--max-restarts=3"
-    )
+    fault = at("step", 7, "nan", 1)
+    result = launch(shard_sets, run, EVERY, "--checkpoint.keep=9", fault=fault, agent="--max-restarts=3")
     assert result.returncode == 0, "a restart would not mend it"
     end = status(run)
     assert end["state"] == "diverged"
@@ -162,8 +155,8 @@ def test_nan_in_one_rank_stops_all_and_harms_nothing(shard_sets: Path, undisturb
 
 def test_a_disk_that_stays_full(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    env = {"FAULT": json.dumps(at("save:flushed", 3, "disk full", always=True))}  # the first save has two flushes
-    result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env=env)
+    fault = at("save:flushed", 3, "disk full", always=True)  # the first save has two flushes
+    result = launch(shard_sets, run, EVERY, fault=fault)
     assert result.returncode != 0
     assert "the last save failed" in result.stderr
     assert "No space left" in status(run)["reason"]
@@ -171,10 +164,22 @@ def test_a_disk_that_stays_full(shard_sets: Path, tmp_path: Path) -> None:
     TABLE.append(("a disk that stays full", "failed, says why; older checkpoint whole", "-"))
 
 
+def test_an_error_in_the_midst_of_training_is_a_failure(shard_sets: Path, tmp_path: Path) -> None:
+    """Not a refusal, whatever its kind: a restart may mend it, so torchrun hears of it."""
+    for ranks in (0, 1):
+        run = tmp_path / str(ranks)
+        result = launch(shard_sets, run, EVERY, fault=at("step", 7, "shard error"), ranks=ranks)
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr
+        assert (status(run)["state"], status(run)["step"]) == ("failed", 5)
+        assert status(run)["reason"] == "ShardError: the tar is not the one that was indexed"
+    TABLE.append(("an error in the midst of training", "failed, says why", "-"))
+
+
 def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    env = {"FAULT": json.dumps(at("step", 7, "vanish"))}
-    result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env=env, ranks=1)
+    fault = at("step", 7, "vanish")
+    result = launch(shard_sets, run, EVERY, fault=fault, ranks=1)
     assert result.returncode != 0
     assert "could not be saved" in result.stdout + result.stderr
     assert not (run / "checkpoints").exists()
@@ -183,17 +188,17 @@ def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:
 
 def test_no_endless_restarts(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    env = {"FAULT": json.dumps(at("step", 2, "kill", 1, always=True))}
-    result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env=env, agent="--max-restarts=9")
+    fault = at("step", 2, "kill", 1, always=True)
+    result = launch(shard_sets, run, EVERY, fault=fault, agent="--max-restarts=9")
     assert result.returncode == 0
     assert "3 automatic restarts began at step 0 without progress" in status(run)["reason"]
     assert status(run)["state"] == "failed"
     TABLE.append(("a crash at every start", "failed after three restarts", "-"))
 
 
-def under_way(shard_sets: Path, run: Path) -> subprocess.Popen[str]:
+def under_way(shard_sets: Path, run: Path) -> Run:
     """A slow run that has made its first checkpoint."""
-    process = start(shard_sets, run, EVERY, module="tests.helpers.faults", env={"STEP_SECONDS": "1"})
+    process = start(shard_sets, run, EVERY, fault={}, env={"STEP_SECONDS": "1"}, how="exec")
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "step-00000004").exists():
         assert time.monotonic() < deadline
@@ -214,21 +219,15 @@ def test_double_start(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> No
     TABLE.append(("double start", "the later one takes over", "-"))
 
 
-def alive(pid: str) -> bool:
-    """Whether it runs: neither gone nor a zombie that nobody has reaped."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 def test_an_orphan_leaves(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The launcher is killed; its workers go on as orphans until a new start takes over."""
     run = tmp_path / "run"
     early = under_way(shard_sets, run)
-    orphans = Path(f"/proc/{early.pid}/task/{early.pid}/children").read_text().split()
+    orphans = children(early.pid)
     early.kill()
     late = launch(shard_sets, run, EVERY)
     assert late.returncode == 0, late.stderr
-    finish(early)  # its pipes close when the orphans are gone
+    finish(early)
     deadline = time.monotonic() + 60
     while any(alive(pid) for pid in orphans):
         assert time.monotonic() < deadline
@@ -240,8 +239,8 @@ def test_an_orphan_leaves(shard_sets: Path, undisturbed: Path, tmp_path: Path) -
 def test_saving_does_not_stop_the_steps(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """While a save takes 3 s, steps go on; the next save waits for it."""
     run = tmp_path / "run"
-    env = {"FAULT": json.dumps(at("save:written", 1, "slow"))}
-    result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env=env)
+    fault = at("save:written", 1, "slow")
+    result = launch(shard_sets, run, EVERY, fault=fault)
     assert result.returncode == 0, result.stderr
     struck = (run / "fault-0").stat().st_mtime
     steps = [json.loads(line) for line in (run / "samples-0.jsonl").read_text().splitlines()]
@@ -288,7 +287,7 @@ def test_soak(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
         for _ in range(20):
             fault = at("step", rng.randint(1, 9), rng.choice(["kill", "kill all"]), rng.randint(0, 1), always=True)
             before = newest(run)["state"]["step"] if list(run.glob("checkpoints/step-*")) else 0
-            result = launch(shard_sets, run, EVERY, module="tests.helpers.faults", env={"FAULT": json.dumps(fault)})
+            result = launch(shard_sets, run, EVERY, fault=fault)
             if result.returncode == 0:
                 break
             cuts += 1

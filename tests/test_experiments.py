@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dist_train.analysis import experiments
-from dist_train.config import CONFIGS, parse
-from tests.helpers.launch import records, status
+from dist_train.__main__ import main
+from dist_train.analysis import arms, tables
+from dist_train.cli import parse
+from dist_train.config import CONFIGS
+from tests.helpers.compare import records, status
 
 NAMES = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.sweep"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sweeps_parse_and_say_what_was_measured(name: str, tmp_path: Path) -> None:
-    experiment = experiments.read(name, 3, tmp_path)
+    experiment = arms.read(name, 3, tmp_path)
     assert len({arm.name for arm in experiment.arms}) == len(experiment.arms) > 1
     for arm in experiment.arms:
         parse(["--config", str(experiment.config), *arm.overrides])
@@ -30,7 +31,7 @@ def test_sweeps_parse_and_say_what_was_measured(name: str, tmp_path: Path) -> No
 @pytest.fixture
 def sweep(tmp_path: Path, shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A small experiment; returns what to call it with."""
-    monkeypatch.setattr(experiments, "SWEEPS", tmp_path)
+    monkeypatch.setattr(arms, "SWEEPS", tmp_path)
     (tmp_path / "small.yaml").write_text(
         f"data: {{train: {shard_sets}/train, val: {shard_sets}/val, resize: 72, crop: 67}}\n"
         "model: {hidden: 32}\n"
@@ -44,11 +45,12 @@ def sweep(tmp_path: Path, shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "# ensemble of two: as it is\n"
     )
     places = ["--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    return ["small", "--seeds", "2", "--jobs", "2", *places]
+    return ["experiments", "small", "--seeds", "2", "--jobs", "2", *places]
 
 
+@pytest.mark.integration
 def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert experiments.main(sweep) == 0, capfd.readouterr().err
+    assert main(sweep) == 0, capfd.readouterr().err
     runs = tmp_path / "runs" / "small"
     table = (tmp_path / "out" / "small.md").read_text().splitlines()
     assert table[0].startswith("| arm | runs |")
@@ -73,25 +75,46 @@ def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, cap
             assert image.size[0] > 600
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
-    assert experiments.main(sweep) == 0
+    assert main(sweep) == 0
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")} == before, "what is done stays"
 
 
+@pytest.mark.integration
 def test_what_cannot_run_is_said(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "small.sweep").write_text("--model.nmae x  # misspelt\n--train.seed 0 --train.max_steps 1  # good\n")
-    assert experiments.main(sweep) == 1
+    assert main(sweep) == 1
     said = capfd.readouterr().err
     assert "misspelt-0 is not begun: see" in said
     assert "did you mean model.name" in (tmp_path / "runs" / "small" / "misspelt-0.log").read_text()
-    assert experiments.main(["nothing"]) == 2
+    assert main(["experiments", "nothing"]) == 2
     assert "there is no experiment nothing: choose from small" in capfd.readouterr().err
 
 
-def test_sweeps_are_what_slurm_takes() -> None:
-    """`python -m slurm submit --array` reads the same lines."""
+def test_a_misspelt_option_starts_no_run(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither one of the verb's own nor one that is for the trainer."""
+    for options, meant in ((["--drawonly"], "--draw-only"), (["--optim.lrr", "0.1"], "optim.lr")):
+        assert main([*sweep, *options]) == 2
+        said = capfd.readouterr().err
+        assert said.startswith("error: unknown ")
+        assert said.endswith(f"did you mean {meant}?\n")
+        assert said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_arms_of_one_name_are_told_apart(sweep: list[str], tmp_path: Path) -> None:
+    (tmp_path / "small.sweep").write_text("--train.seed 3  # twin\n--train.seed 4  # twin\n--optim.lr 1  # single\n")
+    experiment = arms.read("small", 1, tmp_path)
+    assert [tables.label(experiment, arm) for arm in experiment.arms] == ["twin, seed 3", "twin, seed 4", "single"]
+
+
+def test_sweeps_are_what_slurm_takes(tmp_path: Path) -> None:
+    """`python -m slurm submit --array` reads the same lines, all but the ensembles, which are no runs of their own."""
     from slurm.submit import _sweep
 
+    assert _sweep(CONFIGS / "experiments" / "towers.sweep") == [
+        ["--model.name", "alexnet_two_tower", "--train.seed", "0"],
+        ["--model.name", "alexnet_one_tower", "--model.width", "0.5"],
+    ]
     for name in NAMES:
-        path = CONFIGS / "experiments" / f"{name}.sweep"
-        lines = [shlex.split(line, comments=True) for line in path.read_text().splitlines()]
-        assert _sweep(path) == [line for line in lines if line]
+        trained = arms.read(name, 3, tmp_path).trained
+        assert _sweep(CONFIGS / "experiments" / f"{name}.sweep") == [list(arm.overrides) for arm in trained]

@@ -20,29 +20,23 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop
 
 from dist_train import models
-from dist_train.analysis.figures import (
-    PINK,
-    RED,
-    draw_kernels,
-    draw_nearest,
-    draw_top5,
-    kernel_blocks,
-    kernel_levels,
-    main,
-)
+from dist_train.__main__ import main
+from dist_train.analysis.figures import kernel_blocks, kernels_figure, nearest_figure, top5_figure
 from dist_train.analysis.neighbours import (
     FigureError,
-    choose,
     forward,
     most_probable,
-    nearest,
-    rounds,
+    nearest_images,
+    occurrence,
+    pick_examples,
     searched,
     varied_tests,
 )
 from dist_train.analysis.trained import Trained, open_run
-from dist_train.config import Model
+from dist_train.config import ModelConfig
 from dist_train.models.two_tower import TwoTowers, grouped_state
+from dist_train.pictures.kernels import kernel_levels
+from dist_train.pictures.style import PINK, RED
 from pipelines.shards import ShardSet
 from tests.helpers.launch import launch
 
@@ -62,10 +56,10 @@ def run_directory(shard_sets: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def run(run_directory: Path) -> Trained:
     """With weights under which images differ much more than decoders do."""
     trained = open_run(run_directory, torch.device("cpu"))
-    return with_net(trained, Model(hidden=32, dropout=0))
+    return with_net(trained, ModelConfig(hidden=32, dropout=0))
 
 
-def with_net(run: Trained, options: Model) -> Trained:
+def with_net(run: Trained, options: ModelConfig) -> Trained:
     torch.manual_seed(0)
     net = models.build(options, classes=len(run.classes), crop=CROP).eval()
     for weight in net.parameters():
@@ -108,9 +102,9 @@ def pixels_of(figure: Any, path: Path) -> Array:
 
 
 def test_each_kernel_is_scaled_on_its_own() -> None:
-    weights = torch.zeros(3, 3, 2, 2)
-    weights[0, 0] = torch.tensor([[-2.0, 0.0], [1.0, 2.0]])  # red; levels by hand: 255 (0.5 + w / 4)
-    weights[1, 2] = 1e-6 * torch.tensor([[1.0, -0.5], [0.0, 0.0]])
+    weights = np.zeros((3, 3, 2, 2), np.float32)
+    weights[0, 0] = [[-2.0, 0.0], [1.0, 2.0]]  # red; levels by hand: 255 (0.5 + w / 4)
+    weights[1, 2] = [[1e-6, -0.5e-6], [0.0, 0.0]]
     levels = kernel_levels(weights)
     assert levels.dtype == np.uint8
     assert levels.shape == (3, 2, 2, 3)
@@ -123,16 +117,16 @@ def test_each_kernel_is_scaled_on_its_own() -> None:
 @pytest.mark.parametrize("name", ["alexnet", "alexnet_two_tower", "alexnet_one_tower"])
 def test_kernels_are_shown_by_tower(run: Trained, tmp_path: Path, name: str) -> None:
     """In the picture itself: 48 red kernels of tower 1 above the 48 blue ones of tower 2, three rows of 16 each."""
-    drawn = with_net(run, Model(name, hidden=32))
+    drawn = with_net(run, ModelConfig(name, hidden=32))
     layers = [layer for layer in drawn.model.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]
     weights = torch.full((96, 3, 11, 11), -1.0)
     weights[:48, 0], weights[48:, 2] = 1, 1
     weights[0] = 0
     weights[0, :, 0, 1] = 1  # top row, second column
     with torch.no_grad():
-        for layer, part in zip(layers, weights.chunk(len(layers)), strict=True):
-            layer.weight.copy_(part)
-    figure = draw_kernels(drawn)
+        for layer, kernels in zip(layers, weights.chunk(len(layers)), strict=True):
+            layer.weight.copy_(kernels)
+    figure = kernels_figure(drawn)
     picture = pixels_of(figure, tmp_path / "kernels.png")
     red, blue = ((picture == colour).all(2) for colour in ((255, 0, 0), (0, 0, 255)))
     assert (red.sum(), blue.sum()) == (47 * 66 * 66, 48 * 66 * 66), "enlarged six times without interpolation"
@@ -162,17 +156,17 @@ def runs(mask: Array) -> list[tuple[int, int]]:
 
 
 def test_kernels_of_other_models(run: Trained, tmp_path: Path) -> None:
-    resnet = with_net(run, Model("torchvision:resnet18"))
+    resnet = with_net(run, ModelConfig("torchvision:resnet18"))
     (block,) = kernel_blocks(resnet)
     assert block.shape == (64, 3, 7, 7)
     grey = replace(run, model=nn.Sequential(nn.Conv2d(1, 8, 3)))
     with pytest.raises(FigureError, match="sees the three colours of an image: its first one has 1 input channels"):
-        draw_kernels(grey)
+        kernels_figure(grey)
 
 
 def test_features_are_what_the_last_layer_sees(run: Trained) -> None:
     """Of the two explicit towers those of the grouped net, and they lead to the logits."""
-    options = Model("alexnet_two_tower", hidden=32)
+    options = ModelConfig("alexnet_two_tower", hidden=32)
     two = with_net(run, options).model
     assert isinstance(two, TwoTowers)
     one = models.build(replace(options, name="alexnet"), classes=3, crop=CROP).eval()
@@ -189,18 +183,19 @@ def test_features_are_what_the_last_layer_sees(run: Trained) -> None:
 
 
 def test_different_classes_and_errors_come_first() -> None:
-    np.testing.assert_array_equal(rounds(np.array([7, 7, 3, 7, 3])), [0, 1, 0, 2, 1])
+    np.testing.assert_array_equal(occurrence(np.array([7, 7, 3, 7, 3])), [0, 1, 0, 2, 1])
     labels = np.array([0, 0, 1, 2, 0, 1, 2, 3])
     right = np.array([1, 1, 1, 0, 0, 0, 0, 1], bool)
-    np.testing.assert_array_equal(choose(labels, right, 4), [2, 7, 3, 4])  # classes 2 and 0 wrong, so 1 and 3 right
-    np.testing.assert_array_equal(choose(labels, np.ones(8, bool), 4), [0, 2, 3, 7])
-    np.testing.assert_array_equal(choose(labels, np.zeros(8, bool), 4), [0, 2, 3, 7])
-    assert sorted(choose(labels, right, 20)) == list(range(8))
+    picked = pick_examples(labels, right, 4)
+    np.testing.assert_array_equal(picked, [2, 7, 3, 4])  # classes 2 and 0 wrong, so 1 and 3 right
+    np.testing.assert_array_equal(pick_examples(labels, np.ones(8, bool), 4), [0, 2, 3, 7])
+    np.testing.assert_array_equal(pick_examples(labels, np.zeros(8, bool), 4), [0, 2, 3, 7])
+    assert sorted(pick_examples(labels, right, 20)) == list(range(8))
 
 
 def test_the_most_probable_classes(run: Trained) -> None:
     """Order, probabilities and labels as drawn are those of an independent forward pass and softmax."""
-    drawn = with_net(run, Model(hidden=32, outputs=7, dropout=0))  # 3 classes: outputs 3 to 6 mean none
+    drawn = with_net(run, ModelConfig(hidden=32, outputs=7, dropout=0))  # 3 classes: outputs 3 to 6 mean none
     with torch.no_grad():
         drawn.model.get_submodule("fc8").weight.mul_(0.02)  # type: ignore[operator]
     predictions = most_probable(drawn, 6)
@@ -215,7 +210,7 @@ def test_the_most_probable_classes(run: Trained) -> None:
     assert predictions.error == pytest.approx(error, abs=0.02)
     assert (~predictions.right).sum() >= 3
 
-    figure = draw_top5(drawn, predictions)
+    figure = top5_figure(drawn, predictions)
     texts = []
     cells = [cell for cell in figure.axes if cell.get_visible() and cell.axison]
     for i, (above, below) in enumerate(zip(*(cells_of(cells, bars) for bars in (False, True)), strict=True)):
@@ -227,12 +222,12 @@ def test_the_most_probable_classes(run: Trained) -> None:
         np.testing.assert_allclose(widths, np.sort(expected[i])[::-1][:5], atol=0.01)
         order = np.argsort(-predictions.probabilities[i])[:5]
         names = [text.get_text() for text in below.texts][::2]
-        assert names == [(run.classes + [f"output {o}" for o in range(3, 7)])[o] for o in order]
+        assert names == [(run.classes + [f"class #{o}" for o in range(3, 7)])[o] for o in order]
         pink = [bool(np.allclose(bar.get_facecolor()[:3], to_rgb(PINK))) for bar in below.patches]
         assert pink == [bool(o == label) for o in order]
         assert below.get_xlim() == (0, 1)
         texts += names
-    assert "output 5" in texts
+    assert "class #5" in texts
     assert f"Picked so that {(~predictions.right).sum()} of 6 are misclassified" in figure.get_suptitle()
 
 
@@ -245,7 +240,7 @@ def test_neighbours_are_those_of_brute_force(run: Trained) -> None:
     assert len(set(candidates)) == 150
     candidates = candidates[run.train.index["label"][candidates] != 1]  # so that some neighbours are of another class
     assert len(set(run.val.index["label"][tests])) == 3
-    found = nearest(run, tests, candidates, 4)
+    found = nearest_images(run, tests, candidates, 4)
     np.testing.assert_array_equal(found.tests, tests)
     a, b = reference(run, run.val, tests)[1], reference(run, run.train, candidates)[1]
     distances = np.sqrt(((a[:, None] - b[None]) ** 2).sum(2))
@@ -260,7 +255,7 @@ def test_neighbours_are_those_of_brute_force(run: Trained) -> None:
     assert 0 < same.sum() < 20
     assert found.summary() == f"{same.sum()} of 20 neighbours ({same.mean():.1%})"
 
-    figure = draw_nearest(run, found)
+    figure = nearest_figure(run, found)
     assert f"the nearest of {len(candidates)} training images" in " ".join(figure.get_suptitle().split())
     cells = np.array(figure.axes).reshape(5, 6)
     for i in range(5):
@@ -279,13 +274,13 @@ def test_a_training_image_is_its_own_nearest(run: Trained) -> None:
     """Validation on the training set itself: each image is found again, wherever it stands among three batches."""
     planted = replace(run, val=run.train)
     tests = np.array([239, 0, 130])
-    found = nearest(planted, tests, searched(planted, 0), 3)
+    found = nearest_images(planted, tests, searched(planted, 0), 3)
     assert found.searched == 240
     np.testing.assert_array_equal(found.found[:, 0], tests)
     assert found.distances[:, 0].max() < 1e-3 * found.distances[:, 1].min()
-    without = nearest(planted, tests, np.setdiff1d(np.arange(240), tests), 2)
+    without = nearest_images(planted, tests, np.setdiff1d(np.arange(240), tests), 2)
     np.testing.assert_array_equal(without.found, found.found[:, 1:])
-    assert nearest(planted, tests[:1], tests, 9).found.shape == (1, 3), "no more than there are"
+    assert nearest_images(planted, tests[:1], tests, 9).found.shape == (1, 3), "no more than there are"
 
 
 def test_a_net_without_dense_layers_has_the_other_figures(
@@ -295,16 +290,17 @@ def test_a_net_without_dense_layers_has_the_other_figures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    squeezenet = with_net(run, Model("torchvision:squeezenet1_1"))
+    squeezenet = with_net(run, ModelConfig("torchvision:squeezenet1_1"))
     monkeypatch.setattr("dist_train.analysis.figures.open_run", lambda *_: squeezenet)
-    assert main(["anywhere", "--out", str(tmp_path), "--images=1"]) == 0
+    assert main(["figures", "anywhere", "--out", str(tmp_path), "--images=1"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.png", "top5.png"]
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"nearest.png is left out: torchvision:squeezenet1_1 has no dense layer, .*", line)
 
 
 def test_the_command(run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(run_directory), "--images=3", "--neighbours=2", "--train-images=50", "--device=cpu"]) == 0
+    argv = ["figures", str(run_directory), "--images=3", "--neighbours=2", "--train-images=50", "--device=cpu"]
+    assert main(argv) == 0
     out, err = capsys.readouterr()
     assert err == "", "no progress bar where there is no terminal"
     lines = [line.split(maxsplit=1) for line in out.splitlines()]
@@ -317,18 +313,18 @@ def test_the_command(run_directory: Path, capsys: pytest.CaptureFixture[str]) ->
         with Image.open(path) as image:
             assert image.format == "PNG"
             assert min(image.size) > 250
-    main([str(run_directory), "--images=3", "--neighbours=2", "--train-images=50", "--device=cpu"])
+    main(argv)
     assert [path.read_bytes() for path in paths] == before, "the same pictures each time"
 
 
 def test_bad_input_is_one_sentence(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert main([str(tmp_path / "nowhere")]) == 2
-    assert main([str(run_directory), "--out", str(tmp_path / "file"), "--device=cpu"]) == 2
+    assert main(["figures", str(tmp_path / "nowhere")]) == 2
+    assert main(["figures", str(run_directory), "--out", str(tmp_path / "file"), "--device=cpu"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("error: ") for line in lines)
     assert not (tmp_path / "nowhere").exists()
     for arguments in (["--images=0"], ["--neighbours=-1"], ["--train-images=-1"], ["--device=tpu"]):
-        with pytest.raises(SystemExit, match="2"):
-            main([str(run_directory), *arguments])
+        assert main(["figures", str(run_directory), *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"error: argument {arguments[0].partition('=')[0]}: ")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_train import models
-from dist_train.config import Model
+from dist_train.config import ModelConfig
 from dist_train.models.alexnet import AlexNet, feature_side
 from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.models.lrn import local_response_norm
@@ -33,7 +33,7 @@ def test_parameters_of_the_paper() -> None:
 def test_forward_is_the_paper_layer_by_layer() -> None:
     """Against the same function written with torch.nn modules, LocalResponseNorm with its alpha divided by n."""
     torch.manual_seed(0)
-    net = AlexNet(7, 99, Model(hidden=32)).double().eval()
+    net = AlexNet(7, 99, ModelConfig(hidden=32)).double().eval()
     x = torch.randn(2, 3, 99, 99, dtype=torch.float64) * 60
 
     def norm(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_forward_is_the_paper_layer_by_layer() -> None:
 
 def test_initialisation_of_section_5() -> None:
     torch.manual_seed(0)
-    net = AlexNet(10, 67, Model(hidden=256))
+    net = AlexNet(10, 67, ModelConfig(hidden=256))
     for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"):
         layer = getattr(net, name)
         n = layer.weight.numel()
@@ -150,7 +150,7 @@ def test_dropout_keeps_the_mean() -> None:
 def test_dropout_is_of_the_outputs_of_the_hidden_layers() -> None:
     """Section 4.2: about half of what enters fc 7 and fc 8 is zero, and next to nothing of what enters fc 6."""
     torch.manual_seed(0)
-    net = AlexNet(10, 67, Model(hidden=512))
+    net = AlexNet(10, 67, ModelConfig(hidden=512))
     entering: dict[str, torch.Tensor] = {}
     for name in ("fc6", "fc7", "fc8"):
         net.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: entering.update({name: args[0]}))
@@ -161,16 +161,16 @@ def test_dropout_is_of_the_outputs_of_the_hidden_layers() -> None:
 
 
 def test_models_by_name() -> None:
-    net = models.build(Model("torchvision:resnet18"), classes=5, crop=64)
+    net = models.build(ModelConfig("torchvision:resnet18"), classes=5, crop=64)
     assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
     with pytest.raises(ValueError, match="'alexnt' is unknown: did you mean 'alexnet'"):
-        models.build(Model("alexnt"), classes=5, crop=64)
+        models.build(ModelConfig("alexnt"), classes=5, crop=64)
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     torch.manual_seed(0)
-    net = AlexNet(10, 67, Model(hidden=64)).to(memory_format=torch.channels_last)
+    net = AlexNet(10, 67, ModelConfig(hidden=64)).to(memory_format=torch.channels_last)
     x, keys = torch.randn(8, 3, 67, 67) * 60, mask_keys(0, 3, np.arange(8))
     eager = torch.autograd.grad(F.cross_entropy(net(x, keys), torch.arange(8)), list(net.parameters()))
     net.compile(dynamic=False)

@@ -50,6 +50,7 @@ def test_a_shard_set(old: Path) -> None:
     assert verify(old / "sets" / "train", workers=1) == []
 
 
+@pytest.mark.integration
 def test_a_run(old: Path) -> None:
     result = python(old, "dist_train", "--config=run/config.yaml", "--run.dir=run", "--train.epochs=4")
     assert result.returncode == 0, result.stderr
@@ -57,6 +58,7 @@ def test_a_run(old: Path) -> None:
     went_on(old / "run")
 
 
+@pytest.mark.integration
 def test_a_run_of_a_program_that_knew_fewer_keys(old: Path) -> None:
     """A key that a checkpoint does not know counts as its default; one with another value than that is refused."""
     meta = old / "run" / "checkpoints" / f"step-{STEP:08d}" / "meta.json"
@@ -75,6 +77,7 @@ def test_a_run_of_a_program_that_knew_fewer_keys(old: Path) -> None:
     went_on(old / "run")
 
 
+@pytest.mark.integration
 def test_a_job(old: Path) -> None:
     """The pickle that waits in the queue, in a directory of another name."""
     folder = old / "run" / "slurm"

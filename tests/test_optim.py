@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dist_train import optim
-from dist_train.config import Optim, Schedule
+from dist_train.config import OptimConfig, ScheduleConfig
 
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -15,7 +15,7 @@ def test_update_rule_of_section_5() -> None:
     """v := 0.9 v - 0.0005 lr w - lr g; w := w + v, in numpy."""
     rng = np.random.default_rng(0)
     layer = nn.Linear(4, 3, bias=False).double()
-    optimizer = optim.build(Optim(), layer)
+    optimizer = optim.build(OptimConfig(), layer)
     w, v = layer.weight.detach().numpy().copy(), np.zeros((3, 4))
     for _ in range(5):
         g = rng.normal(size=(3, 4))
@@ -31,7 +31,7 @@ def test_update_rule_of_section_5() -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 3)
-    optimizer = optim.build(Optim(name=name), layer)  # type: ignore[arg-type]
+    optimizer = optim.build(OptimConfig(name=name), layer)  # type: ignore[arg-type]
     for i in range(3):
         before = [p.detach().clone() for p in layer.parameters()]
         moments = {k: v.clone() for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v)}
@@ -55,7 +55,7 @@ def errors(schedule: optim.Schedule, values: list[float]) -> list[float]:
 
 
 def test_divided_when_the_error_stops_improving() -> None:
-    schedule = optim.Schedule(Schedule(patience=2, max_divisions=2, min_improvement=0.01), 0.01)
+    schedule = optim.Schedule(ScheduleConfig(patience=2, max_divisions=2, min_improvement=0.01), 0.01)
     values = [0.9, 0.8, 0.8, 0.795, 0.7, 0.7, 0.71, 0.7, 0.7]
     #        better better  bad  bad:/10 better bad bad:/10  bad  bad: exhausted
     assert errors(schedule, values) == [0.01, 0.01, 0.01, 0.001, 0.001, 0.001, 0.0001, 0.0001, 0.0001]
@@ -63,7 +63,7 @@ def test_divided_when_the_error_stops_improving() -> None:
 
 
 def test_not_exhausted_before_the_last_division_is_used() -> None:
-    schedule = optim.Schedule(Schedule(patience=1, max_divisions=3), 0.01)
+    schedule = optim.Schedule(ScheduleConfig(patience=1, max_divisions=3), 0.01)
     errors(schedule, [0.5, 0.5, 0.5, 0.5])
     assert schedule.divisions == 3
     assert not schedule.exhausted
@@ -72,15 +72,15 @@ def test_not_exhausted_before_the_last_division_is_used() -> None:
 
 
 def test_state_survives() -> None:
-    a = optim.Schedule(Schedule(patience=2), 0.01)
+    a = optim.Schedule(ScheduleConfig(patience=2), 0.01)
     errors(a, [0.9, 0.9])
-    b = optim.Schedule(Schedule(patience=2), 0.01)
+    b = optim.Schedule(ScheduleConfig(patience=2), 0.01)
     b.load_state_dict(a.state_dict())
     assert errors(b, [0.9]) == [0.001] == errors(a, [0.9])
 
 
 def test_warmup_rises_linearly_and_does_not_count() -> None:
-    schedule = optim.Schedule(Schedule(warmup_epochs=2, patience=1), 0.08)
+    schedule = optim.Schedule(ScheduleConfig(warmup_epochs=2, patience=1), 0.08)
     rates = [schedule.lr(e, s, 4) for e in range(3) for s in range(4)]
     np.testing.assert_allclose(rates, [0.08 * min(1, (i + 1) / 8) for i in range(12)])
     schedule.step(0.9, 0)
@@ -89,6 +89,6 @@ def test_warmup_rises_linearly_and_does_not_count() -> None:
 
 
 def test_milestones() -> None:
-    schedule = optim.Schedule(Schedule(name="milestones", milestones=(2, 5)), 1.0)
+    schedule = optim.Schedule(ScheduleConfig(name="milestones", milestones=(2, 5)), 1.0)
     assert [round(schedule.lr(e, 0, 3), 9) for e in range(7)] == [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]
     assert [schedule.step(0.9, epoch) for epoch in range(6)] == [False, True, False, False, True, False]

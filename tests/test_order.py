@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pipelines.order import Order, part, permutation, philox
+from pipelines.order import Order, even_split, permutation, philox
 
 WORD = (1 << 64) - 1
 
@@ -36,10 +36,10 @@ def test_permutation_sorts_philox_words() -> None:
     assert permutation(18, seed=3, epoch=2, stream=1, index=4).tolist() == sorted(range(18), key=words.__getitem__)
 
 
-@pytest.mark.parametrize("block_shards", [1, 4, 100])
-def test_each_sample_once(block_shards: int) -> None:
+@pytest.mark.parametrize("shuffle_shards", [1, 4, 100])
+def test_each_sample_once(shuffle_shards: int) -> None:
     sizes = np.random.default_rng(1).integers(0, 50, 23)  # some shards are empty
-    order = Order(sizes, seed=9, block_shards=block_shards)
+    order = Order(sizes, seed=9, shuffle_shards=shuffle_shards)
     epoch = order.samples(4, 0, len(order))
     assert len(order) == sizes.sum()
     assert np.array_equal(np.sort(epoch), np.arange(sizes.sum()))
@@ -49,7 +49,7 @@ def test_each_sample_once(block_shards: int) -> None:
 def test_samples_stay_in_blocks_of_shards() -> None:
     sizes = np.random.default_rng(2).integers(1, 40, 22)
     shard_of = np.repeat(np.arange(22), sizes)
-    epoch = shard_of[Order(sizes, seed=0, block_shards=5).samples(0, 0, int(sizes.sum()))]
+    epoch = shard_of[Order(sizes, seed=0, shuffle_shards=5).samples(0, 0, int(sizes.sum()))]
     seen: list[int] = []
     while len(epoch):
         block = list(dict.fromkeys(epoch.tolist()))[:5]
@@ -62,14 +62,14 @@ def test_samples_stay_in_blocks_of_shards() -> None:
 
 
 def test_blocks_are_shuffled_in_different_ways() -> None:
-    blocks = Order(np.full(12, 50), seed=0, block_shards=2).samples(0, 0, 600).reshape(6, 100) % 50
+    blocks = Order(np.full(12, 50), seed=0, shuffle_shards=2).samples(0, 0, 600).reshape(6, 100) % 50
     assert len({block.tobytes() for block in blocks}) == 6
 
 
 def test_any_range_of_positions_agrees() -> None:
     sizes = np.random.default_rng(3).integers(0, 30, 17)
-    order = Order(sizes, seed=1, block_shards=3)
-    epoch = Order(sizes, seed=1, block_shards=3).samples(6, 0, len(order))
+    order = Order(sizes, seed=1, shuffle_shards=3)
+    epoch = Order(sizes, seed=1, shuffle_shards=3).samples(6, 0, len(order))
     cuts = np.random.default_rng(4).integers(0, len(order) + 1, (60, 2))
     for start, stop in np.sort(cuts, axis=1):
         assert np.array_equal(order.samples(6, int(start), int(stop)), epoch[start:stop])
@@ -86,7 +86,7 @@ def test_epochs_and_seeds_differ() -> None:
 @pytest.mark.parametrize("size", range(1, 9))
 def test_parts_cover_the_batch(size: int) -> None:
     for batch in (1, 3, 7, 100, 127):
-        ranges = [part(batch, rank, size) for rank in range(size)]
+        ranges = [even_split(batch, rank, size) for rank in range(size)]
         assert [i for low, high in ranges for i in range(low, high)] == list(range(batch))
         lengths = [high - low for low, high in ranges]
         assert max(lengths) - min(lengths) <= 1
@@ -95,7 +95,7 @@ def test_parts_cover_the_batch(size: int) -> None:
 def test_a_billion_samples_need_no_billion_entries() -> None:
     tracemalloc.start()
     try:
-        order = Order(np.full(10**6, 1000), seed=0, block_shards=16)
+        order = Order(np.full(10**6, 1000), seed=0, shuffle_shards=16)
         middle = order.samples(0, 500_000_000, 500_001_024)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

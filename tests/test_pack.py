@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -305,6 +306,30 @@ def test_a_killed_pack_continues_with_the_same_bytes(large_images: Path, unharme
     assert files(out) == files(unharmed)
     kept = [name for name in finished if (out / name).stat().st_mtime_ns == finished[name]]
     assert len(kept) >= len(finished) - 2  # at most a shard a worker was done again
+
+
+def test_an_interrupted_pack_says_that_the_same_command_continues(
+    large_images: Path, unharmed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    command = [sys.executable, "-m", "pipelines", "pack", "imagefolder", str(large_images), str(out)]
+    command += ["--shorter-side", "72", "--shard-mb", "0.02", "--workers", "2"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `make test &` ignores it
+    )
+    until(lambda: list(out.glob(".pack/*.json")))
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, to the workers too
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert told.endswith("\ninterrupted: the same command continues\n")
+    assert "Traceback" not in told
+    pack(ImageFolder(large_images), out, SMALL, split="set", workers=2)  # what the command does
+    assert files(out) == files(unharmed)
 
 
 def test_a_killed_worker_is_an_error_and_the_pack_continues(large_images: Path, unharmed: Path, tmp_path: Path) -> None:

@@ -11,18 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_train import models
-from dist_train.config import Model
+from dist_train.config import ModelConfig
 from dist_train.models.alexnet import AlexNet
 from dist_train.models.dropout import mask_keys
 from dist_train.models.two_tower import TwoTowers, grouped_state
 from dist_train.probe import curvature, measure, stable_lr
-from tests.helpers.launch import launch, newest, records, status
+from tests.helpers.compare import newest, records, status
+from tests.helpers.launch import launch
 
 SWITCHES = [
-    Model(hidden=32),
-    Model(hidden=32, activation="tanh", pooling="plain", lrn="every"),
-    Model(hidden=32, left_out="conv3", lrn="none"),
-    Model(hidden=32, left_out="conv5", biases="ones", width=0.5, outputs=9),
+    ModelConfig(hidden=32),
+    ModelConfig(hidden=32, activation="tanh", pooling="plain", lrn="every"),
+    ModelConfig(hidden=32, left_out="conv3", lrn="none"),
+    ModelConfig(hidden=32, left_out="conv5", biases="ones", width=0.5, outputs=9),
 ]
 
 
@@ -39,8 +40,8 @@ def test_parameters_of_the_other_forms() -> None:
         + (4096 + 1) * 1000
     )
     with torch.device("meta"):
-        one = models.build(Model("alexnet_one_tower"), classes=1000, crop=227)
-        two = models.build(Model("alexnet_two_tower"), classes=1000, crop=227)
+        one = models.build(ModelConfig("alexnet_one_tower"), classes=1000, crop=227)
+        two = models.build(ModelConfig("alexnet_two_tower"), classes=1000, crop=227)
     assert sum(p.numel() for p in one.parameters()) == without_groups == 62_378_344
     assert sum(p.numel() for p in two.parameters()) == 60_965_224
     assert isinstance(two, TwoTowers)
@@ -51,7 +52,7 @@ def test_parameters_of_the_other_forms() -> None:
 
 
 @pytest.mark.parametrize("options", SWITCHES, ids=str)
-def test_grouped_and_two_towers_are_the_same_function(options: Model) -> None:
+def test_grouped_and_two_towers_are_the_same_function(options: ModelConfig) -> None:
     """Outputs and the gradient of every weight, dropout included, in float64."""
     torch.manual_seed(0)
     two = TwoTowers(9, 99, options).double()
@@ -75,7 +76,7 @@ def test_grouped_and_two_towers_are_the_same_function(options: Model) -> None:
 
 def test_two_towers_begin_as_section_5_says() -> None:
     torch.manual_seed(0)
-    net = TwoTowers(10, 67, Model(hidden=256))
+    net = TwoTowers(10, 67, ModelConfig(hidden=256))
     for tower in net.own():
         for name, layer in tower.named_children():
             n = layer.weight.numel()
@@ -87,10 +88,10 @@ def test_two_towers_begin_as_section_5_says() -> None:
 
 def test_what_cannot_be_halved_is_refused() -> None:
     with pytest.raises(ValueError, match=r"even model\.hidden"):
-        TwoTowers(10, 67, Model(hidden=33))
+        TwoTowers(10, 67, ModelConfig(hidden=33))
 
 
-def reference(net: AlexNet, x: torch.Tensor, options: Model) -> torch.Tensor:
+def reference(net: AlexNet, x: torch.Tensor, options: ModelConfig) -> torch.Tensor:
     """The net with its switches, written out with torch.nn modules."""
     act = nn.Tanh() if options.activation == "tanh" else nn.ReLU()
     pool = nn.MaxPool2d(3, 2) if options.pooling == "overlapping" else nn.MaxPool2d(2, 2)
@@ -105,8 +106,8 @@ def reference(net: AlexNet, x: torch.Tensor, options: Model) -> torch.Tensor:
     return net.fc8(0.5 * act(net.fc7(0.5 * act(net.fc6(x.flatten(1))))))
 
 
-@pytest.mark.parametrize("options", [*SWITCHES, Model(hidden=32, left_out="conv4", lrn_alpha=2e-5)], ids=str)
-def test_switches_against_torch_modules(options: Model) -> None:
+@pytest.mark.parametrize("options", [*SWITCHES, ModelConfig(hidden=32, left_out="conv4", lrn_alpha=2e-5)], ids=str)
+def test_switches_against_torch_modules(options: ModelConfig) -> None:
     torch.manual_seed(0)
     net = AlexNet(9, 99, options).double().eval()
     with torch.no_grad():  # so large that images give different outputs, which at the beginning they hardly do
@@ -120,17 +121,17 @@ def test_switches_against_torch_modules(options: Model) -> None:
 
 
 def test_width_and_biases() -> None:
-    net = models.build(Model("alexnet_one_tower", hidden=256, width=0.5, biases="ones"), classes=10, crop=67)
+    net = models.build(ModelConfig("alexnet_one_tower", hidden=256, width=0.5, biases="ones"), classes=10, crop=67)
     maps = [layer.out_channels for layer in net.modules() if isinstance(layer, nn.Conv2d)]
     assert maps == [48, 128, 192, 192, 128], "one of the paper's towers alone"
     assert all((p == 1).all() for name, p in net.named_parameters() if name.endswith("bias"))
 
 
 def test_outputs() -> None:
-    net = models.build(Model(hidden=8, outputs=1000), classes=10, crop=67).eval()
+    net = models.build(ModelConfig(hidden=8, outputs=1000), classes=10, crop=67).eval()
     assert net(torch.zeros(1, 3, 67, 67)).shape == (1, 1000)
     with pytest.raises(ValueError, match=r"model\.outputs is 5, fewer than the 10 classes"):
-        models.build(Model(outputs=5), classes=10, crop=67)
+        models.build(ModelConfig(outputs=5), classes=10, crop=67)
 
 
 def test_curvature_is_the_hessians_largest_eigenvalue() -> None:
@@ -159,7 +160,7 @@ def test_stable_lr_is_where_descent_with_momentum_begins_to_grow() -> None:
 def test_probe(name: str) -> None:
     """Planted: a dead unit, a layer whose output is the same for all images; and the gradient by backward()."""
     torch.manual_seed(0)
-    net = models.build(Model(name, hidden=32), classes=10, crop=67)
+    net = models.build(ModelConfig(name, hidden=32), classes=10, crop=67)
     first = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d))
     with torch.no_grad():
         first.weight[:3] = 0
@@ -186,6 +187,7 @@ def test_probe(name: str) -> None:
     assert all(row["signal"] < 1e-3 * row["output"] + 1e-6 for row in same["layers"].values())
 
 
+@pytest.mark.integration
 def test_a_run_with_probes_that_stops_at_a_training_error(shard_sets: Path, tmp_path: Path) -> None:
     """Probes change nothing; the run ends where the running mean of the training error falls below the level."""
     options = ("--model.name=alexnet_one_tower", "--train.epochs=6", "--optim.name=adam", "--optim.lr=0.0003")
@@ -208,6 +210,7 @@ def test_a_run_with_probes_that_stops_at_a_training_error(shard_sets: Path, tmp_
     assert records(probed, "step") == steps
 
 
+@pytest.mark.integration
 def test_init_from(shard_sets: Path, tmp_path: Path) -> None:
     """Fine-tuning: all but the last layer is taken over from a net with more outputs; a missing run is a sentence."""
     first, second = tmp_path / "pretrained", tmp_path / "tuned"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.launch import STEPS, equal, launch, newest, records, status
+from tests.helpers.compare import assert_same_run, records, status
+from tests.helpers.launch import STEPS, at, command, finish, launch, spawn
+
+pytestmark = pytest.mark.integration
 
 
-def cut(n: int, moment: str = "step") -> dict[str, str]:
+def cut(n: int, moment: str = "step") -> dict[str, Any]:
     """A stop signal at a moment: the state is saved there, whatever the configuration."""
-    return {"FAULT": json.dumps({"at": moment, "n": n, "do": "SIGTERM", "rank": 0})}
+    return at(moment, n, "SIGTERM")
 
 
 @pytest.mark.parametrize(
@@ -28,17 +32,17 @@ def cut(n: int, moment: str = "step") -> dict[str, str]:
 )
 def test_the_same_bits(shard_sets: Path, tmp_path: Path, ranks: int, extra: tuple[str, ...]) -> None:
     """Cut inside an epoch, at its last step, and during validation, against a run never cut."""
+    how = "exec" if "--train.compile=on" in extra else "fork"  # the compiler reads the environment when it is imported
     whole, run = tmp_path / "whole", tmp_path / "cut"
-    assert launch(shard_sets, whole, *extra, ranks=ranks, timeout=600).returncode == 0
+    assert launch(shard_sets, whole, *extra, ranks=ranks, timeout=600, how=how).returncode == 0
     for where in (cut(3), cut(6), cut(1, "validation")):
         (run / "fault-0").unlink(missing_ok=True)
-        result = launch(shard_sets, run, *extra, ranks=ranks, module="tests.helpers.faults", env=where, timeout=600)
+        result = launch(shard_sets, run, *extra, ranks=ranks, fault=where, timeout=600, how=how)
         assert status(run)["state"] == "stopped", result.stderr
     assert status(run)["step"] == STEPS
-    result = launch(shard_sets, run, *extra, ranks=ranks, timeout=600)
+    result = launch(shard_sets, run, *extra, ranks=ranks, timeout=600, how=how)
     assert status(run)["state"] == "done", result.stderr
-    assert records(run) == records(whole)
-    assert equal(newest(run) | {"record": 0}, newest(whole) | {"record": 0})
+    assert_same_run(run, whole)
 
 
 def test_right_after_the_division(shard_sets: Path, tmp_path: Path) -> None:
@@ -46,15 +50,14 @@ def test_right_after_the_division(shard_sets: Path, tmp_path: Path) -> None:
     extra = ("--schedule.patience=1", "--schedule.min_improvement=1", "--train.epochs=4", "--schedule.stop_early=true")
     whole, run = tmp_path / "whole", tmp_path / "cut"
     assert launch(shard_sets, whole, *extra, ranks=0).returncode == 0
-    launch(shard_sets, run, *extra, module="tests.helpers.faults", env=cut(2 * STEPS + 1), ranks=0)
+    launch(shard_sets, run, *extra, fault=cut(2 * STEPS + 1), ranks=0)
     assert status(run)["state"] == "stopped"
     (run / "fault-0").unlink()
-    kill = {"FAULT": json.dumps({"at": "step", "n": 2, "do": "kill", "rank": 0})}
-    assert launch(shard_sets, run, *extra, module="tests.helpers.faults", env=kill, ranks=0).returncode != 0
+    kill = at("step", 2, "kill")
+    assert launch(shard_sets, run, *extra, fault=kill, ranks=0).returncode != 0
     assert launch(shard_sets, run, *extra, ranks=0).returncode == 0
     assert [round(r["lr"], 9) for r in records(run, "validation")] == [0.01, 0.01, 0.001, 0.0001]
-    assert records(run) == records(whole)
-    assert equal(newest(run) | {"record": 0}, newest(whole) | {"record": 0})
+    assert_same_run(run, whole)
 
 
 def shown(run: Path) -> dict[int, list[int]]:
@@ -72,13 +75,12 @@ def test_an_epoch_over_three_world_sizes(shard_sets: Path, tmp_path: Path) -> No
     order of a run that never stopped, and its losses up to the order of summation (so the same masks)."""
     extra = ("--train.epochs=1", "--train.global_batch=23")
     whole, run = tmp_path / "whole", tmp_path / "elastic"
-    assert launch(shard_sets, whole, *extra, ranks=2, module="tests.helpers.faults").returncode == 0
-    stages = ((3, 1, cut(4)), (0, 4, cut(3)), (2, 1, None))
-    for ranks, pieces, env in stages:
+    assert launch(shard_sets, whole, *extra, ranks=2, fault={}).returncode == 0
+    stages = ((3, 1, cut(4)), (0, 4, cut(3)), (2, 1, {}))
+    for ranks, pieces, fault in stages:
         (run / "fault-0").unlink(missing_ok=True)
-        options = {"ranks": ranks, "module": "tests.helpers.faults", "env": env}
-        result = launch(shard_sets, run, *extra, f"--train.accumulate={pieces}", **options)
-        assert status(run)["state"] == ("stopped" if env else "done"), result.stderr
+        result = launch(shard_sets, run, *extra, f"--train.accumulate={pieces}", ranks=ranks, fault=fault)
+        assert status(run)["state"] == ("stopped" if fault else "done"), result.stderr
     assert shown(run) == shown(whole)
     assert len(shown(run)) == 240 // 23
     counts = Counter(s for batch in shown(run).values() for s in batch)
@@ -87,3 +89,23 @@ def test_an_epoch_over_three_world_sizes(shard_sets: Path, tmp_path: Path) -> No
     for a, b in zip(records(whole, "step"), records(run, "step"), strict=True):
         assert a["step"] == b["step"]
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-4)
+
+
+@pytest.mark.slow
+def test_the_line_that_everybody_types_first(shard_sets: Path, tmp_path: Path) -> None:
+    """`torchrun --nproc_per_node=8 -m dist_train`: five steps, against five that a stop signal to one rank divides."""
+    whole, run = tmp_path / "whole", tmp_path / "cut"
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=8"]
+    five = "--train.max_steps=5"
+    for directory in (whole, run):
+        if directory == run:
+            launch(shard_sets, run, five, ranks=8, fault=at("step", 3, "SIGTERM", 5), how="exec", timeout=300)
+            assert status(run)["state"] == "stopped"
+            assert 3 <= status(run)["step"] < 5
+        words = command(shard_sets, directory, five, ranks=0)
+        result = finish(spawn([*torchrun, *words[1:]], how="exec"), timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert "8 x cpu, 240 images" in result.stderr
+        assert status(directory) | {"state": "done", "step": 5} == status(directory)
+    assert "continuing from step-0000000" in result.stderr
+    assert_same_run(run, whole)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -22,27 +21,26 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train import build, optim
-from dist_train.config import Config, ConfigError, Data, Model, Train
+from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from dist_train.data import check_batch
 from dist_train.models.dropout import mask_keys
 from dist_train.models.two_tower import TwoTowers
 from dist_train.ranks.world import World, join
-from pipelines.order import part
-from tests.helpers.launch import equal, launch, newest, records, status
+from pipelines.order import even_split
+from tests.helpers.compare import assert_same_run, equal, newest, records, status
+from tests.helpers.launch import at, launch
+
+pytestmark = pytest.mark.integration
 
 STEPS = 8  # an epoch: 240 images in batches of 30
 WHOLE = ("--model.name=alexnet_two_tower", "--train.global_batch=30", "--train.epochs=1")
 PAIRS = (*WHOLE, "--train.tower_parallel=true")
 
 
-def fault(at: str, n: int, do: str, rank: int) -> dict[str, str]:
-    return {"FAULT": json.dumps({"at": at, "n": n, "do": do, "rank": rank})}
-
-
-def run(data: Path, where: Path, *extra: str, ranks: int, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run to its end, or to the fault in `env`; its status."""
-    (where / f"fault-{json.loads(env['FAULT'])['rank'] if env else 0}").unlink(missing_ok=True)
-    result = launch(data, where, *extra, ranks=ranks, module="tests.helpers.faults" if env else "dist_train", env=env)
+def run(data: Path, where: Path, *extra: str, ranks: int, fault: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run to its end, or to the fault; its status."""
+    (where / f"fault-{fault['rank'] if fault else 0}").unlink(missing_ok=True)
+    result = launch(data, where, *extra, ranks=ranks, fault=fault)
     assert result.returncode in ((0,) if ranks else (0, 75)), result.stderr
     assert "Traceback" not in result.stderr
     return status(where)
@@ -64,7 +62,7 @@ def pair(shard_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def assert_same_run(a: Path, b: Path) -> None:
+def assert_close(a: Path, b: Path) -> None:
     """Equal up to the order of summation: losses to 1e-5 of their size, weights and momenta to 1e-5 of the largest of
     each tensor. The checkpoints are made alike: names, numbers, shapes, dtypes and memory formats."""
     steps = [[r for r in records(where) if r["kind"] != "probe"] for where in (a, b)]
@@ -89,7 +87,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def test_a_pair_is_one_process(alone: Path, pair: Path) -> None:
-    assert_same_run(pair, alone)
+    assert_close(pair, alone)
 
 
 def test_two_pairs_are_one_process(shard_sets: Path, tmp_path: Path, alone: Path) -> None:
@@ -97,7 +95,7 @@ def test_two_pairs_are_one_process(shard_sets: Path, tmp_path: Path, alone: Path
     nothing."""
     options = ("--monitor.probes=[2]", "--train.accumulate=2")
     assert run(shard_sets, tmp_path, *PAIRS, *options, ranks=4)["state"] == "done"
-    assert_same_run(tmp_path, alone)
+    assert_close(tmp_path, alone)
     (probe,) = records(tmp_path, "probe")
     assert all(name.startswith("towers.0.") for name in probe["layers"])
 
@@ -107,21 +105,20 @@ def test_stopping_and_going_on(shard_sets: Path, tmp_path: Path, alone: Path, pa
     checkpoint, up to rounding, where one process goes on, is stopped, and a pair finishes; a save fails there, and the
     other try needs both towers."""
     stopped, mixed = tmp_path / "stopped", tmp_path / "mixed"
-    end = run(shard_sets, stopped, *PAIRS, ranks=2, env=fault("step", 3, "SIGTERM", 1))
+    end = run(shard_sets, stopped, *PAIRS, ranks=2, fault=at("step", 3, "SIGTERM", 1))
     assert end["state"] == "stopped"
     assert 3 <= newest(stopped)["state"]["step"] < STEPS
     shutil.copytree(stopped, mixed)
 
     assert run(shard_sets, stopped, *PAIRS, ranks=2)["state"] == "done"
-    assert records(stopped) == records(pair)
-    assert equal(newest(stopped) | {"record": 0}, newest(pair) | {"record": 0})
+    assert_same_run(stopped, pair)
 
-    assert run(shard_sets, mixed, *WHOLE, ranks=0, env=fault("step", 2, "SIGTERM", 0))["state"] == "stopped"
+    assert run(shard_sets, mixed, *WHOLE, ranks=0, fault=at("step", 2, "SIGTERM", 0))["state"] == "stopped"
     assert 5 <= newest(mixed)["state"]["step"] < STEPS
-    full = fault("save:written", 1, "disk full", 0)
-    assert run(shard_sets, mixed, *PAIRS, ranks=2, env=full)["state"] == "done"
+    full = at("save:written", 1, "disk full", 0)
+    assert run(shard_sets, mixed, *PAIRS, ranks=2, fault=full)["state"] == "done"
     assert (mixed / "fault-0").exists(), "the save has failed once"
-    assert_same_run(mixed, alone)
+    assert_close(mixed, alone)
 
 
 def test_weights_of_another_run(shard_sets: Path, tmp_path: Path, alone: Path) -> None:
@@ -132,7 +129,7 @@ def test_weights_of_another_run(shard_sets: Path, tmp_path: Path, alone: Path) -
 
 
 def test_a_gradient_of_one_tower_that_is_not_finite(shard_sets: Path, tmp_path: Path) -> None:
-    end = run(shard_sets, tmp_path, *PAIRS, ranks=2, env=fault("step", 3, "nan", 1))
+    end = run(shard_sets, tmp_path, *PAIRS, ranks=2, fault=at("step", 3, "nan", 1))
     assert end["state"] == "diverged"
     assert "the gradient is not finite at step 3 " in end["reason"]
 
@@ -142,7 +139,7 @@ def test_damaged_samples(damaged: tuple[Path, list[int]], tmp_path: Path) -> Non
     data, bad = damaged
     ends = [run(data, tmp_path / "pair", *PAIRS, ranks=2), run(data, tmp_path / "alone", *WHOLE, ranks=0)]
     assert [end["state"] for end in ends] == ["done", "done"]
-    assert_same_run(tmp_path / "pair", tmp_path / "alone")
+    assert_close(tmp_path / "pair", tmp_path / "alone")
     assert records(tmp_path / "pair", "step")[-1]["bad_samples"] == len(bad)
 
 
@@ -151,13 +148,15 @@ def test_what_cannot_be_paired_is_one_sentence(shard_sets: Path, tmp_path: Path)
     assert result.returncode == 2
     message = "error: train.tower_parallel puts each net on two ranks, and 1 cannot be paired: start an even number"
     assert result.stderr.splitlines() == [message]
-    config = Config(model=Model("alexnet_two_tower"), train=Train(global_batch=2, accumulate=2, tower_parallel=True))
+    config = Config(
+        model=ModelConfig("alexnet_two_tower"), train=TrainConfig(global_batch=2, accumulate=2, tower_parallel=True)
+    )
     check_batch(config, 2)  # the two ranks see the same samples
-    with pytest.raises(ConfigError, match=r"smaller than 2 ranks x train\.accumulate 2"):
+    with pytest.raises(ConfigError, match=r"smaller than ranks \(2\) x train\.accumulate \(2\)"):
         check_batch(config, 4)
     for setting, remedy in (({"precision": "fp16"}, "set it to bf16 or off"), ({"compile": "on"}, "auto or off")):
         with pytest.raises(ConfigError, match=remedy):
-            Config(model=Model("alexnet_two_tower"), train=Train(tower_parallel=True, **setting))
+            Config(model=ModelConfig("alexnet_two_tower"), train=TrainConfig(tower_parallel=True, **setting))
 
 
 def test_every_gradient() -> None:
@@ -173,10 +172,10 @@ def compare() -> None:
     """One rank: weights, logits and gradients against the same net whole, on the same samples."""
     world = join("cpu").in_pairs()
     assert (world.dp_rank, world.tower) == divmod(world.rank, 2)
-    options = Model("alexnet_two_tower", hidden=32, width=0.25)
-    config = Config(model=options, data=Data(crop=67), train=Train(global_batch=7, tower_parallel=True))
-    whole = build.build_model(config, World(0, 1, 0, 1, world.device), 9, compiled=False)
-    model = build.build_model(config, world, 9, compiled=False)
+    options = ModelConfig("alexnet_two_tower", hidden=32, width=0.25)
+    config = Config(model=options, data=DataConfig(crop=67), train=TrainConfig(global_batch=7, tower_parallel=True))
+    whole = build.model(config, World.single(world.device), 9, compiled=False)
+    model = build.model(config, world, 9, compiled=False)
     assert isinstance(model, TwoTowers)
     assert [name.partition(".")[0] for name, _ in model.towers.named_children()] == [str(world.tower)]
     for name, value in model.state_dict().items():
@@ -192,7 +191,7 @@ def compare() -> None:
         torch.testing.assert_close(model(images, keys), whole(images, keys))
 
     model, whole, images, labels = model.double(), whole.double(), images.double(), torch.arange(7)
-    low, high = part(7, world.dp_rank, world.dp_size)
+    low, high = even_split(7, world.dp_rank, world.dp_size)
     net = DistributedDataParallel(model, process_group=world.group("data"))
     logits, expected = net(images[low:high], keys[low:high]), whole(images, keys)
     torch.testing.assert_close(logits, expected[low:high], rtol=1e-12, atol=0)

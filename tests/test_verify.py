@@ -41,7 +41,7 @@ def test_a_good_set_has_no_problems(shard_sets: Path) -> None:
 
 
 def test_bad_samples_are_named_and_left_out(small: Path) -> None:
-    """One that does not decode, and one whose label in the tar is another than the index says."""
+    """One that does not decode, one with another label than the index says, one with another label and other bytes."""
     before = ShardSet(small)
     tar = small / before.names[0]
     rows = before.index.copy()
@@ -49,18 +49,22 @@ def test_bad_samples_are_named_and_left_out(small: Path) -> None:
     label = int(rows[7]["offset"]) - HEADER - HEADER  # .cls comes before .jpg: header, one block, header of the image
     wrong = (int(rows[7]["label"]) + 1) % 3
     poke(tar, label, str(wrong).encode())
+    label = int(rows[9]["offset"]) - HEADER - HEADER
+    poke(tar, label, str((int(rows[9]["label"]) + 1) % 3).encode())
+    poke(tar, int(rows[9]["offset"]) + 15, b"!")  # a density in its JFIF header: it decodes all the same
 
     problems = verify(small, workers=1)
-    assert [p.get("row") for p in problems] == [None, 2, 7]
+    assert [p.get("row") for p in problems] == [None, 2, 7, 9]
     assert problems[0]["reason"] == "its sha256 differs: copy it again"
     assert "cannot be read" in problems[1]["reason"]
     assert problems[1]["name"] in before.name(2)
     assert problems[2]["reason"] == "label differ from the index"
+    assert problems[3]["reason"] == "label and crc differ from the index"
 
     after = ShardSet(small)
-    kept = [i for i in range(12) if i not in (2, 7)]
+    kept = [i for i in range(12) if i not in (2, 7, 9)]
     np.testing.assert_array_equal(after.index, rows[kept])
-    assert after.shard_samples.tolist() == [10]
+    assert after.shard_samples.tolist() == [9]
     for i, old in enumerate(kept):
         np.testing.assert_array_equal(after.read(i), before.read(old))
     assert after.fingerprint != before.fingerprint

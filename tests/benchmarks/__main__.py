@@ -19,13 +19,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dist_train import models
-from dist_train.config import Model
+from dist_train.config import ModelConfig
 from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.models.lrn import local_response_norm
 from pipelines.augment import Augment
 from pipelines.bench import measure
+from pipelines.dali import Feed
 from pipelines.loader import Loader
+from pipelines.misc import cpus
 from pipelines.pack import Options, pack
+from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 from tests.benchmarks import towers, waiting
@@ -71,22 +74,24 @@ def rows(title: str, entries: dict[str, float], unit: str) -> None:
 def loader_output(directory: Path) -> None:
     """Normalised floats from DALI against uint8 from DALI and the normalisation in torch, end to end."""
     shards = ShardSet(directory)
-    loader = Loader(shards, Augment(), shards.manifest, batch=64, training=True)
+    loader = Loader(TrainingPlan(shards, Augment(), shards.manifest), shards.manifest, batch=64)
 
     def epoch(output: str) -> Callable[[], None]:
         def work() -> None:
-            feed = loader._feed(0, range(loader.steps))
-            pipeline = Pipeline(64, loader.threads, None, prefetch_queue_depth=2)
+            feeds = loader.feeds(0, range(loader.steps))
+            pipeline = Pipeline(64, cpus(), None, prefetch_queue_depth=2)
             with pipeline:
-                encoded, begin, end, mirror, mean = fn.external_source(lambda: next(feed), num_outputs=5, batch=True)
-                image = fn.decoders.image_slice(encoded, start=begin, shape=end, adjust_orientation=False)
+                feed = Feed(*fn.external_source(lambda: next(feeds), num_outputs=len(Feed._fields), batch=True))
+                image = fn.decoders.image_slice(
+                    feed.encoded, start=feed.begin, shape=feed.end, adjust_orientation=False
+                )
                 if output == "float":
                     image = fn.crop_mirror_normalize(
-                        image, mirror=mirror, mean=mean, std=[1.0] * 3, output_layout="HWC"
+                        image, mirror=feed.mirror, mean=feed.mean, std=[1.0] * 3, output_layout="HWC"
                     )
                 else:
-                    image = fn.flip(image, horizontal=mirror)
-                pipeline.set_outputs(image, mean)
+                    image = fn.flip(image, horizontal=feed.mirror)
+                pipeline.set_outputs(image, feed.mean)
             pipeline.build()
             for _ in range(loader.steps):
                 pixels, shift = (torch.utils.dlpack.from_dlpack(o.as_tensor()) for o in pipeline.run())
@@ -140,7 +145,7 @@ def net() -> None:
         keys = mask_keys(0, 0, np.arange(batch))
         entries = {}
         for mode in ("eager", "compiled"):
-            model = models.build(Model(hidden=hidden), classes=10, crop=crop)
+            model = models.build(ModelConfig(hidden=hidden), classes=10, crop=crop)
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if mode == "compiled":
                 model.compile(dynamic=False)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from dist_train import build, models
-from dist_train.config import Config, Data, Model, Train
+from dist_train.config import Config, DataConfig, ModelConfig, TrainConfig
 from dist_train.models.dropout import mask_keys
 from dist_train.ranks.world import World, join
-from pipelines.order import part
+from pipelines.order import even_split
 
 CASES = ((227, 4096, 1000, 8), (227, 4096, 1000, 32), (67, 512, 10, 128))  # crop, hidden, outputs, global batch
 STEPS = 4
@@ -35,7 +35,7 @@ def by_formula(crop: int, hidden: int, outputs: int, batch: int) -> dict[str, fl
     gradient; and one part of the logits.
     """
     with torch.device("meta"):
-        net = models.build(Model("alexnet_two_tower", hidden=hidden), classes=outputs, crop=crop)
+        net = models.build(ModelConfig("alexnet_two_tower", hidden=hidden), classes=outputs, crop=crop)
     weights = sum(p.numel() for p in net.parameters())
     side = (crop - 11) // 4 + 1
     sides = [side := (side - 3) // 2 + 1 for _ in range(3)]  # after each pooling
@@ -52,13 +52,12 @@ def sent() -> int:
 def measured(world: World, crop: int, hidden: int, outputs: int, batch: int) -> float:
     """What each rank of `world` sends in a step, in bytes: the least of some steps, since others may use the device."""
     config = Config(
-        model=Model("alexnet_two_tower", hidden=hidden),
-        data=Data(crop=crop),
-        train=Train(global_batch=batch, tower_parallel=world.mesh is not None),
+        model=ModelConfig("alexnet_two_tower", hidden=hidden),
+        data=DataConfig(crop=crop),
+        train=TrainConfig(global_batch=batch, tower_parallel=world.mesh is not None),
     )
-    off = torch.autocast("cpu", enabled=False)
-    net = build.distribute(build.build_model(config, world, outputs, compiled=False), config, world, off)
-    low, high = part(batch, world.dp_rank, world.dp_size)
+    net = build.distribute(build.model(config, world, outputs, compiled=False), config, world)
+    low, high = even_split(batch, world.dp_rank, world.dp_size)
     images = (torch.randn(high - low, 3, crop, crop) * 60).to(memory_format=torch.channels_last)
     keys, labels = mask_keys(0, 0, np.arange(low, high)), torch.arange(high - low) % outputs
 

@@ -1,4 +1,4 @@
-"""What it costs that OpenMP's threads spin while they wait (OMP_WAIT_POLICY), alone and beside other work."""
+"""What it costs that OpenMP's threads spin while they wait (OMP_WAIT_POLICY), by itself and beside other work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from dist_train.monitor.terminal import read_records
+from dist_train.rundir import record
+from pipelines.misc import cpus
 
 NET = ["--model.width=0.25", "--model.hidden=32", "--data.resize=72", "--data.crop=67", "--train.global_batch=24"]
 LOOP = ["--train.epochs=1", "--train.compile=off", "--train.device=cpu", "--monitor.log_every=1"]
@@ -26,13 +27,12 @@ def images_per_s(shards: Path, policy: str, busy: int) -> float:
         command += [f"--data.train={shards}", f"--data.val={shards}", "--data.source="]
         env = os.environ | {"OMP_WAIT_POLICY": policy}
         subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return float(read_records(Path(run))[-2]["images_per_s"])
+        return float(record.read(Path(run))[-2]["images_per_s"])
 
 
 def table(shards: Path) -> None:
     print("\nimages/s of a small net in one process, by what waiting threads do")
-    cpus = len(os.sched_getaffinity(0))
-    for busy in (0, cpus):
+    for busy in (0, cpus()):
         rates = {policy: images_per_s(shards, policy, busy) for policy in ("ACTIVE", "PASSIVE")}
         told = ", ".join(f"{policy.lower()} {rate:.0f}" for policy, rate in rates.items())
         print(f"  beside {busy} busy processes: {told}")

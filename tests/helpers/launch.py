@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from tests.helpers import server
 
 SMALL = [
     "--data.resize=72",
@@ -26,74 +28,130 @@ SMALL = [
 ]
 STEPS = 10  # an epoch: 240 images in batches of 24
 EMPTY = Path(__file__).parent / "empty.yaml"
+NEVER_RETURN = ("kill", "kill all", "pause", "hang", "launcher SIGTERM", "SIGTERM SIGTERM")  # what faults do
+STARTED: list[Run] = []  # of the test that is running; tests/helpers/plugin.py reads and empties it
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that was started, and the folder that its output goes to."""
+
+    process: subprocess.Popen[bytes] | server.Forked
+    folder: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def said(self, stream: str) -> str:
+        """What it wrote to stdout or stderr: each rank, start after start, then what started them."""
+        return "".join(path.read_text(errors="replace") for path in self._files(stream))
+
+    def tails(self, lines: int = 30) -> str:
+        """The end of what each rank wrote, under a heading."""
+        parts = []
+        for stream in ("stdout", "stderr"):
+            for path in self._files(stream):
+                if text := path.read_text(errors="replace").rstrip():
+                    where = "/".join(path.relative_to(self.folder).parts[-3:])
+                    parts.append("\n".join([f"--- {where}", *text.splitlines()[-lines:]]))
+        return "\n".join(parts)
+
+    def _files(self, stream: str) -> list[Path]:
+        """Those of torchrun's workers lie in <run>/attempt_<n>/<rank>/."""
+        return [*sorted(self.folder.glob(f"*/*/*/{stream}.log")), self.folder / f"{stream}.log"]
 
 
 def command(
     data: Path, run: Path, *extra: str, ranks: int = 2, module: str = "dist_train", agent: str = ""
 ) -> list[str]:
     """The command line of a run; `ranks` 0 starts one process without torchrun. `agent`: options for torchrun."""
+    sets = [f"--data.train={data / 'train'}", f"--data.val={data / 'val'}", f"--run.dir={run}"]
+    return python(module, f"--config={EMPTY}", *SMALL, *sets, *extra, ranks=ranks, agent=agent)
+
+
+def python(module: str, *words: str, ranks: int = 0, agent: str = "") -> list[str]:
+    """The command line `python -m MODULE ...`, or that of torchrun with so many ranks of it."""
     launcher = [sys.executable, "-m"]
     if ranks:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *agent.split(), "-m"]
-    sets = [f"--data.train={data / 'train'}", f"--data.val={data / 'val'}", f"--run.dir={run}"]
-    return [*launcher, module, f"--config={EMPTY}", *SMALL, *sets, *extra]
+    return [*launcher, module, *words]
 
 
-def start(*args: Any, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    """Start it in a process group of its own."""
-    return subprocess.Popen(
-        command(*args, **options),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def spawn(args: list[str], *, env: dict[str, str] | None = None, how: str = "fork") -> Run:
+    """Start a command line in a session of its own.
+
+    Args:
+        how: "fork" from a process that has torch already (see server.py), which saves half the time; "exec" for the
+            literal command: where a process does not return from `main` (os._exit, SIGKILL), where the environment
+            matters when a library is loaded, and now and then, since that is what users type.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="run-"))
+    if args[2] == server.TORCHRUN:
+        args = [*args[:3], f"--log-dir={folder}", "--redirects=3", *args[3:]]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    out, err = folder / "stdout.log", folder / "stderr.log"
+    process: subprocess.Popen[bytes] | server.Forked
+    if how == "fork":
+        process = server.fork(args, variables, Path.cwd(), out, err)
+    else:
+        with open(out, "wb") as stdout, open(err, "wb") as stderr:
+            process = subprocess.Popen(args, env=variables, stdout=stdout, stderr=stderr, start_new_session=True)
+    STARTED.append(Run(process, folder))
+    return STARTED[-1]
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def start(
+    *args: Any,
+    fault: dict[str, Any] | None = None,
+    env: dict[str, str] | None = None,
+    how: str | None = None,
+    **options: Any,
+) -> Run:
+    """Start a run; for the other arguments see `command` and `spawn`.
+
+    Args:
+        fault: of `at`, in whose place the trainer is `tests.helpers.faults`; {} for one that only notes its steps.
+        how: the literal command if None, where after the fault a process does not return; else forked.
+    """
+    if fault is not None:
+        options["module"], env = "tests.helpers.faults", {"FAULT": json.dumps(fault), **(env or {})}
+    if how is None:
+        how = "exec" if fault and fault["do"] in NEVER_RETURN else "fork"
+    return spawn(command(*args, **options), env=env, how=how)
+
+
+def at(moment: str, n: int, do: str, rank: int = 0, **more: Any) -> dict[str, Any]:
+    """The fault that a rank does something at the n-th time that it comes to a moment; see `tests.helpers.faults`."""
+    return {"at": moment, "n": n, "do": do, "rank": rank, **more}
+
+
+def finish(run: Run, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     """Wait for it; what hangs is killed, with the workers that torchrun put into sessions of their own."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        code = run.process.wait(timeout)
     except subprocess.TimeoutExpired:
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (process.pid, *map(int, workers)):
+        for pid in (run.pid, *children(run.pid)):
             os.kill(pid, signal.SIGKILL)
-        process.communicate()
+        run.process.wait()
         raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return subprocess.CompletedProcess(run.process.args, code, run.said("stdout"), run.said("stderr"))
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a launcher has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs: neither gone nor a zombie that nobody has reaped."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def launch(*args: Any, timeout: float = 180, **options: Any) -> subprocess.CompletedProcess[str]:
     """Start a run and wait for its end."""
     return finish(start(*args, **options), timeout)
-
-
-def status(run: Path) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((run / "status.json").read_text())
-    return body
-
-
-def records(run: Path, kind: str = "") -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without times and rates, which alone may differ between equal runs."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [line for line in lines if kind in ("", line["kind"])]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in kept]
-
-
-def newest(run: Path) -> dict[str, Any]:
-    """The state in the newest checkpoint."""
-    path = max((run / "checkpoints").glob("step-*"))
-    state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
-    return state
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether two states are equal bit for bit."""
-    if torch.is_tensor(a):
-        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)

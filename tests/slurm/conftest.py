@@ -10,11 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.helpers.launch import EMPTY, SMALL, equal, launch, newest, records, status
+from tests.helpers.compare import status
+from tests.helpers.launch import EMPTY, SMALL, launch
 from tests.slurm.private_cluster import Cluster, missing, process_with, wait_for
 
 EPOCHS = 3
@@ -164,12 +164,3 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shard_sets: Path) ->
     result = launch(shard_sets, run, f"--train.epochs={EPOCHS}", ranks=4)
     assert result.returncode == 0, result.stderr
     return run
-
-
-def same(run: Path, other: Path) -> bool:
-    """Whether two finished runs have the same state and the same record, bit for bit."""
-
-    def state(run: Path) -> dict[str, Any]:
-        return {k: v for k, v in newest(run).items() if k != "record"}  # bytes of the record: rates are in it
-
-    return equal(state(run), state(other)) and records(run) == records(other)

@@ -13,7 +13,7 @@ import pytest
 
 from slurm.submit import minutes
 from slurm.table import duration
-from tests.helpers.launch import status
+from tests.helpers.compare import status
 from tests.slurm.conftest import User, job_of
 
 GOLDEN = """\
@@ -71,11 +71,18 @@ def test_the_sbatch_script(outsider: User) -> None:
     assert not list(outsider.home.iterdir()), "a dry run writes nothing"
 
 
+def test_what_goes_to_the_trainer_takes_its_value_with_it(outsider: User) -> None:
+    words = ["--time=30", *outsider.training, "--run.name", "x", "--optim", '{"lr": 0.5}', "--config", "small.yaml"]
+    (outsider.home / "small.yaml").write_text("train: {device: cpu}")
+    assert "#SBATCH --job-name=x" in outsider.slurm("submit", "--dry-run", *words)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         (["--optim.lrr=1"], "unknown configuration key optim.lrr: did you mean optim.lr?"),
-        (["--nodes=9", "--gpus-per-node=3"], "train.global_batch 24 is smaller than 27 ranks"),
+        (["--gpus-per-nod=2"], "unknown option --gpus-per-nod: did you mean --gpus-per-node?"),
+        (["--nodes=9", "--gpus-per-node=3"], "train.global_batch 24 is smaller than ranks (27)"),
         (["--data.train=nowhere", "--data.source="], "no shards in nowhere"),
         (["--train.global_batch=1000"], "larger than the 240 images"),
         (["--run.name=100%"], "contains '%', which Slurm replaces in file names: choose another name"),
@@ -86,6 +93,22 @@ def test_the_sbatch_script(outsider: User) -> None:
 )
 def test_what_is_refused_before_it_is_submitted(outsider: User, words: list[str], complaint: str) -> None:
     error = outsider.slurm("submit", "--time=30", *outsider.training, "--run.name=x", *words, code=2)
+    assert complaint in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, "one sentence"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (b"--optim.lr 'x  # unclosed", "sweep.txt: No closing quotation in the line"),
+        (b"--optim.lr 1 # \xff", "is not a text file in UTF-8"),
+        (b"# nothing\n", "is empty: write one line of overrides per run"),
+    ],
+)
+def test_a_damaged_sweep_is_one_sentence(outsider: User, text: bytes, complaint: str) -> None:
+    (outsider.home / "sweep.txt").write_bytes(text)
+    error = outsider.slurm("submit", "--time=30", "--array=sweep.txt", *outsider.training, "--run.name=x", code=2)
     assert complaint in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1, "one sentence"
@@ -151,6 +174,21 @@ def test_a_silent_run_is_not_running(outsider: User) -> None:
     for line in (silent, lost):
         cells = line.split("  ")
         assert {"12", "3/90", "17", "812", "40.7%", "2"} <= {cell.strip() for cell in cells}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("file", ["slurm/job.json", "slurm/starts.jsonl", "status.json", "metrics.jsonl"])
+def test_a_damaged_run_does_not_hide_the_others(outsider: User, file: str) -> None:
+    for name in ("whole", "damaged"):
+        folder = outsider.run(name) / "slurm"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("train: {epochs: 90}")
+        submission = {"job": "12", "folder": str(folder), "tasks": 1, "local": False, "parameters": {}}
+        (folder / "job.json").write_text(json.dumps(submission))
+    (outsider.run("damaged") / file).write_text("{no json\n")
+    lines = outsider.slurm("status").splitlines()
+    assert any(line.startswith("whole ") and "not started" in line for line in lines)
+    assert any(line.startswith("damaged ") and f"{file} is damaged" in line for line in lines)
 
 
 def test_a_local_run_stops_and_comes_back(outsider: User) -> None:

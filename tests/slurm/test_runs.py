@@ -13,8 +13,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
-from tests.helpers.launch import records, status
-from tests.slurm.conftest import EPOCHS, User, job_of, same
+from tests.helpers.compare import assert_same_run, records, status
+from tests.slurm.conftest import EPOCHS, User, job_of
 from tests.slurm.private_cluster import wait_for
 
 pytestmark = pytest.mark.slurm
@@ -45,7 +45,7 @@ def test_a_plain_run_and_its_log(user: User, uninterrupted: Path) -> None:
     job = user.submit("plain")
     following = user.start("logs", "plain", "--follow")
     user.wait("plain", job, "done")
-    assert same(user.run("plain"), uninterrupted)
+    assert_same_run(user.run("plain"), uninterrupted)
     assert user.cluster.job(job) == "COMPLETED"
     said, _ = following.communicate(timeout=30)
     assert said == user.log("plain")
@@ -61,7 +61,7 @@ def test_the_time_limit_loses_nothing(user: User, uninterrupted: Path) -> None:
     user.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # a slow machine needs no more of these
     user.wait("limited", job, "done")
     assert user.starts("limited") == ["", last]
-    assert same(user.run("limited"), uninterrupted)
+    assert_same_run(user.run("limited"), uninterrupted)
 
 
 def test_preemption_by_either_signal_loses_nothing(user: User, uninterrupted: Path) -> None:
@@ -76,7 +76,7 @@ def test_preemption_by_either_signal_loses_nothing(user: User, uninterrupted: Pa
         stops.append(user.stopped("low"))
     user.wait("low", job, "done")
     assert user.starts("low") == stops
-    assert same(user.run("low"), uninterrupted)
+    assert_same_run(user.run("low"), uninterrupted)
 
 
 def test_a_requeue_loses_nothing_and_a_crashed_rank_comes_back(user: User, uninterrupted: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_requeue_loses_nothing_and_a_crashed_rank_comes_back(user: User, unint
     assert len(user.starts(name)) == 3
     assert not list(user.run(name).glob("slurm/*.save_tmp"))
     assert name in user.slurm("status", name)
-    assert same(user.run(name), uninterrupted)
+    assert_same_run(user.run(name), uninterrupted)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_a_node_crash_and_one_run_in_wandb(user: User, uninterrupted: Path) -> N
     user.wait("crash", job, "done")
     user.cluster.boot(node)
     assert len(user.starts("crash")) == 2
-    assert same(user.run("crash"), uninterrupted)
+    assert_same_run(user.run("crash"), uninterrupted)
     shown = [logged(path) for path in sorted(user.run("crash").glob("wandb/offline-run-*/run-*.wandb"))]
     assert len(shown) == 2
     assert len({name for name, _ in shown}) == 1, "one run"
@@ -130,7 +130,7 @@ def test_cancel_saves_and_requeue_goes_on(user: User, uninterrupted: Path) -> No
     job = job_of(user.slurm("requeue", "mind changed", f"--exclude={user.cluster.nodes[0]}"))
     user.wait("mind changed", job, "done")
     assert user.starts("mind changed") == ["", last]
-    assert same(user.run("mind changed"), uninterrupted)
+    assert_same_run(user.run("mind changed"), uninterrupted)
     wait_for(lambda: user.cluster.job(job) == "COMPLETED", 10, "the end")
     story = (user.run("mind changed") / "slurm" / "starts.jsonl").read_text().splitlines()
     assert user.cluster.nodes[0] not in story[-1]

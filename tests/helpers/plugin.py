@@ -1,0 +1,27 @@
+"""For pytest: a failing test shows how each rank of its runs ended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers import launch
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        for run in launch.STARTED:
+            report.sections.append((f"{' '.join(run.process.args)}", run.tails()))
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """The next test begins with no runs, and their output goes."""
+    for run in launch.STARTED:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    launch.STARTED.clear()
