@@ -30,6 +30,8 @@ from pipelines.loader import Batch, Loader
 from pipelines.order import even_split
 from pipelines.shards import ShardSet
 
+STOP = "a stop signal; the same command continues"
+
 
 class Pending(NamedTuple):
     """A step whose vote is under way."""
@@ -174,7 +176,7 @@ class Trainer:
             self.saver.save()
         if stop:
             self.saver.finish()
-            raise Stopped("a stop signal; the same command continues")
+            raise Stopped(STOP)
 
     def observe(self, pending: Pending | None) -> Vote:
         """Wait for the vote of a step and record it. Raises LeaseLost, Diverged and BadData, on all ranks alike."""
@@ -212,7 +214,7 @@ class Trainer:
             if vote.stop:
                 self.saver.save()  # the epoch is trained, not yet validated
                 self.saver.finish()
-                raise Stopped("a stop signal; the same command continues")
+                raise Stopped(STOP)
 
         scores = validate(self.model, self.val_loader, self.world, self.autocast, after_batch)
         lr = self.state.schedule.lr(progress.epoch, self.train_loader.steps - 1, self.train_loader.steps)

@@ -40,15 +40,16 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError for a damaged one."""
-    return _parsed(path, path.read_bytes())
+    return parsed_json(path, path.read_bytes())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """One object for each line; none if there is no such file. Raises UserError for a damaged line."""
-    return [_parsed(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    return [parsed_json(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
-def _parsed(path: Path, text: bytes) -> Any:
+def parsed_json(path: Path, text: bytes) -> Any:
+    """The value of `text`, which was read from a file. Raises UserError, which names the file, for a damaged one."""
     try:
         return json.loads(text)
     except ValueError as error:

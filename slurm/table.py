@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from dist_train.rundir import record, status
 from pipelines.errors import UserError
+from pipelines.files import parsed_json
 from slurm.cluster import Entry, entry, look
 from slurm.submissions import SlurmError, Submission, SubmittedRun
 
@@ -146,10 +146,7 @@ def _newest_numbers(path: Path) -> tuple[str, str]:
         lines = lines[1:]  # its beginning is cut off
     newest: dict[str, dict[str, Any]] = {}
     for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError as damage:
-            raise UserError(f"{path} is damaged ({damage}): restore it, or move it away") from damage
+        values = parsed_json(path, line)
         newest[values["kind"]] = values
     rate = f"{newest['step']['images_per_s']:.0f}" if "step" in newest else "-"
     error = f"{newest['validation']['top1_error']:.1%}" if "validation" in newest else "-"

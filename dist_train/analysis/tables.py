@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from dist_train.pictures.sweeps import PANELS, Curve, Probed, draw_arms, draw_la
 from dist_train.probe import stable_lr
 from dist_train.rundir import record, status
 from dist_train.rundir.state import MEMORY
-from pipelines.files import write_atomically
+from pipelines.files import read_json, write_atomically
 
 # A training error that says that a net has begun to learn: it is right twice as often as guessing among ten classes,
 # which all of configs/experiments have.
@@ -67,7 +66,7 @@ def report(experiment: Experiment, out: Path) -> list[Path]:
     errors = {name: [run.checks[-1]["top1_error"] for run in found if run.checks] for name, found in runs.items()}
     for arm in experiment.ensembles:
         results = [pair.result for pair in experiment.pairs(arm) if pair.result.exists()]
-        errors[label(experiment, arm)] = [json.loads(path.read_text())["top1_error"] for path in results]
+        errors[label(experiment, arm)] = [read_json(path)["top1_error"] for path in results]
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{experiment.name}.md", out / f"{experiment.name}.png"]
     write_atomically(paths[0], table(runs, errors).encode())

@@ -70,7 +70,7 @@ class Forked:
 
 @functools.cache
 def server() -> Path:
-    """The socket of this session's server, started when it is first asked for."""
+    """The socket of the server, started when it is first asked for."""
     folder = tempfile.TemporaryDirectory(prefix="server-")
     path = Path(folder.name) / "socket"
     process = subprocess.Popen(
