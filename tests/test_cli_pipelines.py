@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from pipelines import preview
 from pipelines.__main__ import main
+from pipelines.cli import Verb, run_verb
 from pipelines.shards import ShardSet
 
 ROOT = Path(__file__).parent.parent
@@ -213,3 +215,14 @@ def test_a_process_that_fails_has_no_traceback(tmp_path: Path) -> None:
     assert failed.stdout == ""
     assert failed.stderr.endswith("error: --crop 67 is larger than --resize 60: it is cut from that\n")
     assert "Traceback" not in failed.stderr
+
+
+def test_ctrl_c_ends_any_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    def start(args: Namespace) -> int:
+        raise KeyboardInterrupt
+
+    verbs = {"wait": Verb("wait for ever", lambda parser: None, start)}
+    assert run_verb("program", verbs, ["wait"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+    assert run_verb("program", verbs, ["wait"], speaks=False) == 130
+    assert capsys.readouterr() == ("", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.integration
 
 FULL = at("save:written", 1, "disk full", always=True)
 HOWS = pytest.mark.parametrize("how", ["fork", "exec"])
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_same_bits_and_words(shard_sets: Path, tmp_path: Path) -> None:
@@ -80,3 +83,17 @@ def test_what_hangs_is_killed(shard_sets: Path, tmp_path: Path, how: str) -> Non
     assert helpers.STARTED[-1] is run
     assert "/0/stderr.log\n" in run.tails()
     assert "2 x cpu, 240 images, epoch 1" in run.tails()
+
+
+def test_a_failing_test_shows_what_its_runs_wrote(tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(
+        "from tests.helpers.launch import finish, python, spawn\n"
+        "def test_x():\n"
+        "    assert finish(spawn(python('pipelines', 'nope'), how='exec')).returncode == 0\n"
+    )
+    words = ["-p", "tests.helpers.plugin", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "1 failed" in done.stdout
+    assert "stderr.log\nerror: unknown verb nope: did you mean" in done.stdout
