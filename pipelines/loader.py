@@ -125,7 +125,7 @@ class Loader:
         self.mean, std = scale(decode.inputs, statistics)
         self.decode, self.reading = decode, reading
         self.read = reading.read or plan.shards.read
-        self.resizing = plan.shards.shorter_side != plan.augment.resize
+        self.resizing = plan.shards.sides != (plan.augment.resize, plan.augment.resize)
         crop = plan.augment.crop
         self._graph = partial(graph, crop=crop, resize=self.resizing, std=std.tolist(), decode=decode)
         self.waited = 0.0
@@ -198,7 +198,7 @@ class Loader:
         side = self.augment.crop
         inputs = collect(pipeline) if len(wanted) else torch.empty(0, 3, side, side, device=self.decode.output)
         samples, start = self.usable(epoch, step)  # after that: reading may have found some to be damaged
-        labels = torch.from_numpy(self.shards.index["label"][samples].astype(np.int64)).to(inputs.device)
+        labels = torch.from_numpy(self.shards.labels(samples)).to(inputs.device)
         return Batch(inputs, labels, samples, start, replaced=int((wanted != samples).sum()))
 
     def feeds(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
@@ -256,7 +256,7 @@ class Loader:
         end: NDArray[Any] = np.full_like(begin, self.augment.crop)
         if self.resizing:
             # The crop's edges in the original image, as (y, x): DALI resizes that region alone.
-            ratio = self.shards.sizes[samples] / views.size.astype(np.float64)
+            ratio = self.shards.sizes(samples) / views.size.astype(np.float64)
             begin, end = (
                 np.ascontiguousarray((edge * ratio)[:, ::-1], np.float32)
                 for edge in (views.corner, views.corner + self.augment.crop)

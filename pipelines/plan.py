@@ -83,7 +83,7 @@ class TrainingPlan(Plan):
         return self.order.samples(epoch, start, stop)
 
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
-        sizes = self.shards.sizes[samples].astype(np.int64)
+        sizes = self.shards.sizes(samples)
         return random_views(sizes, self.augment, self.components, seed=self.seed, epoch=epoch, start=start)
 
 
@@ -113,7 +113,7 @@ class FixedPlan(Plan):
         return self.shown[start:stop].copy()
 
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
-        return fixed_views(self.shards.sizes[samples].astype(np.int64), self.augment, self.view)
+        return fixed_views(self.shards.sizes(samples), self.augment, self.view)
 
     def substitute(self, epoch: int, position: int, bad: Set[int]) -> int:
         return super().substitute(self.view, position, bad)  # each view has its own

@@ -143,16 +143,25 @@ class ShardSet:
     def classes(self) -> list[str]:
         return self.manifest.classes
 
-    @cached_property
-    def sizes(self) -> NDArray[np.uint16]:
-        """Width and height of each sample, uint16 [n, 2]."""
-        return np.stack([self.index["width"], self.index["height"]], axis=1)
+    def rows(self, samples: NDArray[np.int64]) -> NDArray[Any]:
+        """The index's records of these samples, SAMPLE [n]."""
+        rows: NDArray[Any] = self.index[samples]
+        return rows
+
+    def sizes(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Width and height of these samples, int64 [n, 2]."""
+        rows = self.rows(samples)
+        return np.stack([rows["width"], rows["height"]], axis=1).astype(np.int64)
+
+    def labels(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Class numbers of these samples, int64 [n]."""
+        return self.rows(samples)["label"].astype(np.int64)
 
     @cached_property
-    def shorter_side(self) -> int | None:
-        """The shorter side that all samples share, in pixels, or None."""
-        low, high = int(self.sizes.min(axis=1).min()), int(self.sizes.min(axis=1).max())
-        return low if low == high else None
+    def sides(self) -> tuple[int, int]:
+        """The least and the largest shorter side of all samples, in pixels."""
+        side = np.minimum(self.index["width"], self.index["height"])
+        return int(side.min()), int(side.max())
 
     def read(self, sample: int) -> NDArray[np.uint8]:
         """The encoded image of a sample, uint8 [size].

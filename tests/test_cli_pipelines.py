@@ -55,7 +55,7 @@ def test_pack_imagefolder(
     line = rf"{out}: 21 images of 2 classes in 1 shards, \d+ MB; 1 rejected, see {out}/rejected.jsonl\n"
     assert re.fullmatch(line, done.stdout)
     assert ShardSet(out).classes == ["amber", "blue"]
-    assert ShardSet(out).shorter_side == 64
+    assert ShardSet(out).sides == (64, 64)
     assert call(monkeypatch, *args) == 0  # there is nothing left to do
     assert capsys.readouterr().out == done.stdout
     assert call(monkeypatch, *args, "--seed", 1) == 2
@@ -85,7 +85,7 @@ def test_pack_fashion_mnist(
         shards = ShardSet(tmp_path / split)
         assert shards.classes == FASHION
         assert shards.manifest.split == split
-        assert shards.shorter_side == 28  # stored as it is
+        assert shards.sides == (28, 28)  # stored as it is
         for i in range(n):
             number = int(shards.name(i).split("/")[1].split("-")[0])
             image = np.asarray(Image.open(io.BytesIO(shards.read(i).tobytes())), np.int64)

@@ -46,7 +46,7 @@ def went_on(run: Path) -> None:
 
 def test_a_shard_set(old: Path) -> None:
     shards = ShardSet(old / "sets" / "train")
-    assert (len(shards), shards.classes, shards.shorter_side) == (48, ["amber", "blue", "green"], 72)
+    assert (len(shards), shards.classes, shards.sides) == (48, ["amber", "blue", "green"], (72, 72))
     assert verify(old / "sets" / "train", workers=1) == []
 
 

@@ -60,9 +60,9 @@ def test_read_gives_the_bytes_in_the_tars(shard_sets: Path) -> None:
 
 
 def test_shorter_side(shard_sets: Path, image_folder: Path, tmp_path: Path) -> None:
-    assert ShardSet(shard_sets / "train").shorter_side == 72
+    assert ShardSet(shard_sets / "train").sides == (72, 72)
     pack(ImageFolder(image_folder / "val"), tmp_path, Options(shorter_side=90), split="val", workers=1)
-    assert ShardSet(tmp_path).shorter_side is None  # those of 72 were not enlarged
+    assert ShardSet(tmp_path).sides == (72, 90)  # those of 72 were not enlarged
 
 
 def test_no_shards(tmp_path: Path) -> None:

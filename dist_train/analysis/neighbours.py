@@ -119,7 +119,7 @@ def most_probable(run: Trained, n: int) -> Predictions:
     found = list(outputs(run, run.val, candidates, "most probable classes"))
     samples = np.concatenate([samples for samples, _, _ in found])
     probabilities = torch.cat([logits for _, logits, _ in found]).softmax(1).cpu().numpy()
-    labels = run.val.index["label"][samples].astype(np.int64)
+    labels = run.val.labels(samples)
     right = probabilities.argmax(1) == labels
     at = pick_examples(labels, right, n)
     return Predictions(samples[at], labels[at], probabilities[at], float(1 - right.mean()), len(samples))
@@ -151,7 +151,7 @@ class Neighbours:
 def varied_tests(run: Trained, n: int) -> Ints:
     """`n` validation images of different classes where possible, whatever the net predicts for them."""
     candidates = _permuted(run, run.val)[: max(LOOKED, n)]
-    return candidates[np.argsort(occurrence(run.val.index["label"][candidates]), kind="stable")][:n]
+    return candidates[np.argsort(occurrence(run.val.labels(candidates)), kind="stable")][:n]
 
 
 def searched(run: Trained, m: int) -> Ints:
@@ -179,7 +179,7 @@ def nearest_images(run: Trained, tests: Ints, candidates: Ints, k: int) -> Neigh
         distances, order = torch.cat([distances, near], 1).sort(dim=1, stable=True)
         distances, found = distances[:, :k], torch.cat([found, numbers], 1).gather(1, order[:, :k])
     images = found.cpu().numpy()
-    same = run.train.index["label"][images] == run.val.index["label"][tests][:, None]
+    same = run.train.labels(images) == run.val.labels(tests)[:, None]
     return Neighbours(tests, images, distances.cpu().numpy(), same, len(candidates))
 
 

@@ -62,7 +62,7 @@ def _own_rows(runs: Sequence[Trained], world: World, views: int, batch: int) -> 
     with tqdm(total=total, unit="batch", desc="evaluate", dynamic_ncols=True, disable=hidden) as bar:
         for i, run in enumerate(runs):
             own = probabilities(run, world, views, batch, bar.update)
-            labels = run.val.index["label"][own.samples]
+            labels = run.val.labels(own.samples)
             table[own.samples, LEFT_OUT] |= own.bad
             table[own.samples, BEFORE_OF_RUNS + i] = more_probable(own.probabilities, labels)
             share = own.probabilities / len(runs)
@@ -154,7 +154,7 @@ def summarise(table: Ints, runs: Sequence[Trained]) -> dict[str, Any]:
     """All numbers of an evaluation from `predict`'s table: counts, and errors as fractions of 1."""
     first = runs[0]
     good = table[:, LEFT_OUT] == 0
-    kept, labels = table[good], first.val.index["label"][good].astype(np.int64)
+    kept, labels = table[good], first.val.labels(good)
     samples = np.bincount(labels, minlength=len(first.classes))
     hits = np.bincount(labels[kept[:, BEFORE] == 0], minlength=len(first.classes))
     wrong = kept[:, BEFORE] > 0
