@@ -18,7 +18,8 @@ WARM_UP = 8  # batches: as many as the loader is ahead by, so that the pace is s
 
 
 def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: float) -> str:
-    """A line with images/s and CPU us/image, of the last MEASURED or fewer of an epoch, after a warm-up."""
+    """Images/s and CPU us/image, and in a second line how many images were resized, of the last MEASURED or fewer of an
+    epoch, after a warm-up. Raises ShardError."""
     shards = ShardSet(directory)
 
     def read(sample: int) -> NDArray[np.uint8]:
@@ -26,7 +27,7 @@ def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: flo
         return shards.read(sample)
 
     plan = TrainingPlan(shards, Augment(resize, crop), shards.manifest)
-    loader = Loader(plan, shards.manifest, batch=batch, reading=Read(read=read))
+    loader = Loader(plan, shards.manifest, batch=batch, reading=Read(read=read if read_ms else None))
     if loader.steps < 2 * WARM_UP:
         raise ShardError(
             f"{directory} has {len(shards)} samples, not {2 * WARM_UP} batches of {batch}: give a smaller --batch"
@@ -36,6 +37,9 @@ def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: flo
     for _ in range(WARM_UP):
         next(batches)
     wall, cpu = time.perf_counter(), time.process_time()
-    images = sum(len(data.labels) for data in batches)
+    samples = np.concatenate([data.samples for data in batches])
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return f"{images / wall:.0f} images/s, {cpu / images * 1e6:.0f} CPU us/image, {read_ms:g} ms added to each read"
+    images, scaled = len(samples), int((shards.sizes(samples).min(axis=1) != resize).sum())
+    speed = f"{images / wall:.0f} images/s, {cpu / images * 1e6:.0f} CPU us/image, {read_ms:g} ms added to each read"
+    path = f"{scaled} of {images} images resized" if loader.resizing else "no image resized"
+    return f"{speed}\n{path} to shorter side {resize}, {crop} cut from that"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from pipelines.shards import Manifest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali.data_node import DataNode
 
 Device = Literal["cpu", "gpu"]
 DEPTH = 2  # batches that DALI works on ahead of the one that is collected
@@ -28,17 +30,18 @@ class Feed(NamedTuple):
     """The inputs of the graph for the n samples of a step.
 
     Attributes:
-        encoded: the files' bytes, n arrays.
-        begin: where the region to decode begins: (y, x) in the original image, float32 [n, 2], if the graph resizes;
-            otherwise the left top corner as (x, y), int32 [n, 2].
-        end: where it ends, float32 [n, 2], if the graph resizes; otherwise its size as (x, y), int32 [n, 2].
+        encoded: the files' bytes, n arrays. They are not copied.
+        begin, extent, roi_begin, roi_end, scaled: see `Frame`.
         mirror: horizontal reflection, int32 [n].
         mean: what to subtract from each channel, float32 [n, 3].
     """
 
     encoded: Sequence[NDArray[np.uint8] | None]
-    begin: NDArray[Any]
-    end: NDArray[Any]
+    begin: NDArray[np.int32]
+    extent: NDArray[np.int32]
+    roi_begin: NDArray[np.float32]
+    roi_end: NDArray[np.float32]
+    scaled: NDArray[np.bool_]
     mirror: NDArray[np.int32]
     mean: NDArray[np.float32]
 
@@ -74,37 +77,70 @@ def graph(
     decode: Decode,
     depth: int = DEPTH,
 ) -> Pipeline:
-    """decode -> resize of the region that the crop needs (or crop alone) -> mirror and normalise.
+    """decode the region that the crop needs -> resize where it has to be -> mirror and normalise.
 
-    `source` returns the inputs of a step of n <= `batch` samples. Output: float32 NHWC. On the GPU the whole image is
-    decoded: decoders of a region were seen to crash there (nvImageCodec issue 55).
+    `source` returns the inputs of a step of n <= `batch` samples. `resize`: whether any image of the set has to be
+    resized; the others of the set pass by the resize, which costs more than decoding an image at 256 pixels does.
+    Output: float32 NHWC. On the GPU the whole image is decoded: decoders of a region were seen to crash there
+    (nvImageCodec issue 55).
     """
+    on_cpu = decode.device == "cpu"
+    # Without a resize its fields are not fed: each costs microseconds a sample.
+    fields = [name for name in Feed._fields if resize or name not in ("roi_begin", "roi_end", "scaled")]
     pipeline = Pipeline(batch, decode.threads or cpus(), decode.device_id, prefetch_queue_depth=depth)
     with pipeline:
-        feed = Feed(*fn.external_source(source=source, num_outputs=len(Feed._fields), batch=True))
+        held = _holding(source, fields, depth + 2)
+        inputs = fn.external_source(source=held, num_outputs=len(fields), batch=True, no_copy=on_cpu)
+        feed = dict(zip(fields, inputs, strict=True))
         upright = {"output_type": types.RGB, "adjust_orientation": False}  # settled when the set was packed
-        if not resize and decode.device == "cpu":
-            image = fn.decoders.image_slice(feed.encoded, start=feed.begin, shape=feed.end, **upright)
+        if on_cpu:
+            image = fn.decoders.image_slice(feed["encoded"], start=feed["begin"], shape=feed["extent"], **upright)
         else:
-            device = "mixed" if decode.device == "gpu" else "cpu"
-            image = fn.decoders.image(feed.encoded, device=device, **upright)
-            if resize:
-                image = fn.resize(
-                    image,
-                    resize_x=crop,
-                    resize_y=crop,
-                    roi_start=feed.begin,
-                    roi_end=feed.end,
-                    interp_type=types.INTERP_LINEAR,
-                    subpixel_scale=False,  # nearest to torchvision and Pillow
-                )
-            else:
-                image = fn.slice(image, start=feed.begin, shape=feed.end, axis_names="WH")
+            image = fn.decoders.image(feed["encoded"], device="mixed", **upright)
+            image = fn.slice(image, start=feed["begin"], shape=feed["extent"], axis_names="WH")
+        if resize:
+            image = _resized(image, feed, crop)
         image = fn.crop_mirror_normalize(
-            image, mirror=feed.mirror, mean=feed.mean, std=list(std), dtype=types.FLOAT, output_layout="HWC"
+            image,
+            mirror=feed["mirror"],
+            mean=feed["mean"],
+            std=list(std),
+            dtype=types.FLOAT,
+            output_layout="HWC",
         )
         pipeline.set_outputs(image)
     return pipeline
+
+
+def _resized(image: DataNode, feed: dict[str, DataNode], crop: int) -> DataNode:
+    """`if scaled: image = fn.resize(...)`, in the operators that DALI's conditional execution makes of it. Its own way
+    there rewrites the source of functions and imports the result from a temporary file, at each building."""
+    conditional = fn._conditional  # type: ignore[attr-defined]
+    scaled = feed["scaled"]
+    region, whole = conditional.split(image, predicate=scaled)
+    begin, end = (conditional.split(feed[name], predicate=scaled)[0] for name in ("roi_begin", "roi_end"))
+    region = fn.resize(
+        region,
+        resize_x=crop,
+        resize_y=crop,
+        roi_start=begin,
+        roi_end=end,
+        interp_type=types.INTERP_LINEAR,
+        subpixel_scale=False,  # nearest to torchvision and Pillow
+    )
+    return conditional.merge(region, whole, predicate=scaled)
+
+
+def _holding(source: Callable[[], Feed], fields: Sequence[str], depth: int) -> Callable[[], list[Any]]:
+    """Gives these fields of what `source` does. The last `depth` feeds stay in memory: DALI reads them where they lie
+    until it has put out their batch."""
+    held: deque[Feed] = deque(maxlen=depth)
+
+    def ask() -> list[Any]:
+        held.append(source())
+        return [getattr(held[-1], name) for name in fields]
+
+    return ask
 
 
 def collect(pipeline: Pipeline) -> Tensor:

@@ -10,34 +10,31 @@ from __future__ import annotations
 import queue
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import Views
+from pipelines.augment import framed
 from pipelines.dali import DEPTH, Decode, Feed, collect, graph, scale
 from pipelines.misc import ceil_div
 from pipelines.order import Ints, even_split
 from pipelines.plan import Plan
-from pipelines.shards import BadSample, Manifest
+from pipelines.reading import Encoded, Fetch, Reader
+from pipelines.search import undecodable
+from pipelines.shards import Manifest
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 READY = 2  # batches that wait for the consumer
 SUSPECTS = DEPTH + 2  # steps, from the one that is collected, in which DALI may have met what it reports now
-
-Encoded = list[NDArray[np.uint8] | None]  # files' bytes; None in the place of a damaged one
 
 
 class Batch(NamedTuple):
@@ -70,27 +67,15 @@ class Read:
     Attributes:
         readers: threads that read files ahead.
         ahead: batches that are read ahead.
-        read: returns the bytes of a sample, uint8 [size]; None: ShardSet.read. Another one injects faults and delays.
+        read: returns the bytes of a sample, uint8 [size]; None: the shard set's. Another one injects faults and delays.
     """
 
     readers: int = 32
     ahead: int = 4
-    read: Callable[[int], NDArray[np.uint8]] | None = None
+    read: Fetch | None = None
 
 
 DECODE, READING = Decode(), Read()  # as the paper, on this machine's CPUs
-
-
-class _Reading(NamedTuple):  # a step whose files are being read, in pieces that follow each other
-    samples: Ints
-    start: int
-    pieces: list[Future[Encoded]]
-
-
-class _Suspect(NamedTuple):
-    sample: int
-    position: int
-    data: NDArray[np.uint8]
 
 
 class Loader:
@@ -124,7 +109,7 @@ class Loader:
         self.steps = plan.steps(batch)
         self.mean, std = scale(decode.inputs, statistics)
         self.decode, self.reading = decode, reading
-        self.read = reading.read or plan.shards.read
+        self.reader = Reader(plan.shards, threads=reading.readers, fetch=reading.read, blame=self._blame)
         self.resizing = plan.shards.sides != (plan.augment.resize, plan.augment.resize)
         crop = plan.augment.crop
         self._graph = partial(graph, crop=crop, resize=self.resizing, std=std.tolist(), decode=decode)
@@ -208,61 +193,25 @@ class Loader:
         """
         # Lazy: a sample that was found to be bad by the time a step is begun is replaced before it is read in vain.
         planned = (self.usable(epoch, step) for step in steps)
-        begun: deque[_Reading] = deque()
-        with ThreadPoolExecutor(self.reading.readers, "read") as pool:
-            try:
-                while True:
-                    for samples, start in planned:  # goes on where the last round broke off
-                        if len(samples):
-                            begun.append(self._begin(pool, samples, start))
-                        if len(begun) > self.reading.ahead:  # one to deliver now, and `ahead` behind it
-                            break
-                    if not begun:
-                        return
-                    samples, start, pieces = begun.popleft()
-                    encoded = [data for piece in pieces for data in piece.result()]
-                    # Some were damaged on the disk, and are known as bad now: read the step again with substitutes,
-                    # which may be damaged as well. It is rare enough to read all of its samples again.
-                    while any(data is None for data in encoded):
-                        samples, start = self.usable(epoch, start // self.batch)
-                        encoded = self._read(samples)
-                    yield self._feed(encoded, samples, self.plan.views(epoch, samples, start))
-            finally:  # the consumer may leave in the middle: what is not being read yet is not read at all
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _begin(self, pool: ThreadPoolExecutor, samples: Ints, start: int) -> _Reading:
-        """Begin to read the files of a step, a piece per thread: fewer hand-overs than one per file."""
-        pieces = np.array_split(samples, min(self.reading.readers, len(samples)))
-        return _Reading(samples, start, [pool.submit(self._read, piece) for piece in pieces])
-
-    def _read(self, samples: Ints) -> Encoded:
-        """The encoded images; a damaged one is None, and known as bad from now on."""
-        encoded: Encoded = []
-        for sample in samples:
-            try:
-                encoded.append(self.read(int(sample)))
-            except BadSample as error:
-                self._blame(int(sample), str(error))
-                encoded.append(None)
-        return encoded
+        with closing(self.reader.ahead((share for share in planned if len(share[0])), self.reading.ahead)) as read:
+            for samples, start, encoded in read:
+                # Some were damaged on the disk, and are known as bad now: read the step again with substitutes,
+                # which may be damaged as well. It is rare enough to read all of its samples again.
+                while any(data is None for data in encoded):
+                    samples, start = self.usable(epoch, start // self.batch)
+                    encoded = self.reader.read(samples)
+                yield self._feed(epoch, encoded, samples, start)
 
     def _blame(self, sample: int, why: str) -> None:
         if sample not in self.bad:
             self.bad.add(sample)
             print(f"{why}: another sample takes its place", file=sys.stderr)
 
-    def _feed(self, encoded: Encoded, samples: Ints, views: Views) -> Feed:
-        begin: NDArray[Any] = views.corner
-        end: NDArray[Any] = np.full_like(begin, self.augment.crop)
-        if self.resizing:
-            # The crop's edges in the original image, as (y, x): DALI resizes that region alone.
-            ratio = self.shards.sizes(samples) / views.size.astype(np.float64)
-            begin, end = (
-                np.ascontiguousarray((edge * ratio)[:, ::-1], np.float32)
-                for edge in (views.corner, views.corner + self.augment.crop)
-            )
+    def _feed(self, epoch: int, encoded: Encoded, samples: Ints, start: int) -> Feed:
+        views = self.plan.views(epoch, samples, start)
+        frame = framed(self.shards.sizes(samples), views, self.augment.crop)
         # Lighting adds the same to all pixels of an image: one subtraction does it and the mean.
-        return Feed(encoded, begin, end, views.mirror.astype(np.int32), self.mean - views.shift)
+        return Feed(encoded, *frame, views.mirror.astype(np.int32), self.mean - views.shift)
 
     def _find_bad(self, epoch: int, steps: range) -> bool:
         """Decode the samples of these steps one by one, the way they failed together; blame those that fail again.
@@ -270,26 +219,12 @@ class Loader:
         known = len(self.bad)
         for step in steps:
             samples, start = self.usable(epoch, step)
-            read = enumerate(zip(samples, self._read(samples), strict=True))
-            suspects = [_Suspect(int(sample), start + i, data) for i, (sample, data) in read if data is not None]
-            while suspects:
-                suspects = suspects[self._decode_until_bad(epoch, suspects) :]
+            read = [(i, data) for i, data in enumerate(self.reader.read(samples)) if data is not None]
+            suspects = [self._feed(epoch, [data], samples[i : i + 1], start + i) for i, data in read]
+            for place in undecodable(suspects, partial(self._build, batch=1, depth=1)):
+                sample = int(samples[read[place][0]])
+                self._blame(sample, f"{self.shards.name(sample)} cannot be decoded")
         return len(self.bad) > known
-
-    def _decode_until_bad(self, epoch: int, suspects: Sequence[_Suspect]) -> int:
-        """Decode these up to the first bad one, with which the pipeline is lost. Returns how many were looked at."""
-        pipeline = self._build((self._one(epoch, suspect) for suspect in suspects), batch=1, depth=1)
-        for done, suspect in enumerate(suspects, 1):
-            try:
-                pipeline.run()
-            except RuntimeError:
-                self._blame(suspect.sample, f"{self.shards.name(suspect.sample)} cannot be decoded")
-                return done
-        return len(suspects)
-
-    def _one(self, epoch: int, suspect: _Suspect) -> Feed:
-        samples = np.array([suspect.sample])
-        return self._feed([suspect.data], samples, self.plan.views(epoch, samples, suspect.position))
 
     def _build(self, feeds: Iterator[Feed], *, batch: int, depth: int = DEPTH) -> Pipeline:
         pipeline = self._graph(lambda: next(feeds), batch=batch, depth=depth)

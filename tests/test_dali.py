@@ -7,6 +7,8 @@ import io
 import tarfile
 import threading
 import time
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import backend
+from nvidia.dali import Pipeline, backend, fn, types
 from PIL import Image
 from torchvision.transforms import functional as F
 
 from pipelines.augment import Augment
-from pipelines.dali import Decode, Device, graph
+from pipelines.dali import DEPTH, Decode, Device, Feed, collect, graph
 from pipelines.loader import Batch, Loader, Read
 from pipelines.pack import Options, index, pack
 from pipelines.plan import FixedPlan, Plan, TrainingPlan
@@ -160,6 +162,100 @@ def test_inputs_after_a_resize(originals: Path, training: bool, center_square: b
                 differences.append(difference.mean())
     assert len(differences) == 48
     assert np.mean(differences) < 0.5
+
+
+KINDS = {  # of file, and how Pillow writes it
+    "420.jpg": {"quality": 90, "subsampling": 2},
+    "444.jpg": {"quality": 90, "subsampling": 0},
+    "progressive.jpg": {"quality": 90, "progressive": True},
+    "restarts.jpg": {"quality": 90, "restart_marker_blocks": 3},
+    "grey.jpg": {"quality": 90},
+    "x.png": {},
+    "x.webp": {"quality": 90},
+}
+SHAPES = ((96, 72), (72, 133), (72, 72), (57, 41), (31, 101), (301, 203), (144, 250), (73, 74))  # width, height
+FITS = 3  # of them have a shorter side of 72
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set of images of which some have the right size already, in all kinds of files, odd sizes among them."""
+    root = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(8)
+    (root / "folder" / "class").mkdir(parents=True)
+    for i, (width, height) in enumerate(SHAPES):
+        for kind, options in KINDS.items():
+            image = photograph(rng, width, height, TINTS[i % 3])
+            if kind == "grey.jpg":
+                image = image.convert("L")
+            image.save(root / "folder" / "class" / f"{i}-{kind}", **options)
+    pack(ImageFolder(root / "folder"), root / "set", Options(shorter_side=0), split="x", workers=1)
+    return root / "set"
+
+
+def all_resized(loader: Loader, batch: Batch, epoch: int) -> torch.Tensor:
+    """The inputs of a batch if every image is decoded as a whole and then resized, also if it has that size already."""
+    shards, crop, n = loader.shards, loader.augment.crop, len(batch.samples)
+    views = loader.plan.views(epoch, batch.samples, batch.start)
+    ratio = shards.sizes(batch.samples) / views.size
+    begin, end = (np.float32(edge * ratio)[:, ::-1].copy() for edge in (views.corner, views.corner + crop))
+    encoded = [shards.read(int(sample)) for sample in batch.samples]
+    feed = (encoded, begin, end, views.mirror.astype(np.int32), loader.mean - views.shift)
+    pipeline = Pipeline(n, 1, None, prefetch_queue_depth=1)
+    with pipeline:
+        data, begin, end, mirror, mean = fn.external_source(lambda: feed, num_outputs=5, batch=True)
+        image = fn.decoders.image(data, output_type=types.RGB, adjust_orientation=False)
+        linear = {"interp_type": types.INTERP_LINEAR, "subpixel_scale": False}
+        image = fn.resize(image, resize_x=crop, resize_y=crop, roi_start=begin, roi_end=end, **linear)
+        image = fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, std=[1.0] * 3, output_layout="HWC")
+        pipeline.set_outputs(image)
+    pipeline.build()
+    return collect(pipeline)
+
+
+@pytest.mark.parametrize("center_square", [False, True])
+@pytest.mark.parametrize("batch", [1, 10])  # 56 images: the last one is short
+def test_only_some_are_resized_with_the_pixels_of_all_resized(mixed: Path, batch: int, center_square: bool) -> None:
+    """Bit for bit, whatever else is in the batch."""
+    loader = make(mixed, Augment(72, 67, center_square), batch=batch, seed=3)
+    fits = loader.shards.sizes(np.arange(len(loader.shards))).min(axis=1) == 72
+    assert fits.sum() == FITS * len(KINDS)
+    sorted_ones = np.argsort(fits, kind="stable")  # batches of misfits, a mixed one, batches of others
+    for epoch in (0, 1):
+        for shown in loader.epoch(epoch):
+            assert torch.equal(shown.inputs, all_resized(loader, shown, epoch))
+    for view in (0, 1, 4, 7, 9) if batch > 1 else (3,):
+        plan = FixedPlan(loader.shards, loader.augment, view, sorted_ones)
+        shares = []
+        fixed = Loader(plan, loader.shards.manifest, batch=batch, decode=DECODE)
+        for shown in fixed.epoch():
+            assert torch.equal(shown.inputs, all_resized(fixed, shown, 0))
+            shares.append(fits[shown.samples].mean())
+        assert shares[0] == 0
+        assert shares[-1] == 1
+        assert len(shown.samples) == (56 % batch or batch)
+
+
+def test_what_dali_reads_lives_until_its_batch_is_out(mixed: Path) -> None:
+    """The feeds are not copied. They are freed soon after, too."""
+    loader, steps = make(mixed, batch=7), 8
+    feeds = loader.feeds(0, range(steps))
+    living: list[list[weakref.ref[Any]]] = []
+
+    def source() -> Feed:
+        feed = next(feeds)
+        living.append([weakref.ref(array) for array in (*feed.encoded, *feed[1:])])
+        return feed
+
+    pipeline = graph(source, batch=7, crop=67, resize=True, std=[1.0] * 3, decode=DECODE)
+    pipeline.build()
+    for step in range(steps):
+        with suppress(StopIteration):
+            collect(pipeline)
+        gc.collect()
+        assert all(array() is not None for array in living[step])
+        assert not any(array() is not None for old in living[: max(0, step - DEPTH - 2)] for array in old)
+    assert len(living) == steps
 
 
 def test_shards_of_other_tools(tmp_path: Path) -> None:
@@ -329,20 +425,21 @@ def test_placement(resize: bool, device: Device) -> None:
     )
     (output,) = pipeline._graph_out
     assert output.device == device
-    image, chain = output, []
+    image, chain, arguments = output, [], set()
     while image.source.inputs:
         operator = image.source._op
         chain.append((operator.schema_name, operator.device))
-        image, *arguments = image.source.inputs
-        assert {argument.device for argument in arguments} <= {
-            "cpu"
-        }  # numbers, which every back end takes from the host
+        image, *others = image.source.inputs
+        if operator.schema_name != "_conditional__Merge":  # its others are the images that are not resized
+            arguments |= {argument.device for argument in others}
+    assert arguments == {"cpu"}  # numbers, which every back end takes from the host
     assert type(image.source._op).__name__ == "ExternalSource"
+    names = ["CropMirrorNormalize", *(["_conditional__Merge", "Resize", "_conditional__Split"] if resize else [])]
     if device == "gpu":
-        middle = "Resize" if resize else "Slice"
-        assert chain == [("CropMirrorNormalize", "gpu"), (middle, "gpu"), ("decoders__Image", "mixed")]
+        names += ["Slice"]  # not of the decoder: that was seen to crash
+        assert chain == [*((name, "gpu") for name in names), ("decoders__Image", "mixed")]
     else:
-        assert {placed for _, placed in chain} == {"cpu"}
+        assert chain == [(name, "cpu") for name in [*names, "decoders__ImageSlice"]]
     registered = {
         "cpu": backend.RegisteredCPUOps(),
         "mixed": backend.RegisteredMixedOps(),

@@ -1,0 +1,81 @@
+"""Reading ahead: the encoded images of the coming steps are fetched while those before them are decoded."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.order import Ints
+from pipelines.shards import BadSample, ShardSet
+
+Encoded = list[NDArray[np.uint8] | None]  # files' bytes; None in the place of a damaged one
+Fetch = Callable[[int], NDArray[np.uint8]]
+
+
+class Reader:
+    """Reads samples with a few threads.
+
+    One thread takes all of a step that the kernel holds in memory: more would only contend for Python's lock. What has
+    to come from a disk is spread over all threads, each of which waits for one read.
+
+    Args:
+        threads: that read at the same time.
+        fetch: returns the bytes of a sample, uint8 [size]; None: the shard set's.
+        blame: is told a damaged sample's number and what is wrong with it. Any thread calls it.
+    """
+
+    def __init__(
+        self, shards: ShardSet, *, threads: int, fetch: Fetch | None, blame: Callable[[int, str], None]
+    ) -> None:
+        self.threads, self.blame = threads, blame
+        self.fetch = fetch or shards.read
+        self.cached = _none if fetch else shards.cached
+
+    def ahead(self, shares: Iterator[tuple[Ints, int]], steps: int) -> Generator[tuple[Ints, int, Encoded], None, None]:
+        """The shares of samples, each with its start and encoded images, while the `steps` behind it are being read."""
+        begun: deque[tuple[Ints, int, Future[Encoded], list[tuple[Ints, Future[Encoded]]]]] = deque()
+        with ThreadPoolExecutor(self.threads, "read") as pool:
+            try:
+                while True:
+                    for samples, start in shares:  # goes on where the last round broke off
+                        misses: list[tuple[Ints, Future[Encoded]]] = []
+                        begun.append((samples, start, pool.submit(self._begin, pool, samples, misses), misses))
+                        if len(begun) > steps:  # one to deliver now, and `steps` behind it
+                            break
+                    if not begun:
+                        return
+                    samples, start, first, misses = begun.popleft()
+                    encoded = first.result()
+                    for places, piece in misses:
+                        for place, data in zip(places, piece.result(), strict=True):
+                            encoded[place] = data
+                    yield samples, start, encoded
+            finally:  # the consumer may leave in the middle: what is not being read yet is not read at all
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def read(self, samples: Ints) -> Encoded:
+        """The encoded images, one after the other; a damaged one is None, and blamed."""
+        encoded: Encoded = []
+        for sample in samples.tolist():
+            try:
+                encoded.append(self.fetch(sample))
+            except BadSample as error:
+                self.blame(sample, str(error))
+                encoded.append(None)
+        return encoded
+
+    def _begin(self, pool: ThreadPoolExecutor, samples: Ints, misses: list[tuple[Ints, Future[Encoded]]]) -> Encoded:
+        """What is in memory. The reading of the rest is begun, a piece per thread: fewer hand-overs than one a file."""
+        encoded = self.cached(samples)
+        missing = np.flatnonzero([data is None for data in encoded])
+        pieces = np.array_split(missing, min(self.threads, len(missing))) if len(missing) else []
+        misses += [(piece, pool.submit(self.read, samples[piece])) for piece in pieces]
+        return encoded
+
+
+def _none(samples: Ints) -> Encoded:
+    return [None] * len(samples)
