@@ -169,16 +169,16 @@ class ShardSet:
         The tar header before the data is read with it and compared with the index, so a tar that was exchanged
         after the set was opened is an error as well.
         """
-        row = self.index[sample]
-        shard = self.shard_of(sample)
+        (row,) = self.rows(np.array([sample]))
+        shard, size = self.shard_of(sample), int(row["size"])
         file = self._file(shard)  # held, since another thread may drop it from the cache and so close it
-        raw = os.pread(file.fileno(), HEADER + int(row["size"]), int(row["offset"]) - HEADER)
-        if not is_header(raw[:HEADER], row) or len(raw) != HEADER + row["size"]:
+        raw = os.pread(file.fileno(), HEADER + size, int(row["offset"]) - HEADER)
+        if len(raw) != HEADER + size or not is_header(raw[:HEADER], row["name"], size):
             raise self._mismatch(shard)
-        data = np.frombuffer(raw, np.uint8)[HEADER:]
-        if crc32(raw[HEADER:]) != row["crc"]:
+        data = memoryview(raw)[HEADER:]
+        if crc32(data) != row["crc"]:
             raise BadSample(f"{self.name(sample)} is damaged")
-        return data
+        return np.frombuffer(data, np.uint8)
 
     def cached(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8] | None]:
         """The encoded images of these samples that the kernel holds in memory, uint8 [size] each.
@@ -186,15 +186,18 @@ class ShardSet:
         None stands for all others, since this waits for no disk, and for one that is not as indexed: `read` says why.
         """
         found: list[NDArray[np.uint8] | None] = [None] * len(samples)
-        for i, (sample, row) in enumerate(zip(samples.tolist(), self.rows(samples), strict=True)):
-            raw = bytearray(HEADER + int(row["size"]))
-            file = self._file(self.shard_of(sample))
+        rows = self.rows(samples)
+        columns = (rows[name].tolist() for name in ("offset", "size", "name", "crc"))
+        shards = np.searchsorted(self._ends, samples, side="right").tolist()
+        for i, (shard, offset, size, name, crc) in enumerate(zip(shards, *columns, strict=True)):
+            raw = np.empty(HEADER + size, np.uint8).data
+            file = self._file(shard)
             try:
-                got = os.preadv(file.fileno(), [raw], int(row["offset"]) - HEADER, os.RWF_NOWAIT)
+                got = os.preadv(file.fileno(), [raw], offset - HEADER, os.RWF_NOWAIT)
             except OSError:  # not in memory, or a file system that cannot say
                 continue
-            if got == len(raw) and is_header(raw[:HEADER], row) and crc32(memoryview(raw)[HEADER:]) == row["crc"]:
-                found[i] = np.frombuffer(raw, np.uint8)[HEADER:]
+            if got == len(raw) and is_header(bytes(raw[:HEADER]), name, size) and crc32(raw[HEADER:]) == crc:
+                found[i] = np.frombuffer(raw[HEADER:], np.uint8)
         return found
 
     def shard_of(self, sample: int) -> int:
@@ -260,7 +263,8 @@ class ShardSet:
                 raise self._mismatch(i)
             with open(path, "rb", buffering=0) as file:
                 for row in self.index[[starts[i], self._ends[i] - 1]] if shard["samples"] else []:
-                    if not is_header(os.pread(file.fileno(), HEADER, int(row["offset"]) - HEADER), row):
+                    header = os.pread(file.fileno(), HEADER, int(row["offset"]) - HEADER)
+                    if not is_header(header, row["name"], row["size"]):
                         raise self._mismatch(i)
 
     def _mismatch(self, shard: int) -> ShardError:
@@ -298,12 +302,12 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
         raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
 
 
-def is_header(header: bytes | bytearray, row: Any) -> bool:
-    """True if a tar header is that of the indexed sample, by its name field and its size."""
-    if len(header) != HEADER or crc32(header[:NAME]) != row["name"]:
+def is_header(header: bytes, name: int, size: int) -> bool:
+    """True if a tar header is that of the indexed sample, by the checksum of its name field and the member's size."""
+    if len(header) != HEADER or crc32(header[:NAME]) != name:
         return False
     try:
-        return bool(int(header[SIZE].strip(b" \0"), 8) == row["size"])
+        return int(header[SIZE].strip(b" \0"), 8) == size
     except ValueError:
         return False
 
