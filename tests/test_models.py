@@ -10,7 +10,7 @@ from dist_train import models
 from dist_train.config import ModelConfig
 from dist_train.models.alexnet import AlexNet, feature_side
 from dist_train.models.dropout import Dropout, mask_keys
-from dist_train.models.lrn import local_response_norm, plain
+from dist_train.models.lrn import local_response_norm, traceable
 
 
 def test_parameters_of_the_paper() -> None:
@@ -121,14 +121,14 @@ def test_lrn_and_its_gradient_are_torchs(window: dict[str, float], layout: torch
     for name, form in {
         "torch": torchs,
         "ours": lambda x: local_response_norm(x, *options.values()),
-        "plain": lambda x: plain(x, *options.values()),
+        "traceable": lambda x: traceable(x, *options.values()),
     }.items():
         x = a.clone(memory_format=torch.preserve_format).requires_grad_()
         y = form(x)
         y.backward(gradient)
         found[name] = y.detach(), x.grad
     assert found["ours"][0].is_contiguous(memory_format=layout)
-    for name in ("ours", "plain"):
+    for name in ("ours", "traceable"):
         for ours, reference in zip(found[name], found["torch"], strict=True):
             assert (ours - reference).abs().max() <= 2e-15 * reference.abs().max(), name
     x = a[:1, :, :2, :2].clone().requires_grad_()

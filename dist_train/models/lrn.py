@@ -24,15 +24,15 @@ def local_response_norm(
         n: odd.
     """
     a = x.float() if x.dtype.itemsize < 4 else x
-    # On a GPU one kernel can be made of `plain`, and exporters know its operators; but on the CPU its gradient costs as
-    # much as the convolutions do.
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # A GPU's compiler makes one kernel of the traceable form, and exporters know its operators; but on the CPU its
+    # gradient costs as much as the convolutions do.
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     learning = torch.is_grad_enabled() and x.requires_grad and not exporting
-    form = _InPlace.apply if learning and x.device.type == "cpu" else plain
+    form = _InPlace.apply if learning and x.device.type == "cpu" else traceable
     return form(a, groups, n, k, alpha, beta).to(x.dtype)
 
 
-def plain(a: Tensor, groups: int, n: int, k: float, alpha: float, beta: float) -> Tensor:
+def traceable(a: Tensor, groups: int, n: int, k: float, alpha: float, beta: float) -> Tensor:
     """The formula in operators that autograd, compilers and exporters know; arguments as `local_response_norm`."""
     squares = torch.unflatten(a * a, 1, (groups, -1))
     channels = squares.shape[2]
