@@ -21,8 +21,9 @@ import webdataset
 from pipelines.errors import first_line
 from pipelines.order import PACK, even_split, permutation
 from pipelines.parallel import parallel, tick
+from pipelines.rows import HEADER
 from pipelines.scan import WORK, finish, scan_file, scan_shard
-from pipelines.shards import HEADER, MANIFEST, Manifest, ShardError
+from pipelines.shards import MANIFEST, Manifest, ShardError
 from pipelines.sources import Item, Source, SourceError, to_jpeg
 
 TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set
