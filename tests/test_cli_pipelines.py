@@ -56,11 +56,31 @@ def test_pack_imagefolder(
     assert re.fullmatch(line, done.stdout)
     assert ShardSet(out).classes == ["amber", "blue"]
     assert ShardSet(out).sides == (64, 64)
-    assert call(monkeypatch, *args) == 0  # there is nothing left to do
-    assert capsys.readouterr().out == done.stdout
+    assert call(monkeypatch, *args) == 0
+    assert capsys.readouterr().out == done.stdout.replace("\n", "; already packed\n")
     assert call(monkeypatch, *args, "--seed", 1) == 2
     message = f"error: {out} already holds another shard set: choose another directory or delete it\n"
     assert capsys.readouterr() == ("", message)
+
+
+def test_pack_keep_small(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("pack", "imagefolder", image_folder / "val", tmp_path / "set", "--shorter-side", 90, "--workers", 1)
+    assert call(monkeypatch, *args, "--keep-small") == 0
+    assert ShardSet(tmp_path / "set").sides == (72, 90)
+    before = (tmp_path / "set" / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert call(monkeypatch, *args, "--keep-small") == 0
+    assert capsys.readouterr().out.endswith("; already packed\n")
+    assert call(monkeypatch, *args) == 0  # as the command was before there was this option
+    told = (
+        f"; already packed, small images as they were: to enlarge them delete {tmp_path}/set and repeat the command\n"
+    )
+    assert capsys.readouterr().out.endswith(told)
+    assert (tmp_path / "set" / "manifest.json").read_bytes() == before
+    assert call(monkeypatch, "pack", "imagefolder", image_folder / "val", tmp_path / "new", "--shorter-side", 90) == 0
+    assert ShardSet(tmp_path / "new").sides == (90, 90)
 
 
 def test_pack_fashion_mnist(

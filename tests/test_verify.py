@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.pack import Options, pack
 from pipelines.rows import HEADER
-from pipelines.shards import BadSample, ShardError, ShardSet
+from pipelines.shards import BadSample, Manifest, ShardError, ShardSet
 from pipelines.sources import ImageFolder
 from pipelines.verify import _Task, _verify_shard, verify
 from tests.conftest import CLASSES, SIZES, TINTS, photograph
@@ -99,6 +99,18 @@ def test_missing_and_truncated_tars(shard_sets: Path, tmp_path: Path) -> None:
     cut = [p for p in problems if p["shard"] == names[1]]
     assert any("not a whole, uncompressed tar" in p["reason"] for p in cut)
     assert sum("row" in p for p in cut) > 3
+
+
+@pytest.mark.parametrize("what", ["rows", "sides"])
+def test_a_manifest_that_does_not_fit_the_index(small: Path, what: str) -> None:
+    manifest = Manifest.read(small)
+    if what == "rows":
+        manifest.shards[0]["rows"] ^= 1
+    else:
+        manifest.sides[0] -= 1
+    manifest.write(small)
+    with pytest.raises(ShardError, match=rf"index.npy and manifest.json disagree \(.*{what}.*\): run `python -m pip"):
+        verify(small, workers=1)
 
 
 def test_fuzz_never_a_wrong_label(small: Path, tmp_path: Path) -> None:
