@@ -80,12 +80,14 @@ def index_options(parser: Parser) -> None:
 
 
 def start_index(args: Namespace) -> int:
-    from pipelines import pack
+    from pipelines import mixing, pack
 
     names = read_text(args.classes).splitlines() if args.classes else None
     split = args.directory.name
     try:
         _report(pack.index(args.directory, classes=names, split=split, workers=args.workers), args.directory)
+        if told := mixing.advice(ShardSet(args.directory)):
+            print(told)
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
@@ -128,6 +129,21 @@ def test_index(
     assert call(monkeypatch, "index", tmp_path) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(rf"error: {tar} is not a whole, uncompressed tar \(.*\): copy or make it anew", last)
+
+
+def test_index_of_shards_that_are_sorted_by_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    for label in range(64):
+        with webdataset.TarWriter(str(tmp_path / f"{label:02d}.tar")) as tar:
+            for i in range(4):
+                tar.write({"__key__": f"{i}", "png": image.getvalue(), "cls": label})
+    assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
+    line = rf"{tmp_path} is sorted by class: a batch of 128 would show \d\d classes, and 6\d in a full shuffle: "
+    assert re.search(line + r"train with --data.shuffle_shards \d+\n", capsys.readouterr().out)
+    assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
 
 
 def test_preview(shard_sets: Path, tmp_path: Path) -> None:

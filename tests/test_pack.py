@@ -257,9 +257,7 @@ def test_an_image_that_would_become_too_long(tmp_path: Path) -> None:
     Image.new("RGB", (2000, 2)).save(tmp_path / "folder" / "a" / "line.png")
     photograph(np.random.default_rng(3), 100, 72, TINTS[0]).save(tmp_path / "folder" / "a" / "b.png")
     pack(ImageFolder(tmp_path / "folder"), tmp_path / "set", Options(), split="x", workers=1)
-    reason = (
-        "would have 256000x256 pixels, and a JPEG has at most 65500 a side: leave it out, or pack with --keep-small"
-    )
+    reason = "would have 256000x256 pixels, and a JPEG has at most 65500 a side: leave it out or pack with --keep-small"
     assert rejections(tmp_path / "set") == {"a/line.png": reason}
     pack(ImageFolder(tmp_path / "folder"), tmp_path / "kept", Options(keep_small=True), split="x", workers=1)
     assert ShardSet(tmp_path / "kept").sides == (2, 72)
