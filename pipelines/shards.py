@@ -175,7 +175,8 @@ class ShardSet:
     @cached_property
     def sides(self) -> tuple[int, int]:
         """The least and the largest shorter side of all samples, in pixels."""
-        least, largest = self.manifest.sides or sides(self._rows)
+        # Of a set of an earlier day without its quarantined samples, as then: whether to resize follows from it.
+        least, largest = self.manifest.sides or sides(self.index if len(self._before) else self._rows)
         return least, largest
 
     def read(self, sample: int) -> NDArray[np.uint8]:

@@ -83,6 +83,7 @@ def test_quarantine_over_several_shards(shard_sets: Path, tmp_path: Path) -> Non
     dropped = {int(ends[s] - before.shard_samples[s]) + row for s, row in bad.items()}
     kept = [i for i in range(len(before)) if i not in dropped]
     assert [after.name(i) for i in range(len(after))] == [before.name(i) for i in kept]
+    np.testing.assert_array_equal(after.index, before.index[kept])
     for i in (0, 30, len(after) - 1):
         np.testing.assert_array_equal(after.read(i), before.read(kept[i]))
 
