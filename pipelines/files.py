@@ -7,10 +7,18 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipelines.errors import UserError
+
+
+class HeldFile(FileIO):
+    """A file opened for reading; closed when nobody holds it any more, neither a cache nor a reading thread."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

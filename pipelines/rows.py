@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -28,6 +29,14 @@ SAMPLE = np.dtype(
 )
 
 Rows = NDArray[Any]  # SAMPLE [n]
+
+
+def mapped(path: Path) -> Rows:
+    """The rows of an index, of which nothing is read yet. Raises ValueError, and whatever numpy makes of garbage."""
+    rows: Rows = np.load(path, mmap_mode="r").view(np.ndarray)
+    if rows.dtype != SAMPLE:
+        raise ValueError("it holds something else")
+    return rows
 
 
 def checksum(rows: Rows) -> int:

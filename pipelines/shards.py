@@ -13,7 +13,6 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
-from io import FileIO
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -22,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import UserError, first_line
-from pipelines.files import sha256, write_atomically
-from pipelines.rows import HEADER, SAMPLE, fault, quarantined, sides, top_label
+from pipelines.files import HeldFile, sha256, write_atomically
+from pipelines.rows import HEADER, fault, mapped, quarantined, sides, top_label
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -103,13 +102,6 @@ class Manifest:
         raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
 
 
-class _Tar(FileIO):
-    """A tar opened for reading; closed when neither the cache nor a reading thread holds it."""
-
-    def __del__(self) -> None:
-        self.close()
-
-
 class ShardSet:
     """A shard set opened for reading.
 
@@ -157,9 +149,10 @@ class ShardSet:
         """The index's records of these samples, SAMPLE [n]."""
         rows = samples + np.searchsorted(self._before, samples, side="right") if len(self._before) else samples
         shards = np.searchsorted(self._row_ends, rows, side="right")
-        # Two threads may check the same rows at once: nothing but time is lost.
-        for shard in np.unique(shards[~self._checked[shards]]):
-            self._check_rows(int(shard))
+        for shard in np.unique(shards[~self._checked[shards]]):  # two threads may do it at once, and lose but time
+            if reason := fault(self._rows_of(shard), self.manifest.shards[shard], len(self.classes)):
+                raise self._damaged(reason)
+            self._checked[shard] = True
         taken: NDArray[Any] = self._rows[rows]
         return taken
 
@@ -207,12 +200,12 @@ class ShardSet:
         raw = os.pread(file.fileno(), NAME, int(self.rows(np.array([sample]))["offset"][0]) - HEADER)
         return f"{self.names[shard]}/{raw.rstrip(bytes(1)).decode(errors='replace')}"
 
-    def _open_file(self, shard: int) -> _Tar:
+    def _open_file(self, shard: int) -> HeldFile:
         """A tar. The first time its size, and the headers of its first and last sample, are compared with the index."""
+        path = self.directory / self.names[shard]
         try:
-            file = _Tar(self.directory / self.names[shard])
+            file = HeldFile(path)
         except FileNotFoundError as error:
-            path = self.directory / self.names[shard]
             raise ShardError(f"{path} is missing: put it back or pack {self.directory} anew") from error
         if not self._looked_at[shard]:
             if os.fstat(file.fileno()).st_size != self.manifest.shards[shard]["bytes"]:
@@ -228,18 +221,17 @@ class ShardSet:
         path, manifest = self.directory / INDEX, self.manifest
         if not path.exists():
             raise ShardError(f"{path} is missing: {self._remedy}")
+        if not (manifest.samples and self.names):
+            raise ShardError(f"{self.directory} holds no samples: pack it from a source that has images")
         old = not all("rows" in shard for shard in manifest.shards)
         if old and sha256(path) != manifest.index_sha256:
             raise self._damaged("sha256 differs")
         try:
-            index: NDArray[Any] = np.load(path, mmap_mode="r").view(np.ndarray)
+            index = mapped(path)
         except Exception as error:  # whatever numpy makes of garbage
             raise self._damaged(first_line(error)) from error
-        length = int(self._row_ends[-1]) if len(self.names) else 0
-        if index.dtype != SAMPLE or not index.shape == (manifest.samples,) == (length,):
+        if not index.shape == (manifest.samples,) == (self._row_ends[-1],):
             raise self._damaged("it has other rows than the manifest says")
-        if not length:
-            raise ShardError(f"{self.directory} holds no samples: pack it from a source that has images")
         if old and (top := top_label(index)) >= len(self.classes):
             raise self._damaged(f"label {top} is out of range for {len(self.classes)} classes")
         return index
@@ -248,11 +240,6 @@ class ShardSet:
         """All rows of a shard, quarantined ones too."""
         end = int(self._row_ends[shard])
         return self._rows[end - self.manifest.shards[shard]["samples"] : end]
-
-    def _check_rows(self, shard: int) -> None:
-        if reason := fault(self._rows_of(shard), self.manifest.shards[shard], len(self.classes)):
-            raise self._damaged(reason)
-        self._checked[shard] = True
 
     def _quarantine(self) -> tuple[NDArray[np.int64], str]:
         """The rows that `verify` found to be bad, sorted, and the fingerprint of what is left."""
@@ -263,9 +250,8 @@ class ShardSet:
         try:
             bad = quarantined([json.loads(line) for line in text.splitlines()], self.names, self._row_ends)
         except (ValueError, TypeError, LookupError) as error:
-            raise ShardError(
-                f"{path} is damaged ({error}): run `python -m pipelines verify {self.directory}`"
-            ) from error
+            remedy = f"run `python -m pipelines verify {self.directory}`"
+            raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
         return bad, hashlib.sha256(whole.encode() + text).hexdigest()
 
     @property
@@ -276,10 +262,8 @@ class ShardSet:
         return ShardError(f"{self.directory / INDEX} is damaged or of another shard set ({reason}): {self._remedy}")
 
     def _mismatch(self, shard: int) -> ShardError:
-        return ShardError(
-            f"{self.directory / self.names[shard]} is not the tar that was indexed: put the right one back, or run "
-            f"`python -m pipelines index {self.directory}`"
-        )
+        path = self.directory / self.names[shard]
+        return ShardError(f"{path} is not the tar that was indexed: put the right one back, or {self._remedy}")
 
 
 def is_header(header: bytes, row: Any) -> bool:

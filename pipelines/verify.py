@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pipelines.errors import first_line
 from pipelines.files import jsonl, sha256, write_atomically
 from pipelines.parallel import parallel, tick
-from pipelines.rows import SAMPLE, fault, sides
+from pipelines.rows import SAMPLE, fault, mapped, sides
 from pipelines.scan import read_sample
 from pipelines.shards import INDEX, MANIFEST, QUARANTINE, Manifest, ShardError
 from pipelines.tars import tar_samples
@@ -37,7 +35,7 @@ def verify(directory: Path, *, workers: int) -> list[Problem]:
     path = directory / INDEX
     if not path.exists() or sha256(path) != manifest.index_sha256:
         raise ShardError(f"{path} is missing or damaged: run `python -m pipelines index {directory}`")
-    index, start, tasks = np.load(path, mmap_mode="r"), 0, []
+    index, start, tasks = mapped(path), 0, []
     for shard in manifest.shards:
         rows = range(start, start + shard["samples"])
         if reason := fault(index[rows.start : rows.stop], shard, len(manifest.classes)):
@@ -63,7 +61,7 @@ def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]
     problems: list[Problem] = []
     if sha256(task.path) != task.sha256:
         problems.append({"shard": shard, "name": shard, "reason": "its sha256 differs: copy it again"})
-    index = np.load(task.path.parent / INDEX, mmap_mode="r")
+    index = mapped(task.path.parent / INDEX)
     members: dict[int, tuple[str, Any]] = {}
     try:
         for key, group in tar_samples(task.path):
