@@ -44,24 +44,20 @@ def checksum(rows: Rows) -> int:
     return crc32(rows.tobytes())
 
 
-def fault(rows: Rows, shard: dict[str, Any], classes: int) -> str:
-    """What is wrong with the rows of a shard, as its entry in the manifest describes it; empty if nothing is.
+def fault(rows: Rows, tar_bytes: int | NDArray[np.uint64], classes: int) -> tuple[int, str] | None:
+    """Which of these rows cannot be right, and why, or None.
 
     Args:
+        tar_bytes: size of the tar that they point into, or of the one of each.
         classes: how many there are.
     """
-    if "rows" in shard and checksum(rows) != shard["rows"]:  # a set of an earlier day has none
-        return f"the rows of {shard['name']} have another checksum"
     behind = rows["offset"] + rows["size"]
     checks = {
-        "lies outside the tar": (rows["offset"] >= HEADER) & (rows["offset"] < behind) & (behind <= shard["bytes"]),
+        "lies outside the tar": (rows["offset"] >= HEADER) & (rows["offset"] < behind) & (behind <= tar_bytes),
         "has no pixels": (rows["width"] > 0) & (rows["height"] > 0),
         f"has a label out of range for {classes} classes": (rows["label"] >= 0) & (rows["label"] < classes),
     }
-    for reason, good in checks.items():
-        if not good.all():
-            return f"row {good.argmin()} of {shard['name']} {reason}"
-    return ""
+    return next(((int(good.argmin()), reason) for reason, good in checks.items() if not good.all()), None)
 
 
 def top_label(rows: Rows) -> int:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipelines.errors import UserError, first_line
 from pipelines.files import HeldFile, sha256, write_atomically
-from pipelines.rows import HEADER, fault, mapped, quarantined, sides, top_label
+from pipelines.rows import HEADER, checksum, fault, mapped, quarantined, sides, top_label
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -119,18 +119,20 @@ class ShardSet:
         self.directory = Path(directory)
         self.manifest = Manifest.read(self.directory)
         self.names: list[str] = [shard["name"] for shard in self.manifest.shards]
-        rows = np.array([shard["samples"] for shard in self.manifest.shards], np.int64)
-        self._row_ends = np.cumsum(rows)
+        shards = self.manifest.shards
+        self._tar_bytes = np.array([shard["bytes"] for shard in shards], np.uint64)
+        self._row_counts = np.array([shard["samples"] for shard in shards], np.int64)
+        self._row_ends = np.cumsum(self._row_counts)
         self._rows = self._open_index()
         bad, self.fingerprint = self._quarantine()
         self._before = bad - np.arange(len(bad))  # samples before each bad row
-        shards = np.searchsorted(self._row_ends, bad, side="right")
-        self.shard_samples = rows - np.bincount(shards, minlength=len(rows))
+        without = np.bincount(np.searchsorted(self._row_ends, bad, side="right"), minlength=len(shards))
+        self.shard_samples = self._row_counts - without
         self._ends = np.cumsum(self.shard_samples)
         if not len(self):
             raise ShardError(f"{self.directory / QUARANTINE} leaves no sample of {self.directory}: pack it anew")
-        self._checked = np.zeros(len(rows), np.bool_)  # shards whose rows were found to be right
-        self._looked_at = np.zeros(len(rows), np.bool_)  # and whose tar
+        self._checked = np.zeros(len(shards), np.bool_)  # shards whose rows are whole
+        self._looked_at = np.zeros(len(shards), np.bool_)  # and whose tar
         self._file = lru_cache(256)(self._open_file)
 
     def __len__(self) -> int:
@@ -150,10 +152,15 @@ class ShardSet:
         rows = samples + np.searchsorted(self._before, samples, side="right") if len(self._before) else samples
         shards = np.searchsorted(self._row_ends, rows, side="right")
         for shard in np.unique(shards[~self._checked[shards]]):  # two threads may do it at once, and lose but time
-            if reason := fault(self._rows_of(shard), self.manifest.shards[shard], len(self.classes)):
-                raise self._damaged(reason)
+            entry = self.manifest.shards[shard]
+            if "rows" in entry and checksum(self._rows_of(shard)) != entry["rows"]:  # an earlier day's set has none
+                raise self._damaged(f"the rows of {entry['name']} have another checksum")
             self._checked[shard] = True
         taken: NDArray[Any] = self._rows[rows]
+        if found := fault(taken, self._tar_bytes[shards], len(self.classes)):
+            at, reason = found
+            row = rows[at] - (self._row_ends - self._row_counts)[shards[at]]
+            raise self._damaged(f"row {row} of {self.names[shards[at]]} {reason}")
         return taken
 
     def sizes(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -239,7 +246,7 @@ class ShardSet:
     def _rows_of(self, shard: int) -> NDArray[Any]:
         """All rows of a shard, quarantined ones too."""
         end = int(self._row_ends[shard])
-        return self._rows[end - self.manifest.shards[shard]["samples"] : end]
+        return self._rows[end - int(self._row_counts[shard]) : end]
 
     def _quarantine(self) -> tuple[NDArray[np.int64], str]:
         """The rows that `verify` found to be bad, sorted, and the fingerprint of what is left."""

@@ -192,7 +192,9 @@ def test_rows_that_are_whole_but_not_sane(directory: Path, field: str, value: in
     opened = ShardSet(directory)
     opened.labels(np.arange(low))
     with pytest.raises(ShardError, match=r"row 5 of shard-000001.tar (lies outside|has no pixels|has a label out of)"):
-        opened.labels(np.array([high - 1]))
+        opened.labels(np.array([low, low + 5]))
+    with pytest.raises(ShardError, match=r"row 5 of shard-000001.tar"):
+        _ = opened.index
 
 
 @pytest.mark.parametrize("harm", ["shorter", "cut", "another dtype", "another shape", "empty", "a pickle"])
