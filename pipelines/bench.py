@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipelines.augment import Augment
 from pipelines.loader import Loader, Read
+from pipelines.mixing import classes_per_batch
 from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardError, ShardSet
 
@@ -18,8 +19,8 @@ WARM_UP = 8  # batches: as many as the loader is ahead by, so that the pace is s
 
 
 def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: float) -> str:
-    """Images/s and CPU us/image, and in a second line how many images were resized, of the last MEASURED or fewer of an
-    epoch, after a warm-up. Raises ShardError."""
+    """Three lines: images/s and CPU us/image, and how many images were resized, of the last MEASURED or fewer of an
+    epoch after a warm-up; and how well a batch mixes the classes. Raises ShardError."""
     shards = ShardSet(directory)
 
     def read(sample: int) -> NDArray[np.uint8]:
@@ -42,4 +43,6 @@ def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: flo
     images, scaled = len(samples), int((shards.sizes(samples).min(axis=1) != resize).sum())
     speed = f"{images / wall:.0f} images/s, {cpu / images * 1e6:.0f} CPU us/image, {read_ms:g} ms added to each read"
     path = f"{scaled} of {images} images resized" if loader.resizing else "no image resized"
-    return f"{speed}\n{path} to shorter side {resize}, {crop} cut from that"
+    ours, full = classes_per_batch(shards, batch, plan.order.shuffle_shards)
+    mixed = f"{ours:.1f} classes in a batch of {batch}, {full:.1f} after a full shuffle"
+    return f"{speed}\n{path} to shorter side {resize}\n{mixed}"

@@ -163,6 +163,8 @@ class Loader:
         """Put the batches from `step` on into `ready`, None after the last one, or the error that ended them."""
         try:
             while step < self.steps and not stop.is_set():
+                # A pipeline an epoch: building it, filling its buffers and taking it down costs 30 ms, for training and
+                # validation together 0.1 % of an epoch of a minute. One that lived on would outlast its errors.
                 feeds = self.feeds(epoch, range(step, self.steps))
                 try:
                     pipeline = self._build(feeds, batch=ceil_div(self.batch, self.dp_size))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
@@ -21,7 +22,9 @@ from PIL import Image
 from pipelines import preview
 from pipelines.__main__ import main
 from pipelines.cli import Verb, run_verb
+from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
+from pipelines.sources import ImageFolder
 
 ROOT = Path(__file__).parent.parent
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -56,11 +59,31 @@ def test_pack_imagefolder(
     assert re.fullmatch(line, done.stdout)
     assert ShardSet(out).classes == ["amber", "blue"]
     assert ShardSet(out).sides == (64, 64)
-    assert call(monkeypatch, *args) == 0  # there is nothing left to do
-    assert capsys.readouterr().out == done.stdout
+    assert call(monkeypatch, *args) == 0
+    assert capsys.readouterr().out == done.stdout.replace("\n", "; already packed\n")
     assert call(monkeypatch, *args, "--seed", 1) == 2
     message = f"error: {out} already holds another shard set: choose another directory or delete it\n"
     assert capsys.readouterr() == ("", message)
+
+
+def test_pack_keep_small(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("pack", "imagefolder", image_folder / "val", tmp_path / "set", "--shorter-side", 90, "--workers", 1)
+    assert call(monkeypatch, *args, "--keep-small") == 0
+    assert ShardSet(tmp_path / "set").sides == (72, 90)
+    before = (tmp_path / "set" / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert call(monkeypatch, *args, "--keep-small") == 0
+    assert capsys.readouterr().out.endswith("; already packed\n")
+    assert call(monkeypatch, *args) == 0  # as the command was before there was this option
+    told = (
+        f"; already packed, small images as they were: to enlarge them delete {tmp_path}/set and repeat the command\n"
+    )
+    assert capsys.readouterr().out.endswith(told)
+    assert (tmp_path / "set" / "manifest.json").read_bytes() == before
+    assert call(monkeypatch, "pack", "imagefolder", image_folder / "val", tmp_path / "new", "--shorter-side", 90) == 0
+    assert ShardSet(tmp_path / "new").sides == (90, 90)
 
 
 def test_pack_fashion_mnist(
@@ -110,6 +133,21 @@ def test_index(
     assert re.fullmatch(rf"error: {tar} is not a whole, uncompressed tar \(.*\): copy or make it anew", last)
 
 
+def test_index_of_shards_that_are_sorted_by_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    for label in range(64):
+        with webdataset.TarWriter(str(tmp_path / f"{label:02d}.tar")) as tar:
+            for i in range(4):
+                tar.write({"__key__": f"{i}", "png": image.getvalue(), "cls": label})
+    assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
+    line = rf"{tmp_path} is sorted by class: a batch of 128 would show \d\d classes, and 6\d in a full shuffle: "
+    assert re.search(line + r"train with --data.shuffle_shards \d+\n", capsys.readouterr().out)
+    assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
+
+
 def test_preview(shard_sets: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder" / "grid.png"
     done = python_m_pipelines("preview", shard_sets / "val", out, "--resize", 72, "--crop", 67, "--rows", 3)
@@ -146,11 +184,32 @@ def test_preview_shows_originals_beside_their_versions(
         assert len({version.tobytes() for version in versions}) == 5
 
 
-def test_bench(shard_sets: Path) -> None:
-    done = python_m_pipelines("bench", shard_sets / "train", "--resize", 72, "--crop", 67, "--batch", 8, "--read-ms", 5)
+@pytest.mark.parametrize(
+    ("resize", "path"),
+    [(72, "no image resized to shorter side 72"), (80, "176 of 176 images resized to shorter side 80")],
+)
+def test_bench(shard_sets: Path, resize: int, path: str) -> None:
+    options = ("--resize", resize, "--crop", 67, "--batch", 8, "--read-ms", 5)
+    done = python_m_pipelines("bench", shard_sets / "train", *options)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\d+ images/s, \d+ CPU us/image, 5 ms added to each read\n", done.stdout)
-    assert int(done.stdout.split()[0]) > 1000 / 5  # what one reader after another would reach
+    speed, told, mixed = done.stdout.splitlines()
+    assert re.fullmatch(r"\d+ images/s, \d+ CPU us/image, 5 ms added to each read", speed)
+    assert int(speed.split()[0]) > 1000 / 5  # what one reader after another would reach
+    assert told == path
+    assert re.fullmatch(r"\d\.\d classes in a batch of 8, \d\.\d after a full shuffle", mixed)
+    assert not done.stderr  # DALI warns of what is fed in vain
+
+
+def test_bench_tells_how_many_images_are_resized(image_folder: Path, tmp_path: Path) -> None:
+    """A part of the set, by an independent count."""
+    sizes = [min(Image.open(path).size) for path in sorted((image_folder / "train").rglob("*.jpg"))]
+    pack(ImageFolder(image_folder / "train"), tmp_path / "set", Options(shorter_side=0), split="train", workers=1)
+    done = python_m_pipelines("bench", tmp_path / "set", "--resize", 80, "--crop", 67, "--batch", 8)
+    assert done.returncode == 0, done.stderr
+    scaled, _, measured = done.stdout.splitlines()[1].split()[:3]
+    share = np.mean([side != 80 for side in sizes])
+    assert share == 0.75
+    assert abs(int(scaled) / int(measured) - share) < 0.15  # it measures 176 of the 240
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def named(run: Trained, shards: ShardSet, samples: Sequence[int]) -> list[Named]
     """The whole images of these samples, with the names of their classes."""
     images = [Image.open(BytesIO(shards.read(sample).tobytes())).convert("RGB") for sample in samples]
     return [
-        Named(np.asarray(image), run.classes[int(shards.index[sample]["label"])])
+        Named(np.asarray(image), run.classes[int(shards.labels(np.array([sample]))[0])])
         for image, sample in zip(images, samples, strict=True)
     ]
 

@@ -129,7 +129,7 @@ def net() -> None:
         "ms",
     )
     units = torch.randn(128, 4096, requires_grad=True)
-    layer, keys = Dropout(4096, 0.5, 7), mask_keys(0, 0, np.arange(128))
+    layer, keys = Dropout(0.5, 7), mask_keys(0, 0, np.arange(128))
     hashed = torch.compile(lambda t: layer(t, keys))
     rows(
         "dropout of 4096 units, batch 128",
