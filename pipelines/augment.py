@@ -30,12 +30,14 @@ class Views:
         corner: left and top edge of the crop in the resized image, int32 [n, 2].
         mirror: horizontal reflection, bool [n].
         shift: what lighting adds to each channel, in levels of 0..255, float32 [n, 3].
+        original: width and height before the resize, int64 [n, 2].
     """
 
     size: NDArray[np.int32]
     corner: NDArray[np.int32]
     mirror: NDArray[np.bool_]
     shift: NDArray[np.float32]
+    original: NDArray[np.int64]
 
 
 class Frame(NamedTuple):
@@ -56,13 +58,14 @@ class Frame(NamedTuple):
     scaled: NDArray[np.bool_]
 
 
-def framed(size: NDArray[np.int64], views: Views, crop: int) -> Frame:
-    """Where the crops of these views lie in images of width and height `size`, int64 [n, 2].
+def framed(views: Views, crop: int) -> Frame:
+    """Where the crops of these views lie in the images as they are stored.
 
     Of an image that is resized, what lies right of the crop and below it is not decoded, but for what the filter of the
     resize sees. What lies left and above is: a resize computes places as float32, so that with another origin one value
     in 10^5 came out a level higher or lower.
     """
+    size = views.original
     scaled = (size != views.size).any(axis=1)
     ratio = size / views.size.astype(np.float64)
     begin, end = views.corner * ratio, (views.corner + crop) * ratio
@@ -126,7 +129,7 @@ def fixed_views(size: NDArray[np.int64], augment: Augment, view: int = 0) -> Vie
         inside[:, 0] = room[:, 0] - np.rint(room[:, 0] - places[:, 0])
     corner = (square + inside).astype(np.int32)
     n = len(size)
-    return Views(now, corner, np.full(n, mirrored), np.zeros((n, 3), np.float32))
+    return Views(now, corner, np.full(n, mirrored), np.zeros((n, 3), np.float32), size)
 
 
 def _room(now: NDArray[np.int32], augment: Augment) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -166,4 +169,4 @@ def random_views(
     normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)
     shift = 255 * augment.lighting * normal @ components.T
     flipped = (uniform[:, 2] < 0.5) & augment.mirror
-    return Views(now, corner, flipped, shift.astype(np.float32))
+    return Views(now, corner, flipped, shift.astype(np.float32), size)

@@ -211,7 +211,7 @@ class Loader:
 
     def _feed(self, epoch: int, encoded: Encoded, samples: Ints, start: int) -> Feed:
         views = self.plan.views(epoch, samples, start)
-        frame = framed(self.shards.sizes(samples), views, self.augment.crop)
+        frame = framed(views, self.augment.crop)
         # Lighting adds the same to all pixels of an image: one subtraction does it and the mean.
         return Feed(encoded, *frame, views.mirror.astype(np.int32), self.mean - views.shift)
 

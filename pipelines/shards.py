@@ -197,21 +197,22 @@ class ShardSet:
     def cached(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8] | None]:
         """The encoded images of these samples that the kernel holds in memory, uint8 [size] each.
 
-        None stands for all others, since this waits for no disk, and for one that is not as indexed: `read` says why.
+        None stands for all others, since this waits for no disk, and for one whose bytes are not those that were
+        indexed: `read` says whether they are damaged or of another tar.
         """
         found: list[NDArray[np.uint8] | None] = [None] * len(samples)
         rows = self.rows(samples)
-        columns = (rows[name].tolist() for name in ("offset", "size", "name", "crc"))
+        columns = (rows[name].tolist() for name in ("offset", "size", "crc"))
         shards = np.searchsorted(self._ends, samples, side="right").tolist()
-        for i, (shard, offset, size, name, crc) in enumerate(zip(shards, *columns, strict=True)):
-            raw = np.empty(HEADER + size, np.uint8).data
+        for i, (shard, offset, size, crc) in enumerate(zip(shards, *columns, strict=True)):
+            data = np.empty(size, np.uint8)
             file = self._file(shard)
             try:
-                got = os.preadv(file.fileno(), [raw], offset - HEADER, os.RWF_NOWAIT)
+                got = os.preadv(file.fileno(), [data.data], offset, os.RWF_NOWAIT)
             except OSError:  # not in memory, or a file system that cannot say
                 continue
-            if got == len(raw) and is_header(bytes(raw[:HEADER]), name, size) and crc32(raw[HEADER:]) == crc:
-                found[i] = np.frombuffer(raw[HEADER:], np.uint8)
+            if got == size and crc32(data.data) == crc:
+                found[i] = data
         return found
 
     def shard_of(self, sample: int) -> int:

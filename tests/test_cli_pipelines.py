@@ -202,7 +202,10 @@ def test_bench(shard_sets: Path, resize: int, path: str) -> None:
 
 def test_bench_tells_how_many_images_are_resized(image_folder: Path, tmp_path: Path) -> None:
     """A part of the set, by an independent count."""
-    sizes = [min(Image.open(path).size) for path in sorted((image_folder / "train").rglob("*.jpg"))]
+    sizes = []
+    for path in (image_folder / "train").rglob("*.jpg"):
+        with Image.open(path) as image:
+            sizes.append(min(image.size))
     pack(ImageFolder(image_folder / "train"), tmp_path / "set", Options(shorter_side=0), split="train", workers=1)
     done = python_m_pipelines("bench", tmp_path / "set", "--resize", 80, "--crop", 67, "--batch", 8)
     assert done.returncode == 0, done.stderr

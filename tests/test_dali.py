@@ -434,7 +434,11 @@ def test_placement(resize: bool, device: Device) -> None:
             arguments |= {argument.device for argument in others}
     assert arguments == {"cpu"}  # numbers, which every back end takes from the host
     assert type(image.source._op).__name__ == "ExternalSource"
-    names = ["CropMirrorNormalize", *(["_conditional__Merge", "Resize", "_conditional__Split"] if resize else [])]
+    names = [
+        "CropMirrorNormalize",
+        "Flip",
+        *(["_conditional__Merge", "Resize", "_conditional__Split"] if resize else []),
+    ]
     if device == "gpu":
         names += ["Slice"]  # not of the decoder: that was seen to crash
         assert chain == [*((name, "gpu") for name in names), ("decoders__Image", "mixed")]
