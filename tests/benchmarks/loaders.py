@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -135,15 +136,22 @@ CANDIDATES: dict[str, Callable[[ShardSet, bool], Iterator[Any]]] = {
 }
 
 
-def cpu_seconds(pid: int) -> float:
-    """That a process, its threads and its descendants have used so far."""
+def cpu_seconds() -> float:
+    """That this process, its threads and its descendants have used so far."""
+    return time.process_time() + sum(map(_cpu_seconds, _children(os.getpid())))
+
+
+def _cpu_seconds(pid: int) -> float:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
-        children = [int(child) for task in tasks for child in task.read_text().split()]
+        return sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + sum(map(_cpu_seconds, _children(pid)))
     except FileNotFoundError:  # it ended a moment ago
         return 0.0
-    return sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children))
+
+
+def _children(pid: int) -> list[int]:
+    tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def python_seconds() -> float:
@@ -158,12 +166,12 @@ def measure(name: str, directory: Path, scales: bool) -> dict[str, Any]:
     measured = len(shards) // BATCH - WARM_UP - TAIL
     batches = CANDIDATES[name](shards, scales)
     shown = list(islice(batches, WARM_UP))
-    cpu, python = cpu_seconds(os.getpid()), python_seconds()
+    cpu, python = cpu_seconds(), python_seconds()
     for _ in islice(batches, measured):
         pass
     images = measured * BATCH
     found = {
-        "cpu_us": (cpu_seconds(os.getpid()) - cpu) / images * 1e6,
+        "cpu_us": (cpu_seconds() - cpu) / images * 1e6,
         "python_us": (python_seconds() - python) / images * 1e6,
     }
     if isinstance(shown[0], Tensor):
