@@ -1,4 +1,4 @@
-"""`python -m dist_train speed`: the numbers add up, and nothing is left that a run could continue. No time is asserted."""
+"""`python -m dist_train speed`: the sums add up, and nothing is left that a run could continue. No time is asserted."""
 
 from __future__ import annotations
 
