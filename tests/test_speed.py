@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train import models
 from dist_train.__main__ import main
 from dist_train.analysis.pace import Stretch
 from dist_train.analysis.speed import describe, profile_of
 from dist_train.cli import parse
-from dist_train.config import as_dict
+from dist_train.config import ModelConfig, as_dict
+from tests.benchmarks import plain
 from tests.helpers.launch import EMPTY, SMALL, Run, children, finish, python, spawn
 
 STEPS = 4
@@ -192,6 +196,33 @@ def test_a_step_takes_as_long_as_on_the_slowest_rank() -> None:
     told = describe(report | facts)
     assert "rank 1 on node1: 51 ms forward and backward (the fastest, rank 0 on node0: 50)" in told
     assert "20 images/s with data; 75.0% of the time waits for data" in told
+
+
+def test_the_plain_script_trains_the_same_net() -> None:
+    """The one that the shipped step is measured against: as many weights, and the same sizes on the way."""
+    with torch.device("meta"):
+        ours, theirs = models.build(ModelConfig(), classes=1000, crop=227), plain.NETS["paper"]()
+        bare, images = plain.NETS["bare"](), torch.empty(2, 3, 227, 227)
+        shapes = [sorted(tuple(p.shape) for p in net.parameters()) for net in (ours, theirs, bare)]
+        assert shapes[0] == shapes[1] == shapes[2]
+        assert sum(p.numel() for p in theirs.parameters()) == 60_965_224
+        assert theirs(images).shape == bare(images).shape == (2, 1000)
+
+
+def test_the_plain_script_counts_the_time_of_its_workers() -> None:
+    """A child that has ended, one that runs, and the child of that one."""
+    busy = "import os, time\n{}\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ntime.sleep({})"
+    before = plain.cpu_seconds(os.getpid())
+    subprocess.run([sys.executable, "-c", busy.format("", 0)], stdout=subprocess.DEVNULL, check=True)
+    worker = subprocess.Popen([sys.executable, "-c", busy.format("os.fork()", 60)], stdout=subprocess.PIPE)
+    try:
+        assert worker.stdout
+        assert worker.stdout.readline() == worker.stdout.readline() == b"\n"
+        assert 1.4 < plain.cpu_seconds(os.getpid()) - before < 5
+    finally:
+        for pid in (*children(worker.pid), worker.pid):
+            os.kill(pid, signal.SIGKILL)
+        worker.communicate()
 
 
 @pytest.mark.gpu

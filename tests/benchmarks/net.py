@@ -80,7 +80,7 @@ def table() -> None:
         entries = {}
         for mode in ("eager", "compiled"):
             model = models.build(ModelConfig(hidden=hidden), classes=10, crop=crop)
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
             if mode == "compiled":
                 model.compile(dynamic=False)
             entries[mode] = clock(partial(_step, model, images, keys), 3) / batch

@@ -82,10 +82,9 @@ def least(rounds: Sequence[Found]) -> Found:
 
 
 def show(case: tuple[int, int], mine: Found, found: dict[Rival, Found], kept: dict[Rival, Found]) -> None:
-    batch, ranks = case
-    print(
-        f"\nthe step at 227, batch {batch}, {ranks} rank{'s' if ranks > 1 else ''}: CPU ms per image, our share of it"
-    )
+    (batch, ranks), blank = case, " " * 14
+    what = f"the step at 227, batch {batch}, {ranks} rank{'s' if ranks > 1 else ''}"
+    print(f"\n{what}: CPU ms per image, and our share of it")
     print(f"  {'':46} {''.join(f'{name:>23}' for name in NAMES)}    bar")
     print(f"  {OURS:46} {''.join(f'{mine[name]:9.1f}{blank}' for name in LOADERS)}".rstrip())
     for rows, allocator in ((found, ""), (kept, " + mallopt")):
