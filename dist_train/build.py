@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,17 +77,6 @@ def model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.M
     return net
 
 
-def compiler_works(world: World) -> str:
-    """Why `torch.compile` does not work here, or nothing. A missing compiler shows only at the first call."""
-    if world.mesh is not None:
-        return "train.tower_parallel exchanges activations in the midst of the net"
-    try:
-        torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=world.device))
-        return ""
-    except Exception as error:
-        return str(error).strip().splitlines()[-1][:120]
-
-
 def autocast(config: Config, world: World) -> torch.autocast:
     """Mixed precision, or a context that does nothing where it is off."""
     chosen = precision(config, world)
@@ -105,7 +95,7 @@ def precision(config: Config, world: World) -> str:
     return "fp16" if world.mesh is None else "off"
 
 
-def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
+def distribute(model: nn.Module, config: Config, world: World, *, compiled: bool) -> nn.Module:
     """DDP around the model, its buckets settled.
 
     DDP rebuilds its buckets after its first step, and gloo then sums in another order. Two throw-away steps put that
@@ -117,13 +107,27 @@ def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     low, high = even_split(config.train.global_batch, world.dp_rank, world.dp_size)
     share = even_split(high - low, 0, config.train.accumulate)[1]
+    n = share if compiled else min(share, 2)  # buckets do not depend on it, but kernels are compiled for one size
     side = config.data.crop
-    inputs = torch.zeros(share, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
-    keys = torch.zeros(share, dtype=torch.int64, device=world.device)
-    for _ in range(2):
+    inputs = torch.zeros(n, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
+    keys = torch.zeros(n, dtype=torch.int64, device=world.device)
+
+    def step() -> None:
         with autocast(config, world):
             logits = net(inputs, keys)
         logits.float().sum().backward()
+
+    if compiled:  # by the first rank of each node; the others find its kernels in the cache
+        if world.local_rank:
+            dist.barrier()
+        net.broadcast_buffers, broadcast = False, net.broadcast_buffers
+        with net.no_sync():  # of this rank's own: it waits for no other
+            step()
+        net.broadcast_buffers = broadcast
+        if not world.local_rank:
+            dist.barrier()
+    for _ in range(2):
+        step()
     net.zero_grad()
     model.load_state_dict(before)
     return net

@@ -143,9 +143,9 @@ class TrainConfig:
     precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: bf16 on a GPU that has it, else fp16 (off with tower_parallel), and off on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: if a compiler works, and not with tower_parallel."""
+    """torch.compile; auto: on a GPU if a compiler works, and not with tower_parallel. On the CPU it gains nothing."""
     deterministic: bool = True
-    """Resuming gives the same bits as never having stopped. On the GPU this costs some speed."""
+    """Resuming gives the same bits as never having stopped. It costs speed on a GPU, and with torchvision's nets."""
 
 
 @dataclass(frozen=True)

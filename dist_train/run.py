@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dist_train import data
@@ -60,14 +59,13 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         if config.train.tower_parallel:
             world = world.in_pairs()
         config = _placed(config, name, world)
-        _reproducible(config)
         terminal = Terminal(is_first=world.rank == 0)
         path = Path(config.run.dir)
         run = RunDirectory(path, terminal.say, keep=config.checkpoint.keep, writes=world.rank == 0)
         wandb = WandbRun(path, config.monitor)
         try:  # before anything is claimed
             trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
-            resumed = resume.restore(trainer.state, config, world, sets[0], run)
+            resumed = resume.restore(trainer.state, config, world, sets[0], run, asdict(trainer.settled))
         except ValueError as error:  # ours, and torch's for sizes that do not fit
             raise Refused(str(error)) from error
         _claim(config, world, run, trainer.progress, resumed.bad)
@@ -80,7 +78,13 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         run.record.open(resumed.record_bytes)
         wandb.open(as_dict(config))
         wandb.publish(run.record.size())
-    _announce(run, trainer.progress, resumed, f"{world.size} x {world.device.type}, {len(sets[0])} images")
+    _announce(
+        run,
+        trainer.progress,
+        resumed,
+        asdict(trainer.settled),
+        f"{world.size} x {world.device.type}, {len(sets[0])} images",
+    )
     end = _end_of(trainer.fit, run)
     terminal.end_epoch()
     if not end.state:  # the run is another start's now
@@ -114,13 +118,6 @@ def _placed(config: Config, name: str, world: World) -> Config:
     return replace(config, run=replace(config.run, name=name, dir=str(path)))
 
 
-def _reproducible(config: Config) -> None:
-    torch.backends.cudnn.benchmark = not config.train.deterministic
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 def _claim(config: Config, world: World, run: RunDirectory, progress: Progress, bad: list[str]) -> None:
     """Take the run directory over. Raises NotBegun on all ranks, after status.json says so."""
     try:
@@ -130,10 +127,13 @@ def _claim(config: Config, world: World, run: RunDirectory, progress: Progress, 
         raise
 
 
-def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, size: str) -> None:
+def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: dict[str, Any], size: str) -> None:
     """Say, and record, that training begins or goes on."""
+    if not resumed.checkpoint:
+        run.record.append("begun", step=progress.step, **settled)
+    if told := [f"{k} = {v}" for k, v in resumed.changed.items() if k != "numerics"]:  # of that `restore` has spoken
+        run.say("changed since the checkpoint: " + ", ".join(told))
     if resumed.changed:
-        run.say("changed since the checkpoint: " + ", ".join(f"{k} = {v}" for k, v in resumed.changed.items()))
         run.record.append("changed", step=progress.step, **resumed.changed)
     run.status.set("running", step=progress.step, epoch=progress.epoch)
     run.say(f"{run.path}: {size}, epoch {progress.epoch + 1}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_train import build, optim, probe
+from dist_train import build, optim, probe, process
 from dist_train.config import Config, as_dict
 from dist_train.models.dropout import mask_keys, rank_seed
 from dist_train.monitor.reporter import Reporter
@@ -50,6 +51,7 @@ class Trainer:
     model: nn.Module
     net: nn.Module  # the model in DDP, if there are several data-parallel ranks
     autocast: torch.autocast
+    settled: process.Settled
     state: TrainState  # all that a checkpoint holds; model and progress are of it
     progress: Progress
     # The ranks
@@ -73,15 +75,13 @@ class Trainer:
     ) -> None:
         training_set, val_set = sets
         self.config, self.world, self.watch, self.run = config, world, watch, run
+        self.settled = process.prepare(config, world, run.say)
         self.train_loader = build.train_loader(config, world, training_set)
         batch = max(world.dp_size, config.train.global_batch // config.train.accumulate)
         self.val_loader = build.fixed_loader(config, world, val_set, training_set, batch=batch)
-        compiled = config.train.compile != "off"
-        if config.train.compile == "auto" and (why := build.compiler_works(world)):
-            compiled = False
-            run.say(f"torch.compile is off, it does not work here: {why}")
+        compiled = self.settled.compiled
         self.model = build.model(config, world, len(training_set.classes), compiled=compiled)
-        self.net = build.distribute(self.model, config, world)
+        self.net = build.distribute(self.model, config, world, compiled=compiled)
         self.autocast = build.autocast(config, world)
         scaler = torch.amp.GradScaler(world.device.type, enabled=build.precision(config, world) == "fp16")
         schedule = optim.Schedule(config.schedule, config.optim.lr)
@@ -89,7 +89,7 @@ class Trainer:
         self.state = TrainState(self.model, optim.build(config.optim, self.model), scaler, schedule, self.progress)
         self.pending = None
         meta: dict[str, Any] = identity(config, training_set) | {"config": as_dict(config)}
-        meta |= {"torch": torch.__version__, "world_size": world.size}
+        meta |= {"torch": torch.__version__, "world_size": world.size, "process": asdict(self.settled)}
         self.saver = Saver(config.checkpoint, world, run, self.state, meta, wandb.publish)
         self.report = Reporter(config, run, terminal, self.train_loader)
 

@@ -16,14 +16,15 @@ PACKAGES = ("dist_train", "pipelines", "slurm")
 ARROWS = """
     slurm     cli config data outcomes ranks rundir pipelines
     __main__  analysis cli ranks pipelines
-    analysis  cli run train build monitor pictures probe rundir ranks models data config outcomes pipelines
+    analysis  cli train build process monitor pictures probe rundir ranks models data config outcomes pipelines
     cli       run ranks config pipelines
     run       train data monitor pictures rundir ranks config outcomes pipelines
-    train     build validate monitor rundir ranks models optim probe config outcomes pipelines
+    train     build process validate monitor rundir ranks models optim probe config outcomes pipelines
     monitor   validate rundir config pipelines
     validate  ranks pipelines
     pictures  rundir pipelines
     build     ranks models config pipelines
+    process   ranks models config
     rundir    ranks optim config outcomes pipelines
     ranks     models outcomes pipelines
     models    config pipelines

@@ -10,7 +10,7 @@ from dist_train import models
 from dist_train.config import ModelConfig
 from dist_train.models.alexnet import AlexNet, feature_side
 from dist_train.models.dropout import Dropout, mask_keys
-from dist_train.models.lrn import local_response_norm
+from dist_train.models.lrn import local_response_norm, traceable
 
 
 def test_parameters_of_the_paper() -> None:
@@ -93,11 +93,84 @@ def test_lrn_gradient() -> None:
     np.testing.assert_allclose(x.grad.numpy(), numeric, rtol=1e-4, atol=1e-6)
 
 
+WINDOWS = [
+    {"groups": 1},
+    {"groups": 2},
+    {"groups": 3, "n": 3, "k": 1.0, "alpha": 0.02, "beta": 0.5},
+    {"groups": 2, "n": 7, "alpha": 1e-3, "beta": 1.0},
+    {"n": 1},
+    {"groups": 6, "n": 9},  # wider than a group
+]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_lrn_and_its_gradient_are_torchs(window: dict[str, float], layout: torch.memory_format) -> None:
+    """Both forms, in float64, against F.local_response_norm of each group."""
+    options = {"groups": 1, "n": 5, "k": 2.0, "alpha": 1e-4, "beta": 0.75} | window
+    groups, n, k, alpha, beta = options.values()
+
+    def torchs(x: torch.Tensor) -> torch.Tensor:
+        parts = x.chunk(groups, 1)
+        return torch.cat([F.local_response_norm(part, n, alpha * n, beta, k) for part in parts], 1)
+
+    torch.manual_seed(0)
+    a = (torch.randn(3, 12, 5, 4, dtype=torch.float64) * 80).to(memory_format=layout)
+    gradient = torch.randn(3, 12, 5, 4, dtype=torch.float64)  # of the one layout, whatever the maps have
+    found = {}
+    for name, form in {
+        "torch": torchs,
+        "ours": lambda x: local_response_norm(x, *options.values()),
+        "traceable": lambda x: traceable(x, *options.values()),
+    }.items():
+        x = a.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = form(x)
+        y.backward(gradient)
+        found[name] = y.detach(), x.grad
+    assert found["ours"][0].is_contiguous(memory_format=layout)
+    for name in ("ours", "traceable"):
+        for ours, reference in zip(found[name], found["torch"], strict=True):
+            assert (ours - reference).abs().max() <= 2e-15 * reference.abs().max(), name
+    x = a[:1, :, :2, :2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, *options.values()), x)
+
+
+def test_lrn_keeps_what_it_is_given() -> None:
+    """Its input, also where another operator needs it for its own gradient; and the input's type."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        leaf = (torch.randn(2, 6, 3, 3) * 200).to(dtype).requires_grad_()
+        x = leaf.relu()
+        before = x.detach().clone()
+        y = local_response_norm(x, 2)
+        y.float().square().sum().backward()
+        assert torch.equal(x, before)
+        assert y.dtype == dtype == leaf.grad.dtype
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad.any()
+
+
+def test_lrn_is_exported_in_operators_that_others_know() -> None:
+    """Also from a net whose weights could learn."""
+    net = AlexNet(3, 67, ModelConfig(hidden=8, width=0.25)).eval()
+    x = torch.randn(2, 3, 67, 67) * 60
+    with torch.no_grad():
+        expected = net(x)
+    exported = torch.export.export(net, (x,))
+    names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert names
+    assert all(name.startswith("aten.") and not name.split(".")[1].endswith("_") for name in names), names
+    torch.testing.assert_close(exported.module()(x), expected)
+    with pytest.warns(FutureWarning, match="deprecated"):
+        traced = torch.jit.trace(net, x)
+    torch.testing.assert_close(traced(x), expected)
+
+
 def test_lrn_does_not_overflow_in_half_precision() -> None:
-    a = np.full((1, 6, 1, 1), 3000.0)  # its square is beyond float16
-    ours = local_response_norm(torch.tensor(a, dtype=torch.float16))
-    assert ours.dtype == torch.float16
-    np.testing.assert_allclose(ours.float().numpy(), lrn_reference(a, 1), rtol=1e-3)
+    a = np.random.default_rng(0).uniform(300, 900, (2, 12, 3, 3))  # squares beyond 65504
+    for form in (torch.tensor, lambda a, dtype: torch.tensor(a, dtype=dtype).requires_grad_()):
+        ours = local_response_norm(form(a, dtype=torch.float16))
+        assert ours.dtype == torch.float16
+        np.testing.assert_allclose(ours.detach().float().numpy(), lrn_reference(a, 1), rtol=1e-3)
 
 
 def test_crops() -> None:
@@ -108,7 +181,7 @@ def test_crops() -> None:
 
 def test_dropout_masks_follow_the_position() -> None:
     """A sample meets the same mask alone and in any batch; another step, layer, seed or position gives another mask."""
-    layer = Dropout(500, 0.5, layer=6)
+    layer = Dropout(0.5, layer=6)
     ones = torch.ones(40, 500)
     whole = layer(ones, mask_keys(3, 17, np.arange(100, 140)))
     parts = [layer(ones[:n], mask_keys(3, 17, np.arange(at, at + n))) for at, n in ((100, 7), (107, 32), (139, 1))]
@@ -117,7 +190,7 @@ def test_dropout_masks_follow_the_position() -> None:
         layer(ones, mask_keys(3, 18, np.arange(100, 140))),
         layer(ones, mask_keys(4, 17, np.arange(100, 140))),
         layer(ones, mask_keys(3, 17, np.arange(140, 180))),
-        Dropout(500, 0.5, layer=7)(ones, mask_keys(3, 17, np.arange(100, 140))),
+        Dropout(0.5, layer=7)(ones, mask_keys(3, 17, np.arange(100, 140))),
     )
     for other in others:
         agree = (other == whole).double().mean()
@@ -126,7 +199,7 @@ def test_dropout_masks_follow_the_position() -> None:
 
 @pytest.mark.parametrize("p", [0.5, 0.2])
 def test_dropout_rate_and_independence(p: float) -> None:
-    kept = Dropout(1000, p, layer=6)(torch.ones(400, 1000), mask_keys(0, 5, np.arange(400))) > 0
+    kept = Dropout(p, layer=6)(torch.ones(400, 1000), mask_keys(0, 5, np.arange(400))) > 0
     n = kept.numel()
     assert abs(kept.double().mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
     for per in (kept.double().mean(0), kept.double().mean(1)):  # no unit and no sample is favoured
@@ -140,7 +213,7 @@ def test_dropout_keeps_the_mean() -> None:
     """ "At test time, we use all the neurons but multiply their outputs by 0.5"; the usual form scales in training."""
     x, keys = torch.ones(64, 4096), mask_keys(0, 0, np.arange(64))
     for scaling, dropped, tested in (("test", 1.0, 0.8), ("training", 1.25, 1.0)):
-        layer = Dropout(4096, 0.2, 6, scaling)
+        layer = Dropout(0.2, 6, scaling)
         out = layer(x, keys)
         assert set(out.unique().tolist()) == {0.0, dropped}
         assert abs(out.mean() - tested) < 0.02

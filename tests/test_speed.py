@@ -68,7 +68,7 @@ def test_a_profile(ranks: int, shard_sets: Path, tmp_path: Path, monkeypatch: py
     report = json.loads((tmp_path / "profile.json").read_text())
     size = max(1, ranks)
     assert (report["world_size"], report["nodes"], report["device_type"]) == (size, 1, "cpu")
-    assert (report["global_batch"], report["crop"], report["compiled"]) == (24, 67, False)
+    assert (report["global_batch"], report["crop"], report["process"]["compiled"]) == (24, 67, False)
     assert report["versions"]["torch"] == torch.__version__
     sets = [f"--data.{split}={shard_sets / split}" for split in ("train", "val")]
     config, _ = parse(["--config", str(EMPTY), *SMALL, *sets, "--run.name=mine"])
@@ -191,7 +191,8 @@ def test_a_step_takes_as_long_as_on_the_slowest_rank() -> None:
     assert report["both"] == pytest.approx(both | {"data_wait_share": 0.75})
     assert report["all_reduce"] == pytest.approx({"mb": 8, "ms": 31, "step_share": 31 / 300})
     assert report["memory"] == {"peak_host_mb": 101, "peak_device_mb": None}
-    facts = {"device": "x", "world_size": 2, "nodes": 2, "global_batch": 6, "compiled": True, "precision": "bf16"}
+    facts = {"device": "x", "world_size": 2, "nodes": 2, "global_batch": 6, "precision": "bf16"}
+    facts |= {"process": {"compiled": True}}
     facts |= {"model": "alexnet", "parameters": 7, "warm_up": {"build_s": 1, "first_steps_s": 2}}
     told = describe(report | facts)
     assert "rank 1 on node1: 51 ms forward and backward (the fastest, rank 0 on node0: 50)" in told

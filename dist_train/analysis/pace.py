@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import StringIO
 from itertools import count, islice, repeat
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn import functional as F
 
-from dist_train import build, run
+from dist_train import build
 from dist_train.config import Config
 from dist_train.models.dropout import mask_keys
 from dist_train.monitor.terminal import Terminal
@@ -88,12 +88,6 @@ def without_data(config: Config, scratch: Path) -> ShardSet:
     return ShardSet(scratch / "nothing")
 
 
-def as_in_a_run(config: Config, world: World) -> World:
-    """Set this process up as a run does before it builds a trainer. Returns the world to build it in."""
-    run._reproducible(config)
-    return world.in_pairs() if config.train.tower_parallel else world
-
-
 class Pace:
     """The trainer that a run of this configuration would have, on this rank.
 
@@ -152,7 +146,7 @@ class Pace:
             "model": self._config.model.name,
             "parameters": sum(p.numel() for p in model.parameters()),
             "precision": build.precision(self._config, self._world),
-            "compiled": model._compiled_call_impl is not None,
+            "process": asdict(self._trainer.settled),
             "threads": torch.get_num_threads(),
         }
 

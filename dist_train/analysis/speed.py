@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dist_train import data
-from dist_train.analysis.pace import Pace, Stretch, as_in_a_run, without_data
+from dist_train.analysis.pace import Pace, Stretch, without_data
 from dist_train.config import Config, as_dict
 from dist_train.outcomes import Ended
 from dist_train.ranks.watch import Watch
@@ -59,7 +59,7 @@ def _speed(args: Namespace, config: Config, world: World, watch: Watch) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="dist_train-speed-") as scratch:
             shards = _opened(config, world)
-            built = as_in_a_run(config, world)
+            built = world.in_pairs() if config.train.tower_parallel else world
             pace = Pace(
                 config, built, watch, shards or without_data(config, Path(scratch)), Path(scratch), loads=bool(shards)
             )
@@ -154,7 +154,7 @@ def describe(report: dict[str, Any]) -> str:
     """The report in about ten lines for people."""
     step, loader, both, reduce = (report[name] for name in ("step", "loader", "both", "all_reduce"))
     nodes = f" on {report['nodes']} nodes" if report["nodes"] > 1 else ""
-    how = "compiled" if report["compiled"] else "not compiled"
+    how = "compiled" if report["process"]["compiled"] else "not compiled"
     precision = "float32" if report["precision"] == "off" else report["precision"]
     rows = [
         ("on", f"{_counted(report['world_size'], 'process', 'es')}{nodes}, {report['device']}"),

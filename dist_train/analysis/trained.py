@@ -15,6 +15,7 @@ from dist_train import build
 from dist_train.cli import parse
 from dist_train.config import Config, ConfigError
 from dist_train.data import open_sets
+from dist_train.process import keep_freed_memory
 from dist_train.ranks.world import World
 from dist_train.rundir import store
 from dist_train.rundir.checkpoint import FOLDER, Checkpoint, find
@@ -75,6 +76,7 @@ def open_run(directory: Path, device: torch.device, which: str = "last", split: 
     or if its sets are gone or are not those that it was trained on.
     """
     config = read_config(directory)
+    keep_freed_memory(device)
     val = str(split or config.data.val)
     config = replace(config, data=replace(config.data, val=val, device="auto"))  # this machine may have no GPU
     _check_paths(directory, config, split)

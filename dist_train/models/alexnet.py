@@ -38,7 +38,7 @@ class Layers(nn.Module):
 
     def dropout(self, layer: int) -> Dropout:
         """Of the outputs "in the first two fully-connected layers" (section 4.2)."""
-        return Dropout(self.options.hidden, self.options.dropout, layer, self.options.dropout_scaling)
+        return Dropout(self.options.dropout, layer, self.options.dropout_scaling)
 
     def reset(self, name: str, layer: nn.Conv2d | nn.Linear) -> None:
         """Section 5: weights from "a zero-mean Gaussian distribution with standard deviation 0.01"; "the neuron biases

@@ -46,7 +46,6 @@ class Dropout(nn.Module):
     meets the same mask at any world size and after any restart.
 
     Args:
-        units: number of units of one sample.
         p: probability of zero.
         layer: number of this layer, so that layers have independent masks.
         scaling: test: "at test time, we use all the neurons but multiply their outputs by 0.5" (1 - p), as the paper;
@@ -54,12 +53,9 @@ class Dropout(nn.Module):
             other with other weights, but the two begin, and learn, differently.
     """
 
-    units: Tensor
-
-    def __init__(self, units: int, p: float, layer: int, scaling: Literal["test", "training"] = "test") -> None:
+    def __init__(self, p: float, layer: int, scaling: Literal["test", "training"] = "test") -> None:
         super().__init__()
-        self.p, self.scaling = p, scaling
-        self.register_buffer("units", mix(torch.arange(units) + (layer << 24)), persistent=False)
+        self.p, self.layer, self.scaling = p, layer, scaling
 
     def forward(self, x: Tensor, keys: Tensor | None, first: int = 0) -> Tensor:
         """x: [n, units], or those from unit `first` on; keys: of `mask_keys`, int64 [n], needed in training."""
@@ -68,5 +64,7 @@ class Dropout(nn.Module):
         if not self.training:
             return x * (1 - self.p) if self.scaling == "test" else x
         assert keys is not None
-        kept = mix(self.units[first : first + x.shape[1]] ^ keys[:, None]) >= int(self.p * 2**32)
+        # Derived each time, which costs nothing beside the masks: DDP would broadcast a buffer at every step.
+        units = torch.arange(first, first + x.shape[1], device=x.device)
+        kept = mix(mix(units + (self.layer << 24)) ^ keys[:, None]) >= int(self.p * 2**32)
         return x * kept if self.scaling == "test" else x * kept / (1 - self.p)

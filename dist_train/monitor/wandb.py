@@ -50,7 +50,7 @@ class WandbRun:
             file.seek(sent)
             for line in file.read(max(0, size - sent)).splitlines():
                 values = json.loads(line)
-                if (kind := values.pop("kind")) != "changed":
+                if (kind := values.pop("kind")) not in ("begun", "changed"):
                     named = {f"{kind}/{k}": v for k, v in values.items()}
                     self._run.log(named | {"images": values["images"]}, step=values["step"])
         write_atomically(mark, str(max(sent, size)).encode())

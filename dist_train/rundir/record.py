@@ -50,8 +50,8 @@ class Record:
         self._size = len(kept)
 
     def append(self, kind: str, **values: Any) -> None:
-        """Add one line: {"kind": step | validation | probe | changed, "step": ..., ...}. Nothing on other ranks, where
-        it is not open."""
+        """Add one line: {"kind": begun | step | validation | probe | changed, "step": ..., ...}. Nothing on other
+        ranks, where it is not open."""
         if self._file is not None:
             self._unwritten.append((json.dumps({"kind": kind, **values}) + "\n").encode())
             self._write(self._file)

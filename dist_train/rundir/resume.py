@@ -28,19 +28,31 @@ class Resumed:
     """What a run was resumed from.
 
     Attributes:
+        checkpoint: its name; empty for a new run.
         record_bytes: of the record, which the checkpoint covers.
         changed: settings that differ from those that the checkpoint was made with.
         bad: names of the checkpoints that were found to be damaged (rank 0).
     """
 
+    checkpoint: str = ""
     record_bytes: int = 0
     changed: dict[str, Any] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
 
 
-def restore(state: TrainState, config: Config, world: World, training_set: ShardSet, run: RunDirectory) -> Resumed:
+def restore(
+    state: TrainState,
+    config: Config,
+    world: World,
+    training_set: ShardSet,
+    run: RunDirectory,
+    settled: dict[str, Any],
+) -> Resumed:
     """Take over the newest good checkpoint of the run, if there is one; else the weights of `model.init_from`, if that
     is given. Rank 0 looks, and all ranks take the same.
+
+    Args:
+        settled: `process.Settled` of now, to compare with that of the checkpoint.
 
     Raises CheckpointError if it is of another model, data set, seed or batch, or if there are checkpoints and none is
     good.
@@ -66,8 +78,14 @@ def restore(state: TrainState, config: Config, world: World, training_set: Shard
     state.load_state_dict(saved)
     progress = state.progress
     run.say(f"continuing from {found.path.name}: epoch {progress.epoch + 1}, step {progress.step}")
-    resumed.record_bytes = int(saved["record"])
-    resumed.changed = _changed(found.meta["config"], as_dict(config))
+    resumed.checkpoint, resumed.record_bytes = found.path.name, int(saved["record"])
+    then = found.meta.get("process", settled | {"numerics": 1})  # older programs did not say
+    if then["numerics"] != settled["numerics"]:
+        run.say(
+            "the program that made it rounded otherwise: from here on the bits differ from those it would have given"
+        )
+    resumed.changed = {k: v for k, v in settled.items() if then.get(k) != v}
+    resumed.changed |= _changed(found.meta["config"], as_dict(config))
     return resumed
 
 

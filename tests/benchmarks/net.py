@@ -55,7 +55,7 @@ def _lrn(channels: int, side: int, layer: str) -> None:
 
 def _dropout() -> None:
     units = torch.randn(128, 4096, requires_grad=True)
-    layer, keys = Dropout(4096, 0.5, 7), mask_keys(0, 0, np.arange(128))
+    layer, keys = Dropout(0.5, 7), mask_keys(0, 0, np.arange(128))
     hashed = torch.compile(lambda t: layer(t, keys))
     entries = {
         "F.dropout": clock(lambda: F.dropout(units, 0.5).sum().backward()),

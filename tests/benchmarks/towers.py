@@ -56,7 +56,7 @@ def measured(world: World, crop: int, hidden: int, outputs: int, batch: int) -> 
         data=DataConfig(crop=crop),
         train=TrainConfig(global_batch=batch, tower_parallel=world.mesh is not None),
     )
-    net = build.distribute(build.model(config, world, outputs, compiled=False), config, world)
+    net = build.distribute(build.model(config, world, outputs, compiled=False), config, world, compiled=False)
     low, high = even_split(batch, world.dp_rank, world.dp_size)
     images = (torch.randn(high - low, 3, crop, crop) * 60).to(memory_format=torch.channels_last)
     keys, labels = mask_keys(0, 0, np.arange(low, high)), torch.arange(high - low) % outputs
