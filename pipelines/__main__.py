@@ -11,11 +11,11 @@ from pipelines.errors import UsageError
 from pipelines.files import read_text
 from pipelines.misc import cpus
 from pipelines.scan import REJECTED
-from pipelines.shards import QUARANTINE, Manifest, ShardError
+from pipelines.shards import QUARANTINE, Manifest, ShardError, ShardSet
 from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
 
 PACK_USAGE = """
-pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at shorter side 256
+pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
 pack fashion-mnist DST     a torchvision data set (stl10, cifar10, ...) into DST/train and DST/val
 """
 
@@ -27,7 +27,8 @@ def pack_options(parser: Parser) -> None:
     parser.usage = PACK_USAGE
     parser.add_argument("source", help="imagefolder, or the name of a torchvision data set")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="SRC and DST, or DST alone")
-    parser.add_argument("--shorter-side", type=natural, metavar="PX", help="scale larger images to it; 0: keep them")
+    parser.add_argument("--shorter-side", type=natural, metavar="PX", help="scale images to it; 0: keep them")
+    parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
     parser.add_argument("--quality", type=natural, default=90, help="of JPEGs that are written anew, 1 to 95")
     parser.add_argument("--shard-mb", type=float, default=64, help="aimed size of a shard in 10^6 bytes")
     parser.add_argument("--seed", type=natural, default=0, help="of the order of the samples in the shards")
@@ -41,10 +42,12 @@ def start_pack(args: Namespace) -> int:
     side = args.shorter_side
     if side is None:
         side = 256 if args.source == "imagefolder" else 0
-    options = pack.Options(side, args.quality, args.shard_mb, args.seed)
+    options = pack.Options(side, args.quality, args.shard_mb, args.seed, args.keep_small)
     try:
         for source, directory in sets:
-            _report(pack.pack(source, directory, options, split=directory.name, workers=args.workers), directory)
+            already = pack.finished(source, directory, options, split=directory.name)
+            manifest = pack.pack(source, directory, options, split=directory.name, workers=args.workers)
+            _report(manifest, directory, _already(directory, 0 if args.keep_small else side) if already else "")
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
@@ -63,6 +66,13 @@ def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
     return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
 
 
+def _already(directory: Path, enlarge: int) -> str:
+    """Of a finished set: that it is one, and whether it has images that were kept below `enlarge` pixels."""
+    if ShardSet(directory).sides[0] >= enlarge:
+        return "; already packed"
+    return f"; already packed, small images as they were: to enlarge them delete {directory} and repeat the command"
+
+
 def index_options(parser: Parser) -> None:
     parser.add_argument("directory", type=Path, help="holds *.tar with jpg, jpeg, png or webp, and cls")
     parser.add_argument("--classes", type=Path, help="text file: one class name per line, in the order of the labels")
@@ -70,12 +80,14 @@ def index_options(parser: Parser) -> None:
 
 
 def start_index(args: Namespace) -> int:
-    from pipelines import pack
+    from pipelines import mixing, pack
 
     names = read_text(args.classes).splitlines() if args.classes else None
     split = args.directory.name
     try:
         _report(pack.index(args.directory, classes=names, split=split, workers=args.workers), args.directory)
+        if told := mixing.advice(ShardSet(args.directory)):
+            print(told)
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
@@ -145,7 +157,7 @@ def _check_crop(args: Namespace) -> None:
         raise UsageError(f"--crop {args.crop} is larger than --resize {args.resize}: it is cut from that")
 
 
-def _report(manifest: Manifest, directory: Path) -> None:
+def _report(manifest: Manifest, directory: Path, more: str = "") -> None:
     """Print what a set holds."""
     line = (
         f"{directory}: {manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards, "
@@ -153,7 +165,7 @@ def _report(manifest: Manifest, directory: Path) -> None:
     )
     if count := (directory / REJECTED).read_text().count("\n"):
         line += f"; {count} rejected, see {directory / REJECTED}"
-    print(line)
+    print(line + more)
 
 
 VERBS = {

@@ -5,17 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipelines.errors import UserError
 
 
+class HeldFile(FileIO):
+    """A file opened for reading; closed when nobody holds it any more, neither a cache nor a reading thread."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside, flush to the disk, rename: after a crash the file is the old one or the new one."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path`, for what is written piece by piece; it takes the place of `path` when the body ends."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import webdataset
@@ -21,8 +21,9 @@ import webdataset
 from pipelines.errors import first_line
 from pipelines.order import PACK, even_split, permutation
 from pipelines.parallel import parallel, tick
+from pipelines.rows import HEADER
 from pipelines.scan import WORK, finish, scan_file, scan_shard
-from pipelines.shards import HEADER, MANIFEST, Manifest, ShardError
+from pipelines.shards import MANIFEST, Manifest, ShardError
 from pipelines.sources import Item, Source, SourceError, to_jpeg
 
 TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set
@@ -35,16 +36,18 @@ class Options:
     """Settings of the images and shards to write.
 
     Attributes:
-        shorter_side: larger images are scaled down to this shorter side, in pixels; 0 keeps their size.
+        shorter_side: images are scaled to this shorter side, in pixels; 0 keeps their size.
         quality: of the JPEG that is written if an image cannot keep its bytes, 1 to 95.
         shard_mb: aimed size of a shard, in 10^6 bytes.
         seed: of the order in which samples are packed.
+        keep_small: images whose shorter side is less keep their size.
     """
 
     shorter_side: int = 256
     quality: int = 90
     shard_mb: float = 64.0
     seed: int = 0
+    keep_small: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (("shorter_side", 0, 65535), ("quality", 1, 95), ("shard_mb", 0.01, 1e6)):
@@ -59,16 +62,25 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
     The same source and options give the same bytes, for any number of workers and however often the work was
     interrupted. Images that cannot be read are listed in `rejected.jsonl`. Raises SourceError or ShardError.
     """
-    fingerprint = _fingerprint(source, directory, options, split)
-    if manifest := _packed(directory, fingerprint):
+    if manifest := finished(source, directory, options, split=split):
         shutil.rmtree(directory / WORK, ignore_errors=True)  # of a run that was killed after its last write
         return manifest
-    with _working_folder(directory, fingerprint, _Work.PACK):
+    plan = _plan(source, directory, options, split)
+    with _working_folder(directory, plan, _Work.PACK):
         tasks = _tasks(source, directory, options)
         parallel(_pack_shard, tasks, workers=workers, images=len(source.items), label=f"pack {split}")
-        return finish(
-            directory, [task.path for task in tasks], source.classes, split, vars(options), fingerprint, source.rejected
-        )
+        tars = [task.path for task in tasks]
+        return finish(directory, tars, source.classes, split, vars(options), plan.fingerprint, source.rejected)
+
+
+def finished(source: Source, directory: Path, options: Options, *, split: str) -> Manifest | None:
+    """The manifest if `pack` with these arguments has nothing left to do, otherwise None: of this set, or of the same
+    as a program packed it that kept small images always. Raises SourceError, or ShardError if it is another set."""
+    if not (directory / MANIFEST).exists():
+        return None
+    if (manifest := Manifest.read(directory)).source not in _plan(source, directory, options, split):
+        raise ShardError(f"{directory} already holds another shard set: choose another directory or delete it")
+    return manifest
 
 
 def pack_share(
@@ -76,10 +88,9 @@ def pack_share(
 ) -> None:
     """Pack the shards of `share` = (i, n), the i-th of n ranges, while other processes pack theirs. `pack` with the
     same arguments then does what is missing, and writes the manifest. Raises SourceError or ShardError."""
-    fingerprint = _fingerprint(source, directory, options, split)
-    if _packed(directory, fingerprint):
+    if finished(source, directory, options, split=split):
         return
-    with _working_folder(directory, fingerprint, _Work.SHARE):
+    with _working_folder(directory, _plan(source, directory, options, split), _Work.SHARE):
         tasks = _tasks(source, directory, options)
         low, high = even_split(len(tasks), *share)
         tasks = tasks[low:high]
@@ -100,7 +111,7 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
     if classes is None:
         classes = _known_names(directory)
     plan = json.dumps([[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
-    with _working_folder(directory, hashlib.sha256(plan.encode()).hexdigest(), _Work.INDEX):
+    with _working_folder(directory, _Plan(hashlib.sha256(plan.encode()).hexdigest()), _Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
         return finish(directory, tars, classes, split, {}, "", [])
 
@@ -115,21 +126,24 @@ class _Shard:
     options: Options
 
 
-def _fingerprint(source: Source, directory: Path, options: Options, split: str) -> str:
-    """A hash of all that decides the bytes of a set, in hex. Raises SourceError."""
+class _Plan(NamedTuple):
+    """What decides the bytes of a set, as a hash in hex, and the same with small images kept ("": there is none): as
+    long as there was no other way, `keep_small` was no part of it."""
+
+    fingerprint: str
+    small_kept: str = ""
+
+
+def _plan(source: Source, directory: Path, options: Options, split: str) -> _Plan:
+    """Raises SourceError."""
     if not source.items:
         raise SourceError(f"no images to pack into {directory}: expected SRC/<class>/<image>")
-    plan = json.dumps([source.items, source.classes, split, vars(options)], default=str, ensure_ascii=False)
-    return hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
-
-
-def _packed(directory: Path, fingerprint: str) -> Manifest | None:
-    """The manifest if the set is finished, otherwise None. Raises ShardError if it is another set."""
-    if not (directory / MANIFEST).exists():
-        return None
-    if (manifest := Manifest.read(directory)).source != fingerprint:
-        raise ShardError(f"{directory} already holds another shard set: choose another directory or delete it")
-    return manifest
+    stored = {name: value for name, value in vars(options).items() if name != "keep_small"}
+    plan = json.dumps([source.items, source.classes, split, stored], default=str, ensure_ascii=False)
+    small_kept = hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
+    if options.keep_small or not options.shorter_side:
+        return _Plan(small_kept, small_kept)
+    return _Plan(hashlib.sha256(f"{small_kept}, small images enlarged".encode()).hexdigest(), small_kept)
 
 
 def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
@@ -158,7 +172,7 @@ def _pack_shard(task: _Shard) -> None:
         with webdataset.TarWriter(file, mtime=0) as tar:  # an integer: a float adds a PAX header to each member
             for key, item in task.samples:
                 try:
-                    jpeg = to_jpeg(task.source.load(item.reference), task.options.shorter_side, task.options.quality)
+                    jpeg = _jpeg(task.source, item, task.options)
                 except Exception as error:  # whatever a decoder makes of garbage
                     rejected.append({"file": item.name, "reason": first_line(error)})
                 else:
@@ -167,6 +181,10 @@ def _pack_shard(task: _Shard) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, task.path)
     scan_shard(task.path, rejected, count=False)
+
+
+def _jpeg(source: Source, item: Item, options: Options) -> bytes:
+    return to_jpeg(source.load(item.reference), options.shorter_side, options.quality, options.keep_small)
 
 
 def _index_shard(path: Path) -> None:
@@ -192,7 +210,7 @@ class _Work(Enum):
 
 
 @contextmanager
-def _working_folder(directory: Path, fingerprint: str, work: _Work) -> Iterator[None]:
+def _working_folder(directory: Path, plan: _Plan, work: _Work) -> Iterator[None]:
     """Hold the set's working folder while the body works, only for the plan that it was begun with. It is removed
     when the set is finished. Raises ShardError."""
     folder = directory / WORK
@@ -200,23 +218,28 @@ def _working_folder(directory: Path, fingerprint: str, work: _Work) -> Iterator[
         raise ShardError(f"{directory} holds tars of something else: choose another directory")
     folder.mkdir(parents=True, exist_ok=True)
     lock = fcntl.LOCK_SH if work is _Work.SHARE else fcntl.LOCK_EX
-    with os.fdopen(os.open(folder / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+") as plan:
+    with os.fdopen(os.open(folder / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+") as begun:
         try:
-            fcntl.flock(plan, lock | fcntl.LOCK_NB)
+            fcntl.flock(begun, lock | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(f"{directory} is being packed by another process: wait for it") from error
-        _settle_plan(plan, directory, fingerprint, work)
+        _settle(begun, directory, plan, work)
         yield
     if work is not _Work.SHARE:
         shutil.rmtree(folder)
 
 
-def _settle_plan(plan: TextIO, directory: Path, fingerprint: str, work: _Work) -> None:
+def _settle(file: TextIO, directory: Path, plan: _Plan, work: _Work) -> None:
     """Write the plan, or go on with it if it is the one that was begun. Raises ShardError for another one."""
-    begun = plan.read()
-    line = f"{'index' if work is _Work.INDEX else 'pack'} {fingerprint}"
+    begun = file.read()
+    line = f"{'index' if work is _Work.INDEX else 'pack'} {plan.fingerprint}"
     if begun == line:
         return
+    if begun == f"pack {plan.small_kept}":
+        raise ShardError(
+            f"{directory} holds an unfinished pack that keeps small images: go on with --keep-small, or delete "
+            f"{directory} and begin anew"
+        )
     if begun:
         if not (work is _Work.INDEX and begun.startswith("index ")):
             raise ShardError(
@@ -225,9 +248,9 @@ def _settle_plan(plan: TextIO, directory: Path, fingerprint: str, work: _Work) -
             )
         for old in (directory / WORK).glob("*.json"):  # scans of tars that have changed since
             old.unlink()
-    plan.seek(0)  # two shares that begin at once write the same
-    plan.write(line)
-    plan.truncate()
+    file.seek(0)  # two shares that begin at once write the same
+    file.write(line)
+    file.truncate()
 
 
 def _key(number: int, name: str) -> str:
@@ -241,7 +264,7 @@ def _shard_count(source: Source, trial: list[Item], total: int, options: Options
     sizes = []
     for item in trial:
         try:
-            sizes.append(len(to_jpeg(source.load(item.reference), options.shorter_side, options.quality)))
+            sizes.append(len(_jpeg(source, item, options)))
         except Exception:  # it is rejected, and named, when it is packed
             continue
     mean = float(np.mean(sizes)) if sizes else 0.0

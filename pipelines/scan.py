@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -14,19 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.errors import first_line
-from pipelines.files import jsonl, sha256, write_atomically
+from pipelines.files import jsonl, replacing, sha256, write_atomically
 from pipelines.parallel import tick
-from pipelines.shards import (
-    HEADER,
-    IMAGES,
-    INDEX,
-    NAME,
-    SAMPLE,
-    Manifest,
-    ShardError,
-    tar_samples,
-)
+from pipelines.rows import HEADER, SAMPLE, checksum, sides, top_label
+from pipelines.shards import IMAGES, INDEX, NAME, Manifest, ShardError
 from pipelines.sources import upright_rgb
+from pipelines.tars import tar_samples
 
 WORK = ".pack"  # inside a set while it is being made: the plan, and the scan of each finished shard
 REJECTED = "rejected.jsonl"
@@ -59,7 +54,9 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
                 products += flat.T @ flat
             if count:
                 tick()
-    _save(_rows_file(path), np.array(rows, SAMPLE))
+    data = BytesIO()
+    np.save(data, np.array(rows, SAMPLE))
+    write_atomically(_rows_file(path), data.getvalue())
     scan = {
         "shard": {"name": path.name, "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)},
         "pixels": pixels,
@@ -118,34 +115,64 @@ def finish(
     Raises ShardError if no image is left, or if a label has no name.
     """
     scans = [json.loads(scan_file(tar).read_bytes()) for tar in tars]
-    rows = np.concatenate([np.load(_rows_file(tar)) for tar in tars])
     rejected = rejected + [line for scan in scans for line in scan["rejected"]]
     write_atomically(directory / REJECTED, jsonl(rejected))
-    if not len(rows):
+    if not any(scan["shard"]["samples"] for scan in scans):
         raise ShardError(f"no usable image in {directory}: {len(rejected)} were rejected, see {directory / REJECTED}")
-    top = int(rows["label"].max())
+    # A look at all rows before any is written: there may be more of them than memory holds.
+    looks = [_look(_rows_file(tar)) for tar in tars]
+    top = max(look.top for look in looks)
     names = list(classes) if classes is not None else [str(k) for k in range(top + 1)]
     if top >= len(names):
         raise ShardError(
             f"{directory}: label {top} is out of range for {len(names)} classes: name all of them in --classes"
         )
     mean, std, values, vectors = _statistics(scans)
-    _save(directory / INDEX, rows)
+    shards = [scan["shard"] | {"rows": look.checksum} for scan, look in zip(scans, looks, strict=True)]
+    samples = sum(shard["samples"] for shard in shards)
     manifest = Manifest(
         split=split,
-        samples=len(rows),
+        samples=samples,
         classes=names,
-        shards=[scan["shard"] for scan in scans],
-        index_sha256=sha256(directory / INDEX),
+        shards=shards,
+        index_sha256=_write_index(directory / INDEX, samples, tars),
         mean=_digits(mean),
         std=_digits(std),
         eigenvalues=_digits(values),
         eigenvectors=[_digits(row) for row in vectors],
         stored=stored,
         source=fingerprint,
+        sides=[min(look.least for look in looks), max(look.largest for look in looks)],
     )
     manifest.write(directory)
     return manifest
+
+
+class _Look(NamedTuple):
+    """At the rows of a shard: their checksum, the largest label (-1 if there is none), the shorter sides' extremes."""
+
+    checksum: int
+    top: int = -1
+    least: int = LARGEST
+    largest: int = 0
+
+
+def _look(path: Path) -> _Look:
+    rows = np.load(path)
+    return _Look(checksum(rows), top_label(rows), *sides(rows)) if len(rows) else _Look(checksum(rows))
+
+
+def _write_index(path: Path, samples: int, tars: list[Path]) -> str:
+    """Write the rows of all shards, one shard after the other, as numpy would all together. Returns the SHA-256."""
+    header = BytesIO()
+    descr = np.lib.format.dtype_to_descr(SAMPLE)
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": (samples,)})
+    digest = hashlib.sha256()
+    with replacing(path) as file:
+        for piece in chain([header.getvalue()], (np.load(_rows_file(tar)).tobytes() for tar in tars)):
+            file.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _statistics(scans: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
@@ -160,12 +187,6 @@ def _statistics(scans: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
     values, vectors = values[::-1].clip(0), vectors[:, ::-1]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # the sign of an eigenvector is free
     return mean, np.sqrt(np.diag(covariance)), values, vectors
-
-
-def _save(path: Path, rows: NDArray[Any]) -> None:
-    data = BytesIO()
-    np.save(data, rows)
-    write_atomically(path, data.getvalue())
 
 
 def _digits(values: NDArray[np.float64]) -> list[float]:

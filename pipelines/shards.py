@@ -11,11 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
-from io import FileIO
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -23,30 +20,17 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.errors import UserError
-from pipelines.files import sha256, write_atomically
+from pipelines.errors import UserError, first_line
+from pipelines.files import HeldFile, sha256, write_atomically
+from pipelines.rows import HEADER, fault, mapped, quarantined, sides, top_label
 
 VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 QUARANTINE = "quarantine.jsonl"
 IMAGES = ("jpg", "jpeg", "png", "webp")
-HEADER = tarfile.BLOCKSIZE  # the ustar header directly before each member's data
-NAME = 100  # its first field: the name
+NAME = 100  # the first field of a tar header: the name
 SIZE = slice(124, 136)  # another: the size in octal
-
-# A sample: its image's place in the shard, size and label, and the CRC-32 of its member name and of its bytes.
-SAMPLE = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("size", "<u4"),
-        ("width", "<u2"),
-        ("height", "<u2"),
-        ("label", "<i4"),
-        ("name", "<u4"),
-        ("crc", "<u4"),
-    ]
-)
 
 
 class BadSample(UserError):
@@ -63,13 +47,15 @@ class Manifest:
 
     Attributes:
         classes: class names; the place in the list is the label.
-        shards: for each shard its `name`, number of `samples`, `bytes` and `sha256`.
+        shards: for each shard its `name`, number of `samples`, `bytes` and `sha256`, and the checksum of its `rows` of
+            the index. Sets of an earlier day lack the last, and the sides.
         index_sha256: of `index.npy`.
         mean, std: per RGB channel, pixels scaled to [0, 1].
         eigenvalues, eigenvectors: of the 3x3 covariance of RGB values scaled to [0, 1], largest first;
             eigenvectors are columns.
         stored: how the images were stored (shorter side, quality, seed).
         source: fingerprint of what was packed, so that a repeated pack knows its own work.
+        sides: the least and the largest shorter side of the images, in pixels.
     """
 
     split: str
@@ -83,6 +69,7 @@ class Manifest:
     eigenvectors: list[list[float]]
     stored: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    sides: list[int] = field(default_factory=list)
     version: int = VERSION
 
     def write(self, directory: Path) -> None:
@@ -106,47 +93,68 @@ class Manifest:
             body = json.loads(path.read_bytes())
             if body.pop("checksum") != _checksum(body):
                 raise ValueError("its checksum does not match")
-            version = body["version"]
+            if (version := body["version"]) == VERSION:  # else its fields are others
+                known = {f.name for f in fields(Manifest)}
+                return Manifest(**{name: value for name, value in body.items() if name in known})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             remedy = f"run `python -m pipelines index {directory}` to make it anew"
             raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
-        if version != VERSION:  # before its fields are looked at: another version has others
-            raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
-        return Manifest(**body)
-
-
-class _Tar(FileIO):
-    """A tar opened for reading; closed when neither the cache nor a reading thread holds it."""
-
-    def __del__(self) -> None:
-        self.close()
+        raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
 
 
 class ShardSet:
-    """A shard set opened for reading. Raises ShardError if tars, index and manifest do not belong together."""
+    """A shard set opened for reading.
+
+    Opening costs nothing per sample and no system call per shard: a tar is compared with index and manifest when it is
+    first opened, the rows of a shard when one of them is first asked for. Every method raises ShardError for what does
+    not belong together; so does opening, for manifest, quarantine and the length of the index.
+
+    Attributes:
+        names: of the tars.
+        shard_samples: number of samples of each, without the quarantined ones, int64 [shards].
+        fingerprint: of index and quarantine, in hex.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.manifest = Manifest.read(self.directory)
         self.names: list[str] = [shard["name"] for shard in self.manifest.shards]
-        self.shard_samples = np.array([shard["samples"] for shard in self.manifest.shards], np.int64)
+        rows = np.array([shard["samples"] for shard in self.manifest.shards], np.int64)
+        self._row_ends = np.cumsum(rows)
+        self._rows = self._open_index()
+        bad, self.fingerprint = self._quarantine()
+        self._before = bad - np.arange(len(bad))  # samples before each bad row
+        shards = np.searchsorted(self._row_ends, bad, side="right")
+        self.shard_samples = rows - np.bincount(shards, minlength=len(rows))
         self._ends = np.cumsum(self.shard_samples)
-        self.index = self._open_index()
-        self._check_tars()
-        self._leave_out_quarantined()
+        if not len(self):
+            raise ShardError(f"{self.directory / QUARANTINE} leaves no sample of {self.directory}: pack it anew")
+        self._checked = np.zeros(len(rows), np.bool_)  # shards whose rows were found to be right
+        self._looked_at = np.zeros(len(rows), np.bool_)  # and whose tar
         self._file = lru_cache(256)(self._open_file)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self._rows) - len(self._before)
 
     @property
     def classes(self) -> list[str]:
         return self.manifest.classes
 
+    @cached_property
+    def index(self) -> NDArray[Any]:
+        """The records of all samples, SAMPLE [n]: for small sets. Those of a billion have 28 GB."""
+        return self.rows(np.arange(len(self)))
+
     def rows(self, samples: NDArray[np.int64]) -> NDArray[Any]:
         """The index's records of these samples, SAMPLE [n]."""
-        rows: NDArray[Any] = self.index[samples]
-        return rows
+        rows = samples + np.searchsorted(self._before, samples, side="right") if len(self._before) else samples
+        shards = np.searchsorted(self._row_ends, rows, side="right")
+        for shard in np.unique(shards[~self._checked[shards]]):  # two threads may do it at once, and lose but time
+            if reason := fault(self._rows_of(shard), self.manifest.shards[shard], len(self.classes)):
+                raise self._damaged(reason)
+            self._checked[shard] = True
+        taken: NDArray[Any] = self._rows[rows]
+        return taken
 
     def sizes(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Width and height of these samples, int64 [n, 2]."""
@@ -160,8 +168,9 @@ class ShardSet:
     @cached_property
     def sides(self) -> tuple[int, int]:
         """The least and the largest shorter side of all samples, in pixels."""
-        side = np.minimum(self.index["width"], self.index["height"])
-        return int(side.min()), int(side.max())
+        # Of a set of an earlier day without its quarantined samples, as then: whether to resize follows from it.
+        least, largest = self.manifest.sides or sides(self.index if len(self._before) else self._rows)
+        return least, largest
 
     def read(self, sample: int) -> NDArray[np.uint8]:
         """The encoded image of a sample, uint8 [size].
@@ -169,7 +178,7 @@ class ShardSet:
         The tar header before the data is read with it and compared with the index, so a tar that was exchanged
         after the set was opened is an error as well.
         """
-        row = self.index[sample]
+        row = self.rows(np.array([sample]))[0]
         shard = self.shard_of(sample)
         file = self._file(shard)  # held, since another thread may drop it from the cache and so close it
         raw = os.pread(file.fileno(), HEADER + int(row["size"]), int(row["offset"]) - HEADER)
@@ -188,97 +197,73 @@ class ShardSet:
         """`shard-000000.tar/<key>.jpg`: where a person finds the sample."""
         shard = self.shard_of(sample)
         file = self._file(shard)
-        raw = os.pread(file.fileno(), NAME, int(self.index[sample]["offset"]) - HEADER)
+        raw = os.pread(file.fileno(), NAME, int(self.rows(np.array([sample]))["offset"][0]) - HEADER)
         return f"{self.names[shard]}/{raw.rstrip(bytes(1)).decode(errors='replace')}"
 
-    def _open_file(self, shard: int) -> _Tar:
-        return _Tar(self.directory / self.names[shard])
+    def _open_file(self, shard: int) -> HeldFile:
+        """A tar. The first time its size, and the headers of its first and last sample, are compared with the index."""
+        path = self.directory / self.names[shard]
+        try:
+            file = HeldFile(path)
+        except FileNotFoundError as error:
+            raise ShardError(f"{path} is missing: put it back or pack {self.directory} anew") from error
+        if not self._looked_at[shard]:
+            if os.fstat(file.fileno()).st_size != self.manifest.shards[shard]["bytes"]:
+                raise self._mismatch(shard)
+            for row in self._rows_of(shard)[[0, -1]]:
+                if not is_header(os.pread(file.fileno(), HEADER, int(row["offset"]) - HEADER), row):
+                    raise self._mismatch(shard)
+            self._looked_at[shard] = True
+        return file
 
     def _open_index(self) -> NDArray[Any]:
-        path = self.directory / INDEX
-        remedy = f"run `python -m pipelines index {self.directory}`"
+        """The rows of the index, mapped: nothing of them is read, unless the manifest is too old to have their sums."""
+        path, manifest = self.directory / INDEX, self.manifest
         if not path.exists():
-            raise ShardError(f"{path} is missing: {remedy}")
-        if sha256(path) != self.manifest.index_sha256:
-            raise ShardError(f"{path} is damaged or of another shard set (sha256 differs): {remedy}")
-        index: NDArray[Any] = np.load(path, mmap_mode="r")
-        if not len(index):
+            raise ShardError(f"{path} is missing: {self._remedy}")
+        if not (manifest.samples and self.names):
             raise ShardError(f"{self.directory} holds no samples: pack it from a source that has images")
-        top = int(index["label"].max())
-        if top >= len(self.classes):
-            raise ShardError(f"{self.directory}: label {top} is out of range for {len(self.classes)} classes: {remedy}")
+        old = not all("rows" in shard for shard in manifest.shards)
+        if old and sha256(path) != manifest.index_sha256:
+            raise self._damaged("sha256 differs")
+        try:
+            index = mapped(path)
+        except Exception as error:  # whatever numpy makes of garbage
+            raise self._damaged(first_line(error)) from error
+        if not index.shape == (manifest.samples,) == (self._row_ends[-1],):
+            raise self._damaged("it has other rows than the manifest says")
+        if old and (top := top_label(index)) >= len(self.classes):
+            raise self._damaged(f"label {top} is out of range for {len(self.classes)} classes")
         return index
 
-    def _leave_out_quarantined(self) -> None:
-        """Drop the samples that `verify` listed; the tars stay as they are."""
-        path = self.directory / QUARANTINE
-        self.fingerprint = self.manifest.index_sha256
-        if not path.exists():
-            return
-        starts = dict(zip(self.names, self._ends - self.shard_samples, strict=True))
-        kept = np.ones(len(self.index), np.bool_)
-        try:
-            lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-            kept[[starts[line["shard"]] + line["row"] for line in lines if "row" in line]] = False
-        except (ValueError, TypeError, LookupError) as error:
-            raise ShardError(
-                f"{path} is damaged ({error}): run `python -m pipelines verify {self.directory}`"
-            ) from error
-        shard = np.searchsorted(self._ends, np.arange(len(self.index)), side="right")
-        self.shard_samples = np.bincount(shard[kept], minlength=len(self.names))
-        self._ends = np.cumsum(self.shard_samples)
-        self.index = self.index[kept]
-        self.fingerprint = hashlib.sha256(self.fingerprint.encode() + path.read_bytes()).hexdigest()
-        if not len(self.index):
-            raise ShardError(f"{path} leaves no sample of {self.directory}: pack it anew")
+    def _rows_of(self, shard: int) -> NDArray[Any]:
+        """All rows of a shard, quarantined ones too."""
+        end = int(self._row_ends[shard])
+        return self._rows[end - self.manifest.shards[shard]["samples"] : end]
 
-    def _check_tars(self) -> None:
-        """Compare each tar's size, and the headers of its first and last sample, with the index."""
-        starts = self._ends - self.shard_samples
-        for i, shard in enumerate(self.manifest.shards):
-            path = self.directory / shard["name"]
-            if not path.exists():
-                raise ShardError(f"{path} is missing: put it back or pack {self.directory} anew")
-            if path.stat().st_size != shard["bytes"]:
-                raise self._mismatch(i)
-            with open(path, "rb", buffering=0) as file:
-                for row in self.index[[starts[i], self._ends[i] - 1]] if shard["samples"] else []:
-                    if not is_header(os.pread(file.fileno(), HEADER, int(row["offset"]) - HEADER), row):
-                        raise self._mismatch(i)
+    def _quarantine(self) -> tuple[NDArray[np.int64], str]:
+        """The rows that `verify` found to be bad, sorted, and the fingerprint of what is left."""
+        path, whole = self.directory / QUARANTINE, self.manifest.index_sha256
+        if not path.exists():
+            return np.empty(0, np.int64), whole
+        text = path.read_bytes()
+        try:
+            bad = quarantined([json.loads(line) for line in text.splitlines()], self.names, self._row_ends)
+        except (ValueError, TypeError, LookupError) as error:
+            remedy = f"run `python -m pipelines verify {self.directory}`"
+            raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
+        return bad, hashlib.sha256(whole.encode() + text).hexdigest()
+
+    @property
+    def _remedy(self) -> str:
+        return f"run `python -m pipelines index {self.directory}`"
+
+    def _damaged(self, reason: str) -> ShardError:
+        return ShardError(f"{self.directory / INDEX} is damaged or of another shard set ({reason}): {self._remedy}")
 
     def _mismatch(self, shard: int) -> ShardError:
-        return ShardError(
-            f"{self.directory / self.names[shard]} is not the tar that was indexed: put the right one back, or run "
-            f"`python -m pipelines index {self.directory}`"
-        )
-
-
-def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Samples of a tar, grouped as WebDataset does: neighbours whose names agree up to the first dot of the file name.
-
-    Yields (key, {extension: member}). Raises ShardError if the tar is truncated, damaged or compressed.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            key, members = "", dict[str, tarfile.TarInfo]()
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if not member.isreg() or not extension:
-                    continue
-                if (name := f"{folder}/{stem}" if folder else stem) != key:
-                    if members:
-                        yield key, members
-                    key, members = name, {}
-                members[extension.lower()] = member
-            if members:
-                yield key, members
-            with open(path, "rb") as file:
-                file.seek(tar.offset)
-                if file.read(HEADER) != bytes(HEADER):  # tarfile takes a damaged header for the end and says nothing
-                    raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
+        path = self.directory / self.names[shard]
+        return ShardError(f"{path} is not the tar that was indexed: put the right one back, or {self._remedy}")
 
 
 def is_header(header: bytes, row: Any) -> bool:

@@ -22,6 +22,7 @@ from pipelines.errors import UserError, first_line
 
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
+JPEG_LONGEST = 65500  # pixels per side that libjpeg writes
 
 
 class SourceError(UserError):
@@ -157,25 +158,38 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int) -> bytes:
-    """The bytes to store: an upright RGB JPEG whose shorter side is at most `shorter_side` (0: as it is).
+def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_small: bool = False) -> bytes:
+    """The bytes to store: an upright RGB JPEG whose shorter side is `shorter_side` (0: as it is).
 
-    An upright RGB JPEG that is small enough keeps its bytes. Raises OSError, ValueError or Pillow's errors
-    if `data` is not a whole image.
+    An upright RGB JPEG that has this size already keeps its bytes. Raises OSError, ValueError or Pillow's errors if
+    `data` is not a whole image, or one that no JPEG can hold.
+
+    Args:
+        keep_small: smaller images keep their size.
     """
+
+    def wanted(size: tuple[int, int]) -> tuple[int, int]:
+        least = min(size)
+        if not shorter_side or (keep_small and least < shorter_side):
+            return size
+        return shorter_side * size[0] // least, shorter_side * size[1] // least
+
     if isinstance(data, Image.Image):
         image = data
     else:
         image = Image.open(BytesIO(data))
         image.load()
-        fits = not shorter_side or min(image.size) <= shorter_side
+        fits = wanted(image.size) == image.size
         if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1 and fits:
             return data
     image = upright_rgb(image)
-    if shorter_side and min(image.size) > shorter_side:
-        width, height = image.size
-        scale = min(image.size)
-        image = image.resize((shorter_side * width // scale, shorter_side * height // scale), Image.Resampling.BILINEAR)
+    if (size := wanted(image.size)) != image.size:
+        if max(size) > JPEG_LONGEST:  # before memory is taken for it
+            raise ValueError(
+                f"would have {size[0]}x{size[1]} pixels, and a JPEG has at most {JPEG_LONGEST} a side: leave it out or "
+                f"pack with --keep-small"
+            )
+        image = image.resize(size, Image.Resampling.BILINEAR)
     out = BytesIO()
     image.save(out, "JPEG", quality=quality)
     return out.getvalue()

@@ -6,21 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pipelines.errors import first_line
 from pipelines.files import jsonl, sha256, write_atomically
 from pipelines.parallel import parallel, tick
+from pipelines.rows import SAMPLE, fault, mapped, sides
 from pipelines.scan import read_sample
-from pipelines.shards import INDEX, QUARANTINE, SAMPLE, Manifest, ShardError, tar_samples
+from pipelines.shards import INDEX, MANIFEST, QUARANTINE, Manifest, ShardError
+from pipelines.tars import tar_samples
 
 Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if it concerns one sample
 
 
 class _Task(NamedTuple):
+    """A shard and its rows of the index, as a range: a worker reads them, so that nobody holds all."""
+
     path: Path
     sha256: str
-    rows: list[tuple[int, ...]]
+    rows: range
 
 
 def verify(directory: Path, *, workers: int) -> list[Problem]:
@@ -33,12 +35,15 @@ def verify(directory: Path, *, workers: int) -> list[Problem]:
     path = directory / INDEX
     if not path.exists() or sha256(path) != manifest.index_sha256:
         raise ShardError(f"{path} is missing or damaged: run `python -m pipelines index {directory}`")
-    index = np.load(path, mmap_mode="r")
-    tasks, start = [], 0
+    index, start, tasks = mapped(path), 0, []
     for shard in manifest.shards:
-        rows = index[start : start + shard["samples"]]
-        tasks.append(_Task(directory / shard["name"], shard["sha256"], rows.tolist()))
-        start += shard["samples"]
+        rows = range(start, start + shard["samples"])
+        if reason := fault(index[rows.start : rows.stop], shard, len(manifest.classes)):
+            raise ShardError(f"{path} and {MANIFEST} disagree ({reason}): run `python -m pipelines index {directory}`")
+        tasks.append(_Task(directory / shard["name"], shard["sha256"], rows))
+        start = rows.stop
+    if manifest.sides and sides(index) != tuple(manifest.sides):
+        raise ShardError(f"{path} and {MANIFEST} disagree (sides): run `python -m pipelines index {directory}`")
     found = parallel(_verify_shard, tasks, workers=workers, images=manifest.samples, label="verify")
     problems = [problem for problems in found for problem in problems]
     quarantine = directory / QUARANTINE
@@ -56,6 +61,7 @@ def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]
     problems: list[Problem] = []
     if sha256(task.path) != task.sha256:
         problems.append({"shard": shard, "name": shard, "reason": "its sha256 differs: copy it again"})
+    index = mapped(task.path.parent / INDEX)
     members: dict[int, tuple[str, Any]] = {}
     try:
         for key, group in tar_samples(task.path):
@@ -63,7 +69,7 @@ def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]
     except ShardError as error:
         problems.append({"shard": shard, "name": shard, "reason": str(error)})
     with open(task.path, "rb") as file:
-        for row, indexed in enumerate(task.rows):
+        for row, indexed in enumerate(index[task.rows.start : task.rows.stop].tolist()):
             key, group = members.get(indexed[0], (f"sample {row}", None))
             if reason := _difference(file, group, indexed):
                 problems.append({"shard": shard, "row": row, "name": f"{shard}/{key}", "reason": reason})

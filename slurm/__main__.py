@@ -55,7 +55,8 @@ def _pack_options(parser: Parser) -> None:
     parser.add_argument(
         "--tasks", type=positive, required=True, help="tasks of the array, each of which packs a range of shards"
     )
-    parser.add_argument("--shorter-side", type=natural, default=256, metavar="PX", help="scale larger images to it")
+    parser.add_argument("--shorter-side", type=natural, default=256, metavar="PX", help="scale images to it")
+    parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
     parser.add_argument("--quality", type=positive, default=90, help="of JPEGs that are written anew, 1 to 95")
     parser.add_argument("--shard-mb", type=float, default=64.0, help="aimed size of a shard in 10^6 bytes")
     parser.add_argument("--seed", type=natural, default=0, help="of the order of the samples in the shards")

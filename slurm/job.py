@@ -72,7 +72,8 @@ class Pack(Checkpointable):  # type: ignore[misc]
         from pipelines.pack import Options, pack, pack_share
         from pipelines.sources import ImageFolder
 
-        task = (ImageFolder(self.source), self.directory, Options(**self.options))
+        # A pickle from before there was `keep_small` has begun a set whose small images are kept.
+        task = (ImageFolder(self.source), self.directory, Options(**{"keep_small": True, **self.options}))
         split, workers = self.directory.name, cpus()
         if self.part:
             pack_share(*task, self.part, split=split, workers=workers)

@@ -147,7 +147,7 @@ def submit_pack(options: Namespace) -> tuple[str, str, Path]:
     if not source.is_dir():
         raise SlurmError(f"{source} is not a folder: give the one whose sub-folders are the classes")
     _check_text(directory)
-    stored = asdict(Options(options.shorter_side, options.quality, options.shard_mb, options.seed))
+    stored = asdict(Options(options.shorter_side, options.quality, options.shard_mb, options.seed, options.keep_small))
     folder = directory / "slurm"
     wanted = parameters(options, f"pack {directory.name}", folder)
     del wanted["teardown"]  # what a crashed task leaves undone, the last task does

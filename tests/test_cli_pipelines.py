@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
@@ -56,11 +57,31 @@ def test_pack_imagefolder(
     assert re.fullmatch(line, done.stdout)
     assert ShardSet(out).classes == ["amber", "blue"]
     assert ShardSet(out).sides == (64, 64)
-    assert call(monkeypatch, *args) == 0  # there is nothing left to do
-    assert capsys.readouterr().out == done.stdout
+    assert call(monkeypatch, *args) == 0
+    assert capsys.readouterr().out == done.stdout.replace("\n", "; already packed\n")
     assert call(monkeypatch, *args, "--seed", 1) == 2
     message = f"error: {out} already holds another shard set: choose another directory or delete it\n"
     assert capsys.readouterr() == ("", message)
+
+
+def test_pack_keep_small(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("pack", "imagefolder", image_folder / "val", tmp_path / "set", "--shorter-side", 90, "--workers", 1)
+    assert call(monkeypatch, *args, "--keep-small") == 0
+    assert ShardSet(tmp_path / "set").sides == (72, 90)
+    before = (tmp_path / "set" / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert call(monkeypatch, *args, "--keep-small") == 0
+    assert capsys.readouterr().out.endswith("; already packed\n")
+    assert call(monkeypatch, *args) == 0  # as the command was before there was this option
+    told = (
+        f"; already packed, small images as they were: to enlarge them delete {tmp_path}/set and repeat the command\n"
+    )
+    assert capsys.readouterr().out.endswith(told)
+    assert (tmp_path / "set" / "manifest.json").read_bytes() == before
+    assert call(monkeypatch, "pack", "imagefolder", image_folder / "val", tmp_path / "new", "--shorter-side", 90) == 0
+    assert ShardSet(tmp_path / "new").sides == (90, 90)
 
 
 def test_pack_fashion_mnist(
@@ -108,6 +129,21 @@ def test_index(
     assert call(monkeypatch, "index", tmp_path) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(rf"error: {tar} is not a whole, uncompressed tar \(.*\): copy or make it anew", last)
+
+
+def test_index_of_shards_that_are_sorted_by_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    for label in range(64):
+        with webdataset.TarWriter(str(tmp_path / f"{label:02d}.tar")) as tar:
+            for i in range(4):
+                tar.write({"__key__": f"{i}", "png": image.getvalue(), "cls": label})
+    assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
+    line = rf"{tmp_path} is sorted by class: a batch of 128 would show \d\d classes, and 6\d in a full shuffle: "
+    assert re.search(line + r"train with --data.shuffle_shards \d+\n", capsys.readouterr().out)
+    assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
 
 
 def test_preview(shard_sets: Path, tmp_path: Path) -> None:

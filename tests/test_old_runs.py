@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from submitit.helpers import DelayedSubmission
 
-from pipelines.pack import Options
+from pipelines.pack import index
 from pipelines.shards import ShardSet
 from pipelines.verify import verify
 from slurm.job import Job, Pack
@@ -48,6 +49,9 @@ def test_a_shard_set(old: Path) -> None:
     shards = ShardSet(old / "sets" / "train")
     assert (len(shards), shards.classes, shards.sides) == (48, ["amber", "blue", "green"], (72, 72))
     assert verify(old / "sets" / "train", workers=1) == []
+    fingerprint = shards.fingerprint
+    index(old / "sets" / "train", classes=None, split="train", workers=1)
+    assert ShardSet(old / "sets" / "train").fingerprint == fingerprint  # which every checkpoint's meta holds
 
 
 @pytest.mark.integration
@@ -107,4 +111,12 @@ def test_a_packing_job(old: Path) -> None:
     waiting = DelayedSubmission.load(old / "pack_submitted.pkl")
     assert type(waiting.function) is Pack
     assert waiting.function.part == (0, 2)
-    Options(**waiting.function.options)
+    assert "keep_small" not in waiting.function.options
+    photographs = old / "photographs"
+    for i in range(4):
+        (photographs / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 30)).save(photographs / "a" / f"{i}.png")
+    for part in ((0, 2), (1, 2), None):  # the tasks of its array, and the last one
+        task = Pack(photographs, old / "packed", waiting.function.options, part)
+        task()
+    assert ShardSet(old / "packed").sides == (20, 23)  # small images stay as they are, as in the tasks that ran then

@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipelines.pack import Options, index, pack
+from pipelines.pack import Options, finished, index, pack
 from pipelines.shards import Manifest, ShardError, ShardSet
-from pipelines.sources import ImageFolder, SourceError, Torchvision
+from pipelines.sources import ImageFolder, SourceError, Torchvision, to_jpeg
 from tests.conftest import CLASSES, TINTS, photograph
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +110,16 @@ def test_manifest_describes_the_set(shard_sets: Path) -> None:
         assert shard["bytes"] == tar.stat().st_size
         assert shard["sha256"] == hashlib.sha256(tar.read_bytes()).hexdigest()
         assert shard["samples"] == len(members(tar)) / 2
-    assert manifest.stored == {"shorter_side": 72, "quality": 90, "shard_mb": 0.2, "seed": 0}
+    rows = np.load(directory / "index.npy")
+    ends = np.cumsum([shard["samples"] for shard in manifest.shards])
+    pieces = np.split(rows, ends[:-1])
+    assert [shard["rows"] for shard in manifest.shards] == [zlib.crc32(piece.tobytes()) for piece in pieces]
+    assert manifest.sides == [72, 72]
+    whole = io.BytesIO()  # written shard by shard, and yet as numpy would
+    np.save(whole, rows)
+    assert whole.getvalue() == (directory / "index.npy").read_bytes()
+    stored = {"shorter_side": 72, "quality": 90, "shard_mb": 0.2, "seed": 0, "keep_small": False}
+    assert manifest.stored == stored
     assert sorted(files(directory)) == sorted(
         ["index.npy", "manifest.json", "rejected.jsonl", *(shard["name"] for shard in manifest.shards)]
     )
@@ -193,7 +203,8 @@ def test_every_kind_of_image_becomes_upright_rgb(
     strange: tuple[Path, dict[str, NDArray[np.float64]]], tmp_path: Path
 ) -> None:
     root, good = strange
-    manifest = pack(ImageFolder(root), tmp_path / "set", Options(quality=95), split="x", workers=1)
+    options = Options(quality=95, keep_small=True)
+    manifest = pack(ImageFolder(root), tmp_path / "set", options, split="x", workers=1)
     assert manifest.classes == ["class", "empty class"]
     read = {s["__key__"].split("class-sub-folder-")[1]: s["jpg"] for s in samples(tmp_path / "set")}
     assert set(read) == set(good)
@@ -201,7 +212,7 @@ def test_every_kind_of_image_becomes_upright_rgb(
         image = Image.open(io.BytesIO(read[name]))
         assert (image.format, image.mode) == ("JPEG", "RGB"), name
         assert image.getexif().get(0x0112, 1) == 1, name
-        assert pixels(read[name]).shape == expected.shape, name  # and so never enlarged to 256
+        assert pixels(read[name]).shape == expected.shape, name
         assert abs(pixels(read[name]) - expected).mean() < 4, name
     folder = root / "class" / "sub folder"
     assert read["plain"] == (folder / "plain.jpg").read_bytes()
@@ -213,6 +224,87 @@ def test_every_kind_of_image_becomes_upright_rgb(
     assert "cannot identify image file" in reasons["class/sub folder/garbage.jpg"]
     assert "No such file" in reasons["class/sub folder/gone.jpg"]
     assert "no label" in reasons["loose.jpg"]
+
+
+def test_small_images_are_enlarged(strange: tuple[Path, dict[str, NDArray[np.float64]]], tmp_path: Path) -> None:
+    """ "the shorter side was of length 256", section 2: of every image, whatever it was."""
+    root, good = strange
+    manifest = pack(ImageFolder(root), tmp_path / "set", Options(quality=95), split="x", workers=1)
+    read = {s["__key__"].split("class-sub-folder-")[1]: s["jpg"] for s in samples(tmp_path / "set")}
+    assert set(read) == set(good)
+    for name, image in good.items():
+        expected = np.asarray(F.resize(Image.fromarray(image.astype(np.uint8)), [256]), np.float64)
+        assert pixels(read[name]).shape == expected.shape, name
+        assert min(expected.shape[:2]) == 256
+        assert abs(pixels(read[name]) - expected).mean() < 4, name
+    assert manifest.sides == [256, 256]
+
+
+@pytest.mark.parametrize(
+    ("side", "keep_small", "same"), [(72, False, True), (72, True, True), (73, True, True), (73, False, False)]
+)
+def test_what_has_its_size_already_is_not_encoded_anew(side: int, keep_small: bool, same: bool) -> None:
+    image = photograph(np.random.default_rng(3), 100, 72, TINTS[0])
+    data = encoded(image, "JPEG", quality=70)
+    stored = to_jpeg(data, side, 95, keep_small)
+    assert (stored == data) is same
+    assert Image.open(io.BytesIO(stored)).size == ((100, 72) if same else (101, 73))
+    assert to_jpeg(encoded(image, "PNG"), 72, 95, keep_small) != data
+
+
+def test_an_image_that_would_become_too_long(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    Image.new("RGB", (2000, 2)).save(tmp_path / "folder" / "a" / "line.png")
+    photograph(np.random.default_rng(3), 100, 72, TINTS[0]).save(tmp_path / "folder" / "a" / "b.png")
+    pack(ImageFolder(tmp_path / "folder"), tmp_path / "set", Options(), split="x", workers=1)
+    reason = "would have 256000x256 pixels, and a JPEG has at most 65500 a side: leave it out or pack with --keep-small"
+    assert rejections(tmp_path / "set") == {"a/line.png": reason}
+    pack(ImageFolder(tmp_path / "folder"), tmp_path / "kept", Options(keep_small=True), split="x", workers=1)
+    assert ShardSet(tmp_path / "kept").sides == (2, 72)
+
+
+# The options of an earlier day, when small images were always kept. -------------------------------------
+
+
+def earlier(source: ImageFolder, options: Options, split: str) -> str:
+    """The fingerprint that the program of that day gave to a set."""
+    names = ("shorter_side", "quality", "shard_mb", "seed")
+    plan = [source.items, source.classes, split, {name: getattr(options, name) for name in names}]
+    return hashlib.sha256(json.dumps(plan, default=str, ensure_ascii=False).encode()).hexdigest()
+
+
+def test_fingerprints_of_an_earlier_day(image_folder: Path, tmp_path: Path) -> None:
+    source = ImageFolder(image_folder / "val")
+    for name, options in (("0", Options(0)), ("kept", Options(90, keep_small=True))):
+        assert pack(source, tmp_path / name, options, split="val", workers=1).source == earlier(source, options, "val")
+    enlarged = pack(source, tmp_path / "enlarged", Options(90), split="val", workers=1)
+    assert enlarged.source != earlier(source, Options(90), "val")
+    with pytest.raises(ShardError, match="already holds another shard set"):
+        pack(source, tmp_path / "enlarged", Options(90, keep_small=True), split="val", workers=1)
+
+
+def test_a_finished_set_of_an_earlier_day_is_left_alone(image_folder: Path, tmp_path: Path) -> None:
+    source, out = ImageFolder(image_folder / "val"), tmp_path / "set"
+    pack(source, out, Options(90, keep_small=True), split="val", workers=1)
+    before = files(out)
+    for options in (Options(90), Options(90, keep_small=True)):
+        assert pack(source, out, options, split="val", workers=1) == Manifest.read(out)
+        assert finished(source, out, options, split="val") == Manifest.read(out)
+    assert files(out) == before
+    assert finished(source, tmp_path / "another", Options(), split="val") is None
+    with pytest.raises(ShardError, match="already holds another shard set"):
+        finished(source, out, Options(91), split="val")
+
+
+def test_an_unfinished_set_of_an_earlier_day(image_folder: Path, tmp_path: Path) -> None:
+    source, options = ImageFolder(image_folder / "val"), Options(90)
+    (tmp_path / ".pack").mkdir()
+    (tmp_path / ".pack" / "plan").write_text(f"pack {earlier(source, options, 'val')}")
+    with pytest.raises(
+        ShardError, match="holds an unfinished pack that keeps small images: go on with --keep-small, or"
+    ):
+        pack(source, tmp_path, options, split="val", workers=1)
+    assert pack(source, tmp_path, Options(90, keep_small=True), split="val", workers=1).sides == [72, 90]
 
 
 def test_shorter_side_0_keeps_size_and_bytes(image_folder: Path, tmp_path: Path) -> None:

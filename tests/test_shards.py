@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import tarfile
+import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,11 @@ import numpy as np
 import pytest
 
 from pipelines.pack import Options, pack
-from pipelines.shards import SAMPLE, Manifest, ShardError, ShardSet
+from pipelines.rows import SAMPLE
+from pipelines.shards import Manifest, ShardError, ShardSet
 from pipelines.sources import ImageFolder
+from tests.benchmarks import sets
+from tests.benchmarks.sets import counted
 
 
 @pytest.fixture
@@ -47,6 +52,13 @@ def renamed(tar: Path) -> bytes:
     return out.getvalue()
 
 
+def use(directory: Path) -> None:
+    """What an epoch does: open the set, and take every sample."""
+    shards = ShardSet(directory)
+    for sample in range(len(shards)):
+        shards.read(sample)
+
+
 def test_read_gives_the_bytes_in_the_tars(shard_sets: Path) -> None:
     shards = ShardSet(shard_sets / "train")
     expected = []
@@ -61,8 +73,12 @@ def test_read_gives_the_bytes_in_the_tars(shard_sets: Path) -> None:
 
 def test_shorter_side(shard_sets: Path, image_folder: Path, tmp_path: Path) -> None:
     assert ShardSet(shard_sets / "train").sides == (72, 72)
-    pack(ImageFolder(image_folder / "val"), tmp_path, Options(shorter_side=90), split="val", workers=1)
-    assert ShardSet(tmp_path).sides == (72, 90)  # those of 72 were not enlarged
+    options = Options(shorter_side=90, keep_small=True)
+    pack(ImageFolder(image_folder / "val"), tmp_path, options, split="val", workers=1)
+    assert ShardSet(tmp_path).sides == (72, 90)
+    assert Manifest.read(tmp_path).sides == [72, 90]
+    replace(Manifest.read(tmp_path), sides=[]).write(tmp_path)  # a set of an earlier day
+    assert ShardSet(tmp_path).sides == (72, 90)
 
 
 def test_no_shards(tmp_path: Path) -> None:
@@ -116,13 +132,174 @@ def test_index_is_damaged(directory: Path, place: int) -> None:
     data[place] ^= 1
     (directory / "index.npy").write_bytes(data)
     with pytest.raises(ShardError, match=r"index.npy is damaged or of another shard set .*: run `python -m pipelines"):
+        use(directory)
+
+
+def without_sums(directory: Path) -> None:
+    """Make it a set of an earlier day, whose manifest has neither checksums of rows nor sides."""
+    manifest = Manifest.read(directory)
+    shards = [{key: value for key, value in shard.items() if key != "rows"} for shard in manifest.shards]
+    replace(manifest, shards=shards, sides=[]).write(directory)
+
+
+def test_the_index_is_not_read_at_opening_but_when_its_rows_are_taken(directory: Path) -> None:
+    whole = ShardSet(directory)
+    first, last = np.cumsum(whole.shard_samples)[:2]  # of shard 1, and behind it
+    data = bytearray((directory / "index.npy").read_bytes())
+    data[-len(whole) * SAMPLE.itemsize + (first + 3) * SAMPLE.itemsize] ^= 1
+    (directory / "index.npy").write_bytes(data)
+    shards = ShardSet(directory)
+    others = np.r_[:first, last : len(whole)]
+    np.testing.assert_array_equal(shards.labels(others), whole.labels(others))
+    for _ in range(2):
+        with pytest.raises(ShardError, match=r"index.npy is damaged .*rows of shard-000001.tar have another checks"):
+            shards.sizes(np.array([0, last - 1]))
+    with pytest.raises(ShardError, match=r"index.npy is damaged"):
+        shards.read(int(first))
+    without_sums(directory)
+    with pytest.raises(
+        ShardError, match=r"index.npy is damaged or of another shard set \(sha256 differs\): run `python"
+    ):
         ShardSet(directory)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("offset", 0),
+        ("offset", 511),
+        ("offset", 1 << 30),
+        ("offset", (1 << 64) - 1),
+        ("size", 0),
+        ("size", 1 << 30),
+        ("width", 0),
+        ("height", 0),
+        ("label", -1),
+        ("label", 3),
+    ],
+)
+def test_rows_that_are_whole_but_not_sane(directory: Path, field: str, value: int) -> None:
+    """Checksums and all are right, as a broken or a hostile program would leave them."""
+    rows = np.load(directory / "index.npy")
+    manifest = Manifest.read(directory)
+    low, high = np.cumsum([shard["samples"] for shard in manifest.shards])[:2]
+    rows[field][low + 5] = value
+    np.save(directory / "index.npy", rows)
+    shards = [dict(shard) for shard in manifest.shards]
+    shards[1]["rows"] = zlib.crc32(rows[low:high].tobytes())
+    digest = hashlib.sha256((directory / "index.npy").read_bytes()).hexdigest()
+    replace(manifest, index_sha256=digest, shards=shards).write(directory)
+    opened = ShardSet(directory)
+    opened.labels(np.arange(low))
+    with pytest.raises(ShardError, match=r"row 5 of shard-000001.tar (lies outside|has no pixels|has a label out of)"):
+        opened.labels(np.array([high - 1]))
+
+
+@pytest.mark.parametrize("harm", ["shorter", "cut", "another dtype", "another shape", "empty", "a pickle"])
+def test_index_that_is_no_list_of_these_rows(directory: Path, harm: str) -> None:
+    path = directory / "index.npy"
+    rows = np.load(path)
+    match harm:
+        case "shorter":
+            np.save(path, rows[:-1])
+        case "cut":
+            os.truncate(path, path.stat().st_size // 2)
+        case "another dtype":
+            np.save(path, rows["label"])
+        case "another shape":
+            np.save(path, rows[None])
+        case "empty":
+            path.write_bytes(b"")
+        case "a pickle":
+            np.save(path, np.array([None] * len(rows), object), allow_pickle=True)
+    with pytest.raises(
+        ShardError, match=r"index.npy is damaged or of another shard set \(.*\): run `python -m pipelines"
+    ):
+        ShardSet(directory)
+
+
+def test_a_set_of_an_earlier_day_is_looked_at_whole(directory: Path) -> None:
+    whole, fingerprint = ShardSet(directory).index, ShardSet(directory).fingerprint
+    without_sums(directory)
+    old = ShardSet(directory)
+    np.testing.assert_array_equal(old.index, whole)
+    assert (old.sides, old.fingerprint) == ((72, 72), fingerprint)
+    replace(Manifest.read(directory), classes=["amber", "blue"]).write(directory)
+    with pytest.raises(ShardError, match="label 2 is out of range for 2 classes"):
+        ShardSet(directory)
+
+
+def test_a_manifest_with_a_field_of_a_later_day(directory: Path) -> None:
+    body = json.loads((directory / "manifest.json").read_text()) | {"new field": 1}
+    del body["checksum"]
+    body["checksum"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (directory / "manifest.json").write_text(json.dumps(body))
+    assert len(ShardSet(directory)) == 240
+
+
+def test_calls_and_memory_do_not_grow_with_the_set(tmp_path: Path) -> None:
+    """Opening, by k ranks, sets of n shards, the first batch of each, and one in the middle of an epoch."""
+
+    def first_batches(directory: Path, ranks: int) -> tuple[int, int]:
+        tracemalloc.start()
+        with counted() as calls:
+            for _ in range(ranks):
+                plan = sets.open_plan(directory)
+                for start in (0, len(plan) // 2):
+                    sets.batch(plan, start)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return len(calls), peak
+
+    found = {}
+    for samples, shards in ((10**4, 50), (10**6, 50), (10**4, 1000)):
+        directory = tmp_path / f"{samples}-{shards}"
+        sets.sparse(directory, samples, shards)
+        found[samples, shards] = first_batches(directory, 1)[0]
+        assert first_batches(directory, 3)[0] == 3 * found[samples, shards]
+    assert set(found.values()) == {found[10**4, 50]}
+    assert 0 < found[10**4, 50] < 20
+    sets.sparse(tmp_path / "large", 10**8, 10**4)
+    assert first_batches(tmp_path / "large", 1)[1] < 40e6  # a byte a sample would be 100 MB; a manifest of 10^4 is 10
+
+
+def test_a_tar_is_looked_at_when_it_is_opened(directory: Path) -> None:
+    shards = ShardSet(directory)
+    first = int(shards.shard_samples[0])
+    shards.labels(np.arange(len(shards)))
+    for tar in directory.glob("shard-00000[1-9].tar"):
+        tar.unlink()
+    for sample in range(first):
+        shards.read(sample)
+    with pytest.raises(ShardError, match=r"shard-000001.tar is missing"):
+        shards.read(first)
+
+
+def test_quarantine_without_an_entry_for_each_sample(tmp_path: Path) -> None:
+    sets.sparse(tmp_path, 10**8, 10**4)
+    names = ShardSet(tmp_path).names
+    lines = [{"shard": names[k], "row": row, "name": "x", "reason": "y"} for k, row in ((0, 3), (0, 1), (9_999, 9_999))]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"shard": names[7], "name": "x", "reason": "missing"}])
+    (tmp_path / "quarantine.jsonl").write_text(text)
+    tracemalloc.start()
+    shards = ShardSet(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
+    assert len(shards) == 10**8 - 3
+    assert shards.shard_samples[[0, 1, -1]].tolist() == [9_998, 10_000, 9_999]
+    digest = hashlib.sha256(shards.manifest.index_sha256.encode() + text.encode()).hexdigest()
+    assert shards.fingerprint == digest
+    assert [shards.shard_of(sample) for sample in (0, 9_997, 9_998, 10**8 - 4)] == [0, 0, 1, 9_999]
+    for line in ({"shard": names[0], "row": 10_000}, {"shard": "other.tar", "row": 0}, {"shard": names[0], "row": "1"}):
+        (tmp_path / "quarantine.jsonl").write_text(json.dumps(line))
+        with pytest.raises(ShardError, match=r"quarantine.jsonl is damaged \(.*\): run `python -m pipelines verify"):
+            ShardSet(tmp_path)
 
 
 def test_index_of_another_set(directory: Path, other: Path) -> None:
     shutil.copy(other / "index.npy", directory)
     with pytest.raises(ShardError, match=r"index.npy is damaged or of another shard set"):
-        ShardSet(directory)
+        use(directory)
 
 
 MISMATCH = (
@@ -136,7 +313,7 @@ def test_tar_of_another_pack(directory: Path, other: Path) -> None:
     ]
     shutil.copy(other / "shard-000001.tar", directory)
     with pytest.raises(ShardError, match=MISMATCH):
-        ShardSet(directory)
+        use(directory)
 
 
 def test_tar_of_the_same_size_with_other_samples(directory: Path) -> None:
@@ -145,20 +322,20 @@ def test_tar_of_the_same_size_with_other_samples(directory: Path) -> None:
     tar.write_bytes(renamed(tar))
     assert tar.stat().st_size == size
     with pytest.raises(ShardError, match=MISMATCH):
-        ShardSet(directory)
+        use(directory)
 
 
 def test_tars_in_each_others_place(directory: Path) -> None:
     for old, new in (("0", "x"), ("1", "0"), ("x", "1")):
         (directory / f"shard-00000{old}.tar").rename(directory / f"shard-00000{new}.tar")
     with pytest.raises(ShardError, match=r"shard-000000.tar is not the tar that was indexed"):
-        ShardSet(directory)
+        use(directory)
 
 
 def test_tar_is_missing(directory: Path) -> None:
     (directory / "shard-000001.tar").unlink()
     with pytest.raises(ShardError, match=r"shard-000001.tar is missing: put it back or pack .* anew"):
-        ShardSet(directory)
+        use(directory)
 
 
 @pytest.mark.parametrize("size", [0, 100_000, -1])
@@ -166,13 +343,16 @@ def test_tar_is_truncated(directory: Path, size: int) -> None:
     tar = directory / "shard-000001.tar"
     os.truncate(tar, size if size >= 0 else tar.stat().st_size + size)
     with pytest.raises(ShardError, match=MISMATCH):
-        ShardSet(directory)
+        use(directory)
 
 
 def test_label_is_out_of_range(directory: Path) -> None:
     replace(Manifest.read(directory), classes=["amber", "blue"]).write(directory)
-    with pytest.raises(ShardError, match="label 2 is out of range for 2 classes"):
-        ShardSet(directory)
+    with pytest.raises(
+        ShardError,
+        match=r"index.npy is damaged .*has a label out of range for 2 classes.*: run",
+    ):
+        use(directory)
 
 
 def test_zero_images(directory: Path) -> None:

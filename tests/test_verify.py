@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pipelines.pack import Options, pack
-from pipelines.shards import HEADER, BadSample, ShardError, ShardSet
+from pipelines.rows import HEADER
+from pipelines.shards import BadSample, Manifest, ShardError, ShardSet
 from pipelines.sources import ImageFolder
 from pipelines.verify import _Task, _verify_shard, verify
 from tests.conftest import CLASSES, SIZES, TINTS, photograph
@@ -82,6 +83,7 @@ def test_quarantine_over_several_shards(shard_sets: Path, tmp_path: Path) -> Non
     dropped = {int(ends[s] - before.shard_samples[s]) + row for s, row in bad.items()}
     kept = [i for i in range(len(before)) if i not in dropped]
     assert [after.name(i) for i in range(len(after))] == [before.name(i) for i in kept]
+    np.testing.assert_array_equal(after.index, before.index[kept])
     for i in (0, 30, len(after) - 1):
         np.testing.assert_array_equal(after.read(i), before.read(kept[i]))
 
@@ -98,6 +100,18 @@ def test_missing_and_truncated_tars(shard_sets: Path, tmp_path: Path) -> None:
     cut = [p for p in problems if p["shard"] == names[1]]
     assert any("not a whole, uncompressed tar" in p["reason"] for p in cut)
     assert sum("row" in p for p in cut) > 3
+
+
+@pytest.mark.parametrize("what", ["rows", "sides"])
+def test_a_manifest_that_does_not_fit_the_index(small: Path, what: str) -> None:
+    manifest = Manifest.read(small)
+    if what == "rows":
+        manifest.shards[0]["rows"] ^= 1
+    else:
+        manifest.sides[0] -= 1
+    manifest.write(small)
+    with pytest.raises(ShardError, match=rf"index.npy and manifest.json disagree \(.*{what}.*\): run `python -m pip"):
+        verify(small, workers=1)
 
 
 def test_fuzz_never_a_wrong_label(small: Path, tmp_path: Path) -> None:
@@ -137,7 +151,7 @@ def test_fuzz_verify_names_what_it_finds(small: Path) -> None:
     """A few hundred damaged tars: verify never raises, and calls every one of them damaged."""
     rng = random.Random(1)
     tar = small / ShardSet(small).names[0]
-    task = _Task(tar, ShardSet(small).manifest.shards[0]["sha256"], ShardSet(small).index.tolist())
+    task = _Task(tar, ShardSet(small).manifest.shards[0]["sha256"], range(12))
     pristine = tar.read_bytes()
     for _ in range(300):
         data = bytearray(pristine)

@@ -178,14 +178,14 @@ def test_no_progress_in_three_starts_ends_the_run(user: User) -> None:
 
 
 def test_packing_as_an_array_gives_the_same_bytes(user: User, image_folder: Path) -> None:
-    options = ("--shorter-side=72", "--shard-mb=0.3", "--time=5")
+    options = ("--shorter-side=72", "--keep-small", "--shard-mb=0.3", "--time=5")
     said = user.slurm("submit", "pack", str(image_folder / "train"), "a set", "--tasks=3", *options)
     last = job_of(said.partition(";")[2])
     wait_for(lambda: user.cluster.job(last) == "COMPLETED", 120, "the manifest")
     pack(
         ImageFolder(image_folder / "train"),
         user.home / "whole",
-        Options(shorter_side=72, shard_mb=0.3),
+        Options(shorter_side=72, shard_mb=0.3, keep_small=True),  # which the manifest tells
         split="a set",
         workers=2,
     )
