@@ -92,7 +92,7 @@ def show(case: tuple[int, int], mine: Found, rows: Sequence[tuple[str, Found, fl
     print(f"  {OURS:50} {''.join(f'{mine[name]:9.1f}{blank}' for name in LOADERS)}".rstrip())
     for title, numbers, bar in rows:
         cells = ""
-        for name in LOADERS:
+        for name in LOADERS if numbers else ():
             if name in numbers:
                 share = mine[name] / numbers[name]
                 verdict = "" if math.isinf(bar) else "met" if share <= bar else "NOT met"
