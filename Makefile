@@ -42,7 +42,7 @@ drills: $(VENV)/ready  ## break runs in every way and print what came of it
 experiments: $(VENV)/ready  ## the paper's own comparisons, and why re-implementations fail: tables and pictures in docs/experiments
 	$(BIN)/python -m dist_train experiments $(ARGS)
 
-bench: $(VENV)/ready
-	$(BIN)/python -m tests.benchmarks
+bench: $(VENV)/ready  ## what things cost, as ratios within one run; PHOTOS=DIR for real photographs, ARGS="step net" for some tables
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 .PHONY: demo quick test test-slurm test-rest test-gpu lint drills bench experiments

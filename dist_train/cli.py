@@ -64,8 +64,8 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="dist_train",
         description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
-        "`python -m dist_train evaluate|figures RUN` looks at a trained one, `experiments` runs sweeps; each has "
-        "its own --help.",
+        "`python -m dist_train evaluate|figures RUN` looks at a trained one, `experiments` runs sweeps, `speed` "
+        "measures a command line before it is run; each has its own --help.",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -16,7 +16,7 @@ PACKAGES = ("dist_train", "pipelines", "slurm")
 ARROWS = """
     slurm     cli config data outcomes ranks rundir pipelines
     __main__  analysis cli ranks pipelines
-    analysis  cli build process pictures probe rundir ranks models data config pipelines
+    analysis  cli train build process monitor pictures probe rundir ranks models data config outcomes pipelines
     cli       run ranks config pipelines
     run       train data monitor pictures rundir ranks config outcomes pipelines
     train     build process validate monitor rundir ranks models optim probe config outcomes pipelines

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dist_train import models
 from dist_train.config import ModelConfig
+from dist_train.models import lrn
 from dist_train.models.alexnet import AlexNet, feature_side
 from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.models.lrn import local_response_norm, traceable
@@ -131,8 +132,24 @@ def test_lrn_and_its_gradient_are_torchs(window: dict[str, float], layout: torch
     for name in ("ours", "traceable"):
         for ours, reference in zip(found[name], found["torch"], strict=True):
             assert (ours - reference).abs().max() <= 2e-15 * reference.abs().max(), name
-    x = a[:1, :, :2, :2].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, *options.values()), x)
+    for part in (a[:1, :, :2, :2], a[:0]):
+        x = part.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: local_response_norm(x, *options.values()), x)
+
+
+def test_lrn_of_more_than_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(7, 12, 5, 4) * 80).requires_grad_()
+    found = {}
+    for piece in (1 << 18, 2 * 12 * 5 * 4, 1):  # all samples at once; two, and the last by itself; one by one
+        monkeypatch.setattr(lrn, "PIECE", piece)
+        x.grad = None
+        y = local_response_norm(x, 2)
+        (y * y).sum().backward()
+        found[piece] = y.detach(), x.grad
+    for y, gradient in found.values():
+        assert torch.equal(y, found[1][0])
+        assert torch.equal(gradient, found[1][1])
 
 
 def test_lrn_keeps_what_it_is_given() -> None:

@@ -1,4 +1,4 @@
-"""The options of the verbs that look at finished runs, apart from what they start."""
+"""The options of the verbs, apart from what they start."""
 
 from __future__ import annotations
 
@@ -45,3 +45,9 @@ def experiments(parser: Parser) -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/experiments"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="where tables and pictures go")
     parser.add_argument("--draw-only", action="store_true", help="run nothing; draw what has been run")
+
+
+def speed(parser: Parser) -> None:
+    """Declare the options of `speed`; all others are the trainer's."""
+    parser.add_argument("--steps", type=natural, default=0, metavar="N", help="of each measurement; 0: some seconds")
+    parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="where all numbers go")

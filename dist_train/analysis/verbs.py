@@ -1,9 +1,11 @@
-"""The verbs that look at finished runs. What they start is imported when they start."""
+"""The verbs: what is done with finished runs, and to know one before it is begun. What they start is imported when they
+start."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 
+from dist_train import cli
 from dist_train.analysis import options
 from dist_train.config import UNDOTTED
 from pipelines.cli import Verb
@@ -30,7 +32,14 @@ def _experiments(args: Namespace) -> int:
     return verb.start(args, chosen)
 
 
-SHARED = ("evaluate",)  # verbs whose work the ranks of torchrun share
+def _speed(args: Namespace) -> int:
+    config, _ = cli.parse(args.rest)  # what is misspelt does not wait for torch
+    from dist_train.analysis import speed as verb
+
+    return verb.start(args, config)
+
+
+SHARED = ("evaluate", "speed")  # verbs whose work the ranks of torchrun share
 VERBS = {
     "evaluate": Verb("exact errors of a run, or of several, averaged", options.evaluate, _evaluate),
     "figures": Verb("figures 3 and 4 of the paper, for a trained run", options.figures, _figures),
@@ -38,6 +47,12 @@ VERBS = {
         "run and draw the sweeps of configs/experiments; further options go to the trainer",
         options.experiments,
         _experiments,
+        passes_on=UNDOTTED,
+    ),
+    "speed": Verb(
+        "images/s of step, loader and both on this machine, for a training command line; nothing is trained",
+        options.speed,
+        _speed,
         passes_on=UNDOTTED,
     ),
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+PIECE = 1 << 18  # numbers that are computed together
 
 
 def local_response_norm(
@@ -24,11 +27,11 @@ def local_response_norm(
         n: odd.
     """
     a = x.float() if x.dtype.itemsize < 4 else x
-    # A GPU's compiler makes one kernel of the traceable form, and exporters know its operators; but on the CPU its
-    # gradient costs as much as the convolutions do.
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    learning = torch.is_grad_enabled() and x.requires_grad and not exporting
-    form = _InPlace.apply if learning and x.device.type == "cpu" else traceable
+    # Compilers make one kernel of the traceable form, and exporters know its operators. Where it is not compiled, its
+    # gradient costs as much as the convolutions do: on the CPU, that is.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    learning = torch.is_grad_enabled() and x.requires_grad
+    form = _InPlace.apply if learning and x.device.type == "cpu" and not traced else traceable
     return form(a, groups, n, k, alpha, beta).to(x.dtype)
 
 
@@ -49,19 +52,32 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, groups: int, n: int, k: float, alpha: float, beta: float) -> Tensor:
-        scale = _window_sum(a * a, groups, n).mul_(alpha).add_(k)
+        b, scale = torch.empty_like(a), torch.empty_like(a)
+        for a_, b_, scale_ in _pieces(a, b, scale):
+            torch.mul(_window_sum(a_ * a_, groups, n), alpha, out=scale_).add_(k)
+            torch.mul(_power(scale_, beta), a_, out=b_)
         ctx.save_for_backward(a, scale)
         ctx.constants = groups, n, alpha, beta
-        return _power(scale, beta).mul_(a)
+        return b
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         a, scale = ctx.saved_tensors
         groups, n, alpha, beta = ctx.constants
-        first = _power(scale, beta).mul_(gradient)
-        second = _window_sum((first * a).div_(scale), groups, n).mul_(a)
-        return first.sub_(second, alpha=2 * alpha * beta), None, None, None, None, None
+        result = torch.empty_like(a)
+        for a_, scale_, gradient_, result_ in _pieces(a, scale, gradient, result):
+            first = _power(scale_, beta).mul_(gradient_)
+            second = _window_sum((first * a_).div_(scale_), groups, n).mul_(a_)
+            torch.sub(first, second, alpha=2 * alpha * beta, out=result_)
+        return result, None, None, None, None, None
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """These, of equal shapes, a few samples at a time: what is computed of a piece stays in the cache, which makes it
+    a quarter faster."""
+    samples = max(1, PIECE * len(tensors[0]) // max(1, tensors[0].numel()))
+    return zip(*(torch.split(tensor, samples) for tensor in tensors), strict=True)
 
 
 def _window_sum(x: Tensor, groups: int, n: int) -> Tensor:

@@ -1,0 +1,260 @@
+"""One rank of `speed`: the trainer of a run and its loader, by the clock. Nothing is written, and no weight moves."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, redirect_stderr
+from dataclasses import asdict, dataclass
+from io import StringIO
+from itertools import count, islice, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn import functional as F
+
+from dist_train import build
+from dist_train.config import Config
+from dist_train.models.dropout import mask_keys
+from dist_train.monitor.terminal import Terminal
+from dist_train.monitor.wandb import WandbRun
+from dist_train.ranks.vote import Vote
+from dist_train.ranks.watch import Watch
+from dist_train.ranks.world import World
+from dist_train.rundir.directory import RunDirectory
+from dist_train.train import Pending, Trainer
+from pipelines.loader import Batch
+from pipelines.order import even_split
+from pipelines.pack import Options, pack
+from pipelines.shards import ShardSet
+from pipelines.sources import Item
+
+SECONDS = 5.0  # that a measurement is to take
+FEWEST, MOST = 4, 2000  # steps of a measurement, however long or short one is
+WARM_UP = 2  # steps: what is compiled, allocated or tried out by the first ones is not measured
+WARM_UP_LOADER = 8  # batches: as many as the loader is ahead by
+COMPUTED = 5  # forward and backward passes without the other ranks, at most
+BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
+
+
+class Stretch(NamedTuple):
+    """What a number of steps took on this rank. CPU seconds are those of all threads of the process."""
+
+    steps: int
+    images: int
+    seconds: float
+    cpu_seconds: float
+    waited_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        return self.seconds / self.steps
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A source of as many grey images as a batch needs, for a trainer that is not to load any."""
+
+    images: int
+    outputs: int
+
+    @property
+    def classes(self) -> list[str]:
+        return [str(i) for i in range(self.outputs)]
+
+    @property
+    def items(self) -> list[Item]:
+        return [Item("grey", i, 0) for i in range(self.images)]
+
+    @property
+    def rejected(self) -> list[dict[str, str]]:
+        return []
+
+    def load(self, reference: int) -> Image.Image:
+        return Image.new("RGB", (8, 8), (128, 128, 128))
+
+
+def without_data(config: Config, scratch: Path) -> ShardSet:
+    """A shard set for a trainer that takes its steps on random images; 1000 classes if the model does not say."""
+    source = Nothing(config.train.global_batch, config.model.outputs or 1000)
+    with redirect_stderr(StringIO()):  # its progress would only puzzle
+        pack(source, scratch / "nothing", Options(shorter_side=0), split="train", workers=1)
+    return ShardSet(scratch / "nothing")
+
+
+class Pace:
+    """The trainer that a run of this configuration would have, on this rank.
+
+    It has a run directory of which no file exists: that is never claimed, and so never written.
+
+    Args:
+        scratch: a folder for what names a batch that diverged; the run directory's path.
+        loads: whether `shards` are the data, or stand in for it.
+
+    Attributes:
+        build_seconds: until net, optimizer, DDP and loader stood.
+        warm_up_seconds: of the first steps, compiling included; they are not measured.
+    """
+
+    def __init__(
+        self, config: Config, world: World, watch: Watch, shards: ShardSet, scratch: Path, *, loads: bool
+    ) -> None:
+        self._config, self._world, self._watch, self._loads = config, world, watch, loads
+        self.warm_up_seconds = 0.0
+        began = time.perf_counter()
+        terminal = Terminal(is_first=world.rank == 0)
+        directory = RunDirectory(scratch, terminal.say, keep=2, writes=False)
+        wandb = WandbRun(scratch, config.monitor)
+        silent = Terminal(is_first=False)
+        self._trainer = Trainer(config, world, watch, directory, (shards, shards), silent, wandb)
+        self._settle()
+        self.build_seconds = time.perf_counter() - began
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """The row of this rank in profile.json's `ranks`, with the Stretches `step`, `loader` and `both` (the last two
+        None without data), and `all_reduce` as (MB, ms), None if there is none.
+
+        Args:
+            steps: of each measurement; 0 for so many as take a few seconds.
+        """
+        batch = self._first_batch()
+        warm = self._steps(repeat(batch), 1)
+        paced = self._steps(repeat(batch), WARM_UP - 1)
+        self.warm_up_seconds = warm.seconds + paced.seconds
+        many = steps or self._enough(paced.step_seconds)
+        row: dict[str, Any] = {"rank": self._world.rank, "host": socket.gethostname()}
+        row["step"] = self._steps(repeat(batch), many)
+        row["forward_backward_ms"] = self._computing(batch, min(many, COMPUTED))
+        row["loader"] = self._loader(steps) if self._loads else None
+        row["both"] = self._with_data(many) if self._loads else None
+        row["all_reduce"] = self._all_reduce()
+        row["peak_host_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+        cuda = self._world.device.type == "cuda"
+        row["peak_device_mb"] = torch.cuda.max_memory_allocated() / 1e6 if cuda else None
+        return row
+
+    def facts(self) -> dict[str, Any]:
+        """What is in force, for profile.json."""
+        model = self._trainer.model
+        return {
+            "model": self._config.model.name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "precision": build.precision(self._config, self._world),
+            "process": asdict(self._trainer.settled),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _enough(self, seconds: float) -> int:
+        """So many steps of so many seconds that they take about SECONDS; the same on all ranks."""
+        many: int = self._world.share(max(FEWEST, min(MOST, round(SECONDS / seconds))))
+        return many
+
+    def _first_batch(self) -> Batch:
+        if self._loads:
+            with closing(self._batches()) as batches:
+                return next(batches)
+        world, side = self._world, self._config.data.crop
+        low, high = even_split(self._config.train.global_batch, world.dp_rank, world.dp_size)
+        torch.manual_seed(low)
+        inputs = 60 * torch.randn(high - low, 3, side, side, device=world.device)  # as far apart as pixels in levels
+        labels = torch.arange(high - low, device=world.device) % (self._config.model.outputs or 1000)
+        return Batch(inputs.to(memory_format=torch.channels_last), labels, np.arange(low, high), low)
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        for epoch in count():  # a set may be shorter than a measurement
+            yield from self._trainer.train_loader.epoch(epoch)
+
+    def _steps(self, batches: Iterable[Batch], many: int) -> Stretch:
+        """So many steps, as `Trainer.fit` takes them. Raises KeyboardInterrupt on all ranks after a stop signal."""
+        pending: Pending | None = None
+        images, stop, loader = 0, 0.0, self._trainer.train_loader
+        self._settle()
+        began, cpu, waited = time.perf_counter(), time.process_time(), loader.waited
+        for batch in islice(batches, many):
+            # At a rate of 0 all is computed, and no batch is learnt by heart: gradients stay as large as a run's.
+            before, pending = pending, self._trainer.train_step(batch, 0.0)
+            self._trainer.progress.advance()
+            images += len(batch.labels)
+            if stop := self._trainer.observe(before).stop:
+                break
+        self._heed(stop + self._trainer.observe(pending).stop)
+        self._settle()
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        return Stretch(many, images, seconds, cpu, loader.waited - waited)
+
+    def _loader(self, steps: int) -> Stretch:
+        with closing(self._batches()) as batches:
+            self._take(batches, WARM_UP_LOADER // 2)
+            paced = self._take(batches, WARM_UP_LOADER // 2)
+            return self._take(batches, steps or self._enough(paced.step_seconds))
+
+    def _take(self, batches: Iterator[Batch], many: int) -> Stretch:
+        """So many batches, of which nothing is made."""
+        self._heed(Vote.cast(self._world, stop=self._watch.stop).read().stop)
+        images = 0
+        began, cpu = time.perf_counter(), time.process_time()
+        for batch in islice(batches, many):
+            self._watch.heartbeat(self._config.run.step_timeout)
+            images += len(batch.labels)
+        self._settle()
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        return Stretch(many, images, seconds, cpu, seconds)
+
+    def _with_data(self, many: int) -> Stretch:
+        with closing(self._batches()) as batches:
+            self._steps(batches, WARM_UP)
+            return self._steps(batches, many)
+
+    def _computing(self, batch: Batch, many: int) -> float | None:
+        """Milliseconds of forward and backward on this rank while it waits for no other; None if there is no other.
+        (A tower on two ranks waits for its other half.)"""
+        if self._world.size == 1:
+            return None
+        trainer, device = self._trainer, self._world.device
+        keys = mask_keys(self._config.train.seed, 0, batch.positions).to(device)
+        inputs, labels = batch.inputs.to(device), batch.labels.to(device)
+        dist.barrier()
+        self._settle()
+        began = time.perf_counter()
+        for _ in range(many):
+            trainer.state.optimizer.zero_grad()
+            with trainer.autocast:
+                logits = trainer.model(inputs, keys)  # not `net`: DDP sends nothing then
+            F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        self._settle()
+        return 1000 * (time.perf_counter() - began) / many
+
+    def _all_reduce(self) -> tuple[float, float] | None:
+        """MB of the gradients, and milliseconds to sum them over the data-parallel ranks while nothing else is done."""
+        world = self._world
+        if world.dp_size == 1:
+            return None
+        size = sum(p.numel() * p.element_size() for p in self._trainer.model.parameters() if p.requires_grad)
+        buckets = torch.zeros(size // 4, device=world.device).split(BUCKET // 4)  # type: ignore[no-untyped-call]
+        times = []
+        for _ in range(COMPUTED):
+            dist.barrier()
+            self._settle()
+            began = time.perf_counter()
+            for work in [dist.all_reduce(bucket, group=world.group("data"), async_op=True) for bucket in buckets]:
+                if work:
+                    work.wait()
+            self._settle()
+            times.append(time.perf_counter() - began)
+        return size / 1e6, 1000 * sum(times[1:]) / len(times[1:])
+
+    def _settle(self) -> None:
+        """Let the device finish what it was given: a clock that is read before that reads nothing."""
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _heed(self, stop: float) -> None:
+        """Raises KeyboardInterrupt on all ranks alike if they voted that a stop signal came to one."""
+        if stop:
+            raise KeyboardInterrupt

@@ -1,0 +1,135 @@
+"""The shipped step at 227 pixels beside the plain script's, a torchvision net's and its own bare layers.
+
+All in one run, in turn, each in processes of its own; the least CPU time per image of the rounds (ROUNDS=N) counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+CASES = ((32, 1), (32, 2), (64, 1), (64, 2))  # global batch, ranks
+IMAGES = 128  # that are measured for a number in a round
+LOADERS = ("none", "folder", "webdataset")
+OURS = "this project, as shipped"
+KEEP = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}  # what mallopt does, from outside
+TITLES = ("without data", "ImageFolder, PIL", "webdataset, PIL")
+
+
+class Rival(NamedTuple):
+    """What the shipped step is measured against, and how much of its CPU time it may take."""
+
+    name: str
+    net: str
+    bar: float
+    loads: bool = True
+
+
+RIVALS = (
+    Rival("the plain script, nn.LocalResponseNorm", "paper", 0.65),
+    Rival("torchvision's alexnet, no LRN, in that script", "torchvision", 1.0),
+    Rival("bare layers: no LRN, dropout, update", "bare", 1.15, loads=False),
+)
+EXCHANGED = Rival("bare layers and the all-reduce of their gradients", "bare in DDP", math.inf, loads=False)
+Found = dict[str, float]  # CPU milliseconds per image, by loader
+
+
+def started(words: Sequence[str], ranks: int, extra: dict[str, str]) -> str:
+    """What `python WORDS` says, or torchrun with so many of it. Waiting threads rest in all programs alike, since
+    their CPU time would be counted otherwise; nothing else of the environment touches the allocator."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    env |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), **extra}
+    if ranks > 1:
+        env["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run([*launcher, *words], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def ours(packed: Path, batch: int, ranks: int) -> Found:
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "profile.json"
+        words = ["-m", "dist_train", "speed", "--config=configs/alexnet.yaml", "--train.device=cpu", f"--out={out}"]
+        words += ["--model.outputs=1000", f"--data.train={packed}", f"--train.global_batch={batch}"]
+        started([*words, f"--steps={IMAGES // batch}"], ranks, {})
+        profile = json.loads(out.read_text())
+    step, both = (profile[name]["cpu_ms_per_image"] for name in ("step", "both"))
+    return {"none": step, "folder": both, "webdataset": both}
+
+
+def theirs(
+    rival: Rival, stored: Path, packed: Path, case: tuple[int, int], loaders: Sequence[str], extra: dict[str, str]
+) -> Found:
+    batch, ranks = case
+    words = ["tests/benchmarks/plain.py", f"--net={rival.net}", f"--batch={batch}", f"--steps={IMAGES // batch}"]
+    words += [f"--folder={stored}", f"--shards={packed}", "--loaders", *(loaders if rival.loads else ["none"])]
+    said = json.loads(started(words, ranks, extra).splitlines()[-1])
+    return {name: found["cpu_ms_per_image"] for name, found in said["loaders"].items()}
+
+
+def least(rounds: Sequence[Found]) -> Found:
+    return {name: min(found[name] for found in rounds) for name in rounds[0]}
+
+
+def show(case: tuple[int, int], mine: Found, rows: Sequence[tuple[str, Found, float]]) -> None:
+    """A row is a name, what was found, and the bar; an infinite one is none."""
+    (batch, ranks), blank = case, " " * 14
+    what = f"the step at 227, batch {batch}, {ranks} rank{'s' if ranks > 1 else ''}"
+    print(f"\n{what}: CPU ms per image, and our share of it")
+    print(f"  {'':50} {''.join(f'{title:>23}' for title in TITLES)}    bar")
+    print(f"  {OURS:50} {''.join(f'{mine[name]:9.1f}{blank}' for name in LOADERS)}".rstrip())
+    for title, numbers, bar in rows:
+        cells = ""
+        for name in LOADERS if numbers else ():
+            if name in numbers:
+                share = mine[name] / numbers[name]
+                verdict = "" if math.isinf(bar) else "met" if share <= bar else "NOT met"
+                cells += f"{numbers[name]:9.1f}  {share:4.2f} {verdict:7}"
+            else:
+                cells += f"{'-':>9}{blank}"
+        print(f"  {title:50} {cells}{'' if math.isinf(bar) else f'   {bar:4.2f}'}".rstrip(), flush=True)
+
+
+def table(stored: Path, packed: Path, rounds: int = 2) -> None:
+    """Measure, in turn, and print.
+
+    Args:
+        stored: a folder of classes of JPEGs with a shorter side of 256.
+        packed: a shard set of the same images.
+    """
+    rounds = int(os.environ.get("ROUNDS", rounds))
+    worst: dict[Rival, float] = dict.fromkeys(RIVALS, 0.0)
+    for case in CASES:
+        mine: list[Found] = []
+        found: dict[Rival, list[Found]] = {rival: [] for rival in RIVALS}
+        more: list[tuple[str, Found, float]] = []  # these carry no bar: one round will do
+        for turn in range(rounds):
+            mine.append(ours(packed, *case))
+            for rival in RIVALS:
+                found[rival].append(theirs(rival, stored, packed, case, LOADERS, {}))
+                if not turn:
+                    kept = theirs(rival, stored, packed, case, ["none"], KEEP)
+                    more.append((f"  {rival.name}", kept, math.inf))
+        exchanged = []
+        if case[1] > 1:
+            exchanged = [(EXCHANGED.name, theirs(EXCHANGED, stored, packed, case, ["none"], {}), math.inf)]
+        best = {rival: least(numbers) for rival, numbers in found.items()}
+        with_bar = [(rival.name, numbers, rival.bar) for rival, numbers in best.items()]
+        show(case, least(mine), [*with_bar, *exchanged, ("with mallopt:", {}, math.inf), *more])
+        for rival, numbers in best.items():
+            worst[rival] = max(worst[rival], *(least(mine)[name] / value for name, value in numbers.items()))
+    print(f"\n  at most, over all of these (least of {rounds} rounds of {IMAGES} images):")
+    for rival, share in worst.items():
+        print(f"  {share:.2f} x {rival.name}; bar {rival.bar}: {'met' if share <= rival.bar else 'NOT met'}")
