@@ -154,7 +154,7 @@ def summarise(table: Ints, runs: Sequence[Trained]) -> dict[str, Any]:
     """All numbers of an evaluation from `predict`'s table: counts, and errors as fractions of 1."""
     first = runs[0]
     good = table[:, LEFT_OUT] == 0
-    kept, labels = table[good], first.val.labels(good)
+    kept, labels = table[good], first.val.labels(np.flatnonzero(good))
     samples = np.bincount(labels, minlength=len(first.classes))
     hits = np.bincount(labels[kept[:, BEFORE] == 0], minlength=len(first.classes))
     wrong = kept[:, BEFORE] > 0
