@@ -117,7 +117,9 @@ def distribute(model: nn.Module, config: Config, world: World, *, compiled: bool
             logits = net(inputs, keys)
         logits.float().sum().backward()
 
-    if compiled:  # by the first rank of each node; the others find its kernels in the cache
+    # The first rank of a node compiles, and the others find its kernels in the cache; not on GPUs, each of which has
+    # kernels of its own there.
+    if compiled and world.device.type == "cpu":
         if world.local_rank:
             dist.barrier()
         net.broadcast_buffers, broadcast = False, net.broadcast_buffers

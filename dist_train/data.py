@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
             f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it"
         )
     return train, val
+
+
+def check_tars(sets: Sequence[ShardSet]) -> None:
+    """Raises ShardError if a tar is missing, which would show only when one of its samples is due."""
+    for shards in sets:
+        there = set(os.listdir(shards.directory))
+        if missing := next((name for name in shards.names if name not in there), ""):
+            raise ShardError(f"{shards.directory / missing} is missing: put it back or pack {shards.directory} anew")
 
 
 def difference(classes: Sequence[str], others: Sequence[str]) -> str:

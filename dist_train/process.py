@@ -1,4 +1,4 @@
-"""What is settled once in a process that trains: compiling, determinism, and what becomes of freed memory."""
+"""What is settled once in a process that computes: compiling, determinism, and what becomes of freed memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Settled:
         compiled: whether the model is.
         deterministic: how the same bits come again, in words.
         freed_memory: what becomes of it, in words.
-        numerics: of the program that computes.
+        numerics: see NUMERICS.
     """
 
     compiled: bool
@@ -45,28 +45,35 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled
 
 
 def _compiled(config: Config, world: World, say: Callable[[str], None]) -> bool:
-    """Whether to compile the model. auto: on a GPU; on the CPU nothing is gained, and a cold start costs a minute."""
+    """Whether to compile the model, the same on all ranks. auto: on a GPU, if a compiler works on every rank; on the
+    CPU nothing is gained."""
     if config.train.compile != "auto":
         return config.train.compile == "on"
     if world.device.type == "cpu" or world.mesh is not None:  # towers exchange activations in the midst of the net
         return False
-    if why := compiler_fails(world.device):
+    try:
+        world.together(lambda: try_compiler(world.device), failure=NoCompiler, catch=(NoCompiler,))
+        return True
+    except NoCompiler as why:
         say(f"torch.compile is off, it does not work here: {why}")
-    return not why
+        return False
 
 
-def compiler_fails(device: torch.device) -> str:
-    """Why `torch.compile` does not work here, or nothing. A missing compiler shows only at the first call."""
+class NoCompiler(Exception):
+    """`torch.compile` does not work here; the message says why."""
+
+
+def try_compiler(device: torch.device) -> None:
+    """Raises NoCompiler. That one is missing shows only at the first call."""
     try:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
-        return ""
     except Exception as error:
-        return str(error).strip().splitlines()[-1][:120]
+        raise NoCompiler(str(error).strip().splitlines()[-1][:120]) from error
 
 
 def _deterministic(config: Config, device: torch.device) -> str:
-    """On the CPU our own nets give the same bits without torch's flag, which makes a step cost 1.3 to 1.4 times as
-    much there; of nets that are not ours nobody knows it."""
+    """On the CPU our own nets give the same bits without torch's flag, which would make their steps dearer (`make bench
+    ARGS=net`); of nets that are not ours nobody knows it."""
     wanted = config.train.deterministic
     torch.backends.cudnn.benchmark = not wanted
     flag = wanted and not (device.type == "cpu" and config.model.name in models.OURS)
@@ -80,9 +87,10 @@ def _deterministic(config: Config, device: torch.device) -> str:
 
 def keep_freed_memory(device: torch.device) -> str:
     """On the CPU, let glibc keep the memory that a step frees instead of giving it back to the kernel, from which the
-    next step would get it again, zeroed: 11,000 page faults per image of the paper's net, a quarter of the time.
+    next step would get it again, zeroed, page by page (`make bench ARGS=net`).
 
-    Does nothing without glibc, nor where the user has set malloc's variables. (mallopt(3).)
+    It holds for the whole process. Does nothing without glibc, nor where the user has set malloc's variables. See
+    mallopt(3).
     """
     if device.type != "cpu":
         return "as usual: the model is not on the CPU"

@@ -108,6 +108,7 @@ def _open_sets(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
     # A file system that fails for a moment is no refusal: that may be mended by a restart.
     sets = world.together(lambda: data.open_sets(config), catch=(UserError,))
     assert sets is not None
+    world.together(lambda: data.check_tars(sets), on=[0])
     return sets
 
 
@@ -129,7 +130,7 @@ def _claim(config: Config, world: World, run: RunDirectory, progress: Progress, 
 
 def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: dict[str, Any], size: str) -> None:
     """Say, and record, that training begins or goes on."""
-    if not resumed.checkpoint:
+    if not resumed.found:
         run.record.append("begun", step=progress.step, **settled)
     if told := [f"{k} = {v}" for k, v in resumed.changed.items() if k != "numerics"]:  # of that `restore` has spoken
         run.say("changed since the checkpoint: " + ", ".join(told))

@@ -19,7 +19,7 @@ from submitit.helpers import clean_env
 
 from dist_train.cli import default_name, overrides_of, parse
 from dist_train.config import Config, dump
-from dist_train.data import check_batch, open_sets, to_pack
+from dist_train.data import check_batch, check_tars, open_sets, to_pack
 from pipelines.files import read_text, write_atomically
 from pipelines.misc import ceil_div
 from slurm.cluster import entry
@@ -78,7 +78,7 @@ def plan(options: Namespace, argv: Sequence[str]) -> PlannedRuns:
         )
         check_batch(config, options.nodes * max(1, options.gpus_per_node))
         if not to_pack(config):  # else the job packs first
-            open_sets(config)
+            check_tars(open_sets(config))
         run = SubmittedRun(directory)
         _check_directory(run)
         runs.append((run, config))

@@ -46,6 +46,15 @@ def test_mixed_precision_resumes(shard_sets: Path, tmp_path: Path, precision: st
     assert equal(newest(run)["model"], newest(whole)["model"])
 
 
+def test_compiling_falls_back_where_there_is_no_compiler(shard_sets: Path, tmp_path: Path) -> None:
+    env = dict.fromkeys(("CC", "CXX"), "/no/such")
+    env |= dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), str(tmp_path / "cache"))
+    extra = (*ON_GPU, "--train.compile=auto", "--train.max_steps=2")
+    result = launch(shard_sets, tmp_path / "r", *extra, ranks=1, how="exec", env=env, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("torch.compile is off, it does not work here") == 1
+
+
 def test_the_same_dropout_masks_as_on_the_cpu() -> None:
     net = models.build(ModelConfig(hidden=64), classes=10, crop=67)
     x, keys = torch.randn(8, 3, 67, 67) * 60, mask_keys(0, 3, np.arange(8))

@@ -141,6 +141,7 @@ def test_lrn_of_more_than_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x = (torch.randn(7, 12, 5, 4) * 80).requires_grad_()
     found = {}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for piece in (1 << 18, 2 * 12 * 5 * 4, 1):  # all samples at once; two, and the last by itself; one by one
         monkeypatch.setattr(lrn, "PIECE", piece)
         x.grad = None
@@ -164,6 +165,15 @@ def test_lrn_keeps_what_it_is_given() -> None:
         assert y.dtype == dtype == leaf.grad.dtype
         assert leaf.grad.isfinite().all()
         assert leaf.grad.any()
+
+
+def test_where_lrn_takes_which_form() -> None:
+    for x, form in (
+        (torch.ones(2, 6, 3, 3, requires_grad=True), "_AnalyticBackward"),
+        (torch.ones(2, 6, 3, 3, requires_grad=True, device="meta"), "MulBackward0"),  # as a GPU: not the CPU
+        (torch.ones(2, 6, 3, 3), "NoneType"),
+    ):
+        assert type(local_response_norm(x, 2).grad_fn).__name__ == form
 
 
 def test_lrn_is_exported_in_operators_that_others_know() -> None:

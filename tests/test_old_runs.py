@@ -59,13 +59,13 @@ def test_a_run(old: Path) -> None:
     result = python(old, "dist_train", "--config=run/config.yaml", "--run.dir=run", "--train.epochs=4")
     assert result.returncode == 0, result.stderr
     assert f"continuing from step-{STEP:08d}: epoch 4, step {STEP}" in result.stderr
-    assert result.stderr.count("from here on the bits differ") == 1
+    assert result.stderr.count("from here on the bits may differ") == 1
     went_on(old / "run")
     lines = (old / "run" / "metrics.jsonl").read_text().splitlines()
     changed = [line for line in map(json.loads, lines) if line["kind"] == "changed"]
     assert changed == [{"kind": "changed", "step": STEP, "numerics": 2, "train.epochs": 4}]
     again = python(old, "dist_train", "--config=run/config.yaml", "--run.dir=run", "--train.epochs=5")
-    assert "the bits differ" not in again.stderr
+    assert "the bits may differ" not in again.stderr
 
 
 @pytest.mark.integration

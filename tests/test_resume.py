@@ -28,8 +28,9 @@ def cut(n: int, moment: str = "step") -> dict[str, Any]:
         pytest.param(4, (), marks=pytest.mark.slow),
         pytest.param(1, ("--train.compile=on",), marks=pytest.mark.slow),
         pytest.param(2, ("--train.compile=on",), marks=pytest.mark.slow),
+        pytest.param(4, ("--train.compile=on",), marks=pytest.mark.slow),
     ],
-    ids=["one rank", "four ranks", "one rank, compiled", "two ranks, compiled"],
+    ids=["one rank", "four ranks", "one rank, compiled", "two ranks, compiled", "four ranks, compiled"],
 )
 def test_the_same_bits(shard_sets: Path, tmp_path: Path, ranks: int, extra: tuple[str, ...]) -> None:
     """Cut inside an epoch, at its last step, and during validation, against a run never cut."""

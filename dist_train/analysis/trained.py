@@ -65,7 +65,7 @@ def device_option() -> Iterator[None]:
 
 
 def open_run(directory: Path, device: torch.device, which: str = "last", split: Path | None = None) -> Trained:
-    """A run's model, configuration and data.
+    """A run's model, configuration and data. What this process frees from now on is kept (`process`).
 
     Args:
         which: "last", the newest checkpoint that is whole; "best", the one of the lowest validation error; or a

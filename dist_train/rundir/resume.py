@@ -28,13 +28,13 @@ class Resumed:
     """What a run was resumed from.
 
     Attributes:
-        checkpoint: its name; empty for a new run.
+        found: whether there was a checkpoint.
         record_bytes: of the record, which the checkpoint covers.
         changed: settings that differ from those that the checkpoint was made with.
         bad: names of the checkpoints that were found to be damaged (rank 0).
     """
 
-    checkpoint: str = ""
+    found: bool = False
     record_bytes: int = 0
     changed: dict[str, Any] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
@@ -78,12 +78,10 @@ def restore(
     state.load_state_dict(saved)
     progress = state.progress
     run.say(f"continuing from {found.path.name}: epoch {progress.epoch + 1}, step {progress.step}")
-    resumed.checkpoint, resumed.record_bytes = found.path.name, int(saved["record"])
+    resumed.found, resumed.record_bytes = True, int(saved["record"])
     then = found.meta.get("process", settled | {"numerics": 1})  # older programs did not say
-    if then["numerics"] != settled["numerics"]:
-        run.say(
-            "the program that made it rounded otherwise: from here on the bits differ from those it would have given"
-        )
+    if then.get("numerics") != settled["numerics"]:
+        run.say("it was saved by a program that rounded otherwise: from here on the bits may differ from that one's")
     resumed.changed = {k: v for k, v in settled.items() if then.get(k) != v}
     resumed.changed |= _changed(found.meta["config"], as_dict(config))
     return resumed
