@@ -72,8 +72,7 @@ def try_compiler(device: torch.device) -> None:
 
 
 def _deterministic(config: Config, device: torch.device) -> str:
-    """On the CPU our own nets give the same bits without torch's flag, which would make their steps dearer (`make bench
-    ARGS=net`); of nets that are not ours nobody knows it."""
+    """On the CPU our own nets give the same bits without torch's flag; of nets that are not ours nobody knows it."""
     wanted = config.train.deterministic
     torch.backends.cudnn.benchmark = not wanted
     flag = wanted and not (device.type == "cpu" and config.model.name in models.OURS)
@@ -87,7 +86,7 @@ def _deterministic(config: Config, device: torch.device) -> str:
 
 def keep_freed_memory(device: torch.device) -> str:
     """On the CPU, let glibc keep the memory that a step frees instead of giving it back to the kernel, from which the
-    next step would get it again, zeroed, page by page (`make bench ARGS=net`).
+    next step would get it again, zeroed, page by page (`make bench ARGS=settings`).
 
     It holds for the whole process. Does nothing without glibc, nor where the user has set malloc's variables. See
     mallopt(3).

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tests.benchmarks import data, loaders, net, sets, step, towers, waiting
+from tests.benchmarks import data, loaders, net, sets, settings, step, towers, waiting
 
 
 def main(names: list[str]) -> int:
@@ -27,6 +27,7 @@ def main(names: list[str]) -> int:
             "step": lambda: step.table(photographs().stored, photographs().packed),
             "loaders": lambda: loaders.table(photographs().originals),
             "sets": sets.table,
+            "settings": settings.table,
             "net": net.table,
             "towers": towers.table,
             "waiting": lambda: waiting.table(photographs().packed),
