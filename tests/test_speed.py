@@ -8,21 +8,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from dist_train import models
 from dist_train.__main__ import main
-from dist_train.analysis.pace import Stretch
+from dist_train.analysis import pace as measuring
+from dist_train.analysis.pace import Pace, Stretch, without_data
 from dist_train.analysis.speed import describe, profile_of
 from dist_train.cli import parse
 from dist_train.config import ModelConfig, as_dict
+from dist_train.outcomes import Refused
+from dist_train.ranks.watch import Watch
+from dist_train.ranks.world import join
+from pipelines.augment import Augment
+from pipelines.loader import Batch
+from pipelines.plan import TrainingPlan
+from pipelines.shards import ShardSet
 from tests.benchmarks import plain
-from tests.helpers.launch import EMPTY, SMALL, Run, children, finish, python, spawn
+from tests.helpers.launch import EMPTY, SMALL, Run, alive, children, finish, python, spawn
 
 STEPS = 4
 LINES = {
@@ -119,7 +129,10 @@ def test_without_data_only_the_step_is_measured(tmp_path: Path, monkeypatch: pyt
 def test_ctrl_c_leaves_nothing(ranks: int, shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = speed(shard_sets, "--steps=1000000", ranks=ranks, how="exec")
+    deadline = time.monotonic() + 120
     while not [*(tmp_path / "tmp").glob("dist_train-speed-*")]:
+        assert alive(run.pid), "it ended before it began"
+        assert time.monotonic() < deadline, "it does not begin"
         time.sleep(0.05)
     time.sleep(2)
     for pid in children(run.pid) if ranks else [run.pid]:
@@ -134,7 +147,6 @@ def test_errors_are_one_sentence(
     shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
     train = f"--data.train={shard_sets / 'train'}"
     for words, message in [
         (["--step=3"], "unknown option --step: did you mean --steps?"),
@@ -143,14 +155,12 @@ def test_errors_are_one_sentence(
         (["--train.global_batch", "many"], "train.global_batch is many: it must be int"),
         (["--data.crop=300"], "data.crop 300 is larger than data.resize"),
         (["runs/mine"], "runs/mine is one argument too many"),
-        (["--out=folder"], "folder cannot be written (it is a folder): choose another place with --out"),
-        (["--out=no/p.json"], "no/p.json cannot be written (there is no folder no): choose another place with --out"),
     ]:
         assert main(["speed", train, *words]) == 2, words
         said = capsys.readouterr().err
         assert said.startswith(f"error: {message}"), said
         assert said.count("\n") == 1
-    assert left(tmp_path) == ["folder"]
+    assert left(tmp_path) == []
 
 
 @pytest.mark.integration
@@ -161,6 +171,8 @@ def test_errors_are_one_sentence(
         (["--train.global_batch=1"], "train.global_batch 1 is smaller than ranks (2)"),
         (["--data.train=."], "no shards in ."),
         (["--model.name=torchvision:alexnt"], "torchvision:alexnt"),
+        (["--out=tmp"], "tmp cannot be written (it is a folder): choose another place with --out"),
+        (["--out=no/p.json"], "no/p.json cannot be written (there is no folder no): choose another place with --out"),
     ],
 )
 def test_what_no_run_could_begin_with_is_refused(
@@ -175,6 +187,93 @@ def test_what_no_run_could_begin_with_is_refused(
     assert len(errors) == 1
     assert message in errors[0]
     assert left(tmp_path) == ["tmp"]
+
+
+@pytest.mark.integration
+def test_a_bad_image_is_counted_once(
+    damaged: tuple[Path, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often its batch is repeated, and the set is gone through: three of them are in the one batch here."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--train.global_batch=240", f"--steps={STEPS}"]
+    result = finish(speed(damaged[0], *words, "--data.max_bad=3"))
+    assert result.returncode == 0, result.stderr
+    result = finish(speed(damaged[0], *words, "--data.max_bad=2"))
+    assert result.returncode == 2
+    assert "3 samples could not be decoded, more than data.max_bad" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.integration
+def test_what_one_rank_meets_ends_the_others(
+    damaged: tuple[Path, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would wait for it, up to the time that a step may take: a sample of the second rank's is of another tar."""
+    monkeypatch.chdir(tmp_path)
+    shards = ShardSet(damaged[0] / "train")
+    sample = int(TrainingPlan(shards, Augment(72, 67), shards.manifest).samples(0, 12, 13)[0])
+    row = shards.rows(np.array([sample]))[0]
+    with open(shards.directory / shards.names[shards.shard_of(sample)], "r+b") as file:
+        file.seek(int(row["offset"]) - 512)
+        file.write(b"?" * (512 + int(row["size"])))
+    result = finish(speed(damaged[0], "--run.start_timeout=60", ranks=2))
+    assert result.returncode == 1, result.stderr
+    assert "RuntimeError: rank 1: " in result.stderr
+    assert "is not the tar that was indexed" in result.stderr
+    assert "no progress" not in result.stderr
+    assert "profile.json" not in left(tmp_path)
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Pace]]:
+    """Builds, in this process, a Pace of a configuration: on these data, or without any."""
+    world = join("cpu")
+    watch = Watch.__new__(Watch)  # which looks after no signals, those of pytest
+    watch.stop = False
+
+    def build(*words: str, data: Path | None = None) -> Pace:
+        config, _ = parse(["--config", str(EMPTY), *SMALL, *words])
+        shards = ShardSet(data / "train") if data else without_data(config)
+        return Pace(config, world, watch, shards, tmp_path, loads=bool(data))
+
+    yield build
+    dist.destroy_process_group()
+
+
+def test_forward_and_backward_go_in_the_pieces_of_a_step(begin: Callable[..., Pace]) -> None:
+    """Where a step takes half of its batch at a time, to need half the memory, so does what is measured of it."""
+    pace, sizes = begin("--train.accumulate=2", "--model.outputs=7"), list[int]()
+    pace._trainer.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    batch = Batch(torch.zeros(9, 3, 67, 67), torch.zeros(9, dtype=torch.int64), np.arange(9), 0)
+    assert pace._computing(batch, 2) > 0
+    assert sizes == [4, 5] * 2
+
+
+def test_a_loss_that_is_not_finite_is_refused(begin: Callable[..., Pace]) -> None:
+    """In one sentence of its own, also after more steps than the set has; without data it has one."""
+    pace = begin("--model.outputs=7")
+    assert pace.measure(2)["step"].steps == 2
+    with torch.no_grad():
+        next(pace._trainer.model.parameters()).fill_(torch.nan)
+    with pytest.raises(Refused, match="not finite although no weight has moved"):
+        pace.measure(2)
+
+
+def test_a_slow_loader_makes_it_no_longer(
+    begin: Callable[..., Pace], shard_sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a second holds ten batches at most of a loader that needs 50 ms for one, with a step or without."""
+    monkeypatch.setattr(measuring, "SECONDS", 0.5)
+    pace = begin(data=shard_sets)
+    batches = pace._trainer.train_loader.epoch
+
+    def slow(epoch: int) -> Iterator[Batch]:
+        for batch in batches(epoch):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(pace._trainer.train_loader, "epoch", slow)
+    row = pace.measure(0)
+    assert 1 <= row["both"].steps <= row["loader"].steps <= 10
 
 
 def test_a_step_takes_as_long_as_on_the_slowest_rank() -> None:

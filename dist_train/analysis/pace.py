@@ -6,9 +6,8 @@ import resource
 import socket
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, redirect_stderr
-from dataclasses import asdict, dataclass
-from io import StringIO
+from contextlib import closing
+from dataclasses import asdict
 from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn import functional as F
 
 from dist_train import build
@@ -24,21 +22,20 @@ from dist_train.config import Config
 from dist_train.models.dropout import mask_keys
 from dist_train.monitor.terminal import Terminal
 from dist_train.monitor.wandb import WandbRun
+from dist_train.outcomes import Diverged, Refused
 from dist_train.ranks.vote import Vote
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World
 from dist_train.rundir.directory import RunDirectory
 from dist_train.train import Pending, Trainer
-from pipelines.loader import Batch
+from pipelines.dali import DEPTH
+from pipelines.loader import READY, Batch
 from pipelines.order import even_split
-from pipelines.pack import Options, pack
-from pipelines.shards import ShardSet
-from pipelines.sources import Item
+from pipelines.shards import Manifest, ShardSet
 
-SECONDS = 5.0  # that a measurement is to take
-FEWEST, MOST = 4, 2000  # steps of a measurement, however long or short one is
+SECONDS = 5.0  # that a measurement may take
+MOST = 2000  # steps of a measurement, however short one is; the fewest are one
 WARM_UP = 2  # steps: what is compiled, allocated or tried out by the first ones is not measured
-WARM_UP_LOADER = 8  # batches: as many as the loader is ahead by
 COMPUTED = 5  # forward and backward passes without the other ranks, at most
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
 
@@ -57,35 +54,25 @@ class Stretch(NamedTuple):
         return self.seconds / self.steps
 
 
-@dataclass(frozen=True)
-class Nothing:
-    """A source of as many grey images as a batch needs, for a trainer that is not to load any."""
+class Nothing(ShardSet):
+    """A stand-in for a trainer that is to load nothing: as many samples and classes as are asked for, and no file."""
 
-    images: int
-    outputs: int
+    def __init__(self, images: int, classes: int) -> None:
+        names, grey, none = [str(i) for i in range(classes)], [0.5] * 3, [0.0] * 3
+        self.manifest = Manifest("train", images, names, [], "", grey, grey, none, [none] * 3, sides=[1, 1])
+        self.directory, self.names, self.fingerprint = Path("nowhere"), [], ""
+        self.shard_samples = np.array([images])
 
-    @property
-    def classes(self) -> list[str]:
-        return [str(i) for i in range(self.outputs)]
+    def __len__(self) -> int:
+        return self.manifest.samples
 
-    @property
-    def items(self) -> list[Item]:
-        return [Item("grey", i, 0) for i in range(self.images)]
-
-    @property
-    def rejected(self) -> list[dict[str, str]]:
-        return []
-
-    def load(self, reference: int) -> Image.Image:
-        return Image.new("RGB", (8, 8), (128, 128, 128))
+    def name(self, sample: int) -> str:
+        return f"random image {sample}"
 
 
-def without_data(config: Config, scratch: Path) -> ShardSet:
-    """A shard set for a trainer that takes its steps on random images; 1000 classes if the model does not say."""
-    source = Nothing(config.train.global_batch, config.model.outputs or 1000)
-    with redirect_stderr(StringIO()):  # its progress would only puzzle
-        pack(source, scratch / "nothing", Options(shorter_side=0), split="train", workers=1)
-    return ShardSet(scratch / "nothing")
+def without_data(config: Config) -> ShardSet:
+    """A set for a trainer that takes its steps on random images; 1000 classes if the model does not say."""
+    return Nothing(config.train.global_batch, config.model.outputs or 1000)
 
 
 class Pace:
@@ -98,8 +85,9 @@ class Pace:
         loads: whether `shards` are the data, or stand in for it.
 
     Attributes:
-        build_seconds: until net, optimizer, DDP and loader stood.
-        warm_up_seconds: of the first steps, compiling included; they are not measured.
+        build_seconds: until net, optimizer, DDP and loader stood; with several ranks DDP's two throw-away steps, and
+            so compiling, are of these.
+        warm_up_seconds: of the first steps, which are not measured; compiling is of these with one rank.
     """
 
     def __init__(
@@ -113,7 +101,7 @@ class Pace:
         wandb = WandbRun(scratch, config.monitor)
         silent = Terminal(is_first=False)
         self._trainer = Trainer(config, world, watch, directory, (shards, shards), silent, wandb)
-        self._settle()
+        self._synchronize()
         self.build_seconds = time.perf_counter() - began
 
     def measure(self, steps: int) -> dict[str, Any]:
@@ -127,16 +115,20 @@ class Pace:
         warm = self._steps(repeat(batch), 1)
         paced = self._steps(repeat(batch), WARM_UP - 1)
         self.warm_up_seconds = warm.seconds + paced.seconds
-        many = steps or self._enough(paced.step_seconds)
-        row: dict[str, Any] = {"rank": self._world.rank, "host": socket.gethostname()}
-        row["step"] = self._steps(repeat(batch), many)
-        row["forward_backward_ms"] = self._computing(batch, min(many, COMPUTED))
-        row["loader"] = self._loader(steps) if self._loads else None
-        row["both"] = self._with_data(many) if self._loads else None
-        row["all_reduce"] = self._all_reduce()
+        row: dict[str, Any] = {"rank": self._world.rank, "host": socket.gethostname(), "loader": None, "both": None}
+        row["step"] = step = self._steps(repeat(batch), steps or self._enough(paced.step_seconds))
+        if self._loads:
+            row["loader"] = loader = self._loader(steps)
+            # On the CPU the two take turns: what both take together is the longest that a step can.
+            row["both"] = self._with_data(steps or self._enough(step.step_seconds + loader.step_seconds))
         row["peak_host_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
         cuda = self._world.device.type == "cuda"
         row["peak_device_mb"] = torch.cuda.max_memory_allocated() / 1e6 if cuda else None
+        # After the peaks, which are those of training.
+        row["forward_backward_ms"] = None
+        if self._world.size > 1:
+            row["forward_backward_ms"] = self._computing(batch, min(steps or COMPUTED, self._enough(step.step_seconds)))
+        row["all_reduce"] = self._all_reduce()
         return row
 
     def facts(self) -> dict[str, Any]:
@@ -151,14 +143,15 @@ class Pace:
         }
 
     def _enough(self, seconds: float) -> int:
-        """So many steps of so many seconds that they take about SECONDS; the same on all ranks."""
-        many: int = self._world.share(max(FEWEST, min(MOST, round(SECONDS / seconds))))
-        return many
+        """So many steps that they take at most SECONDS, if one takes so long on this rank; the same on all ranks."""
+        slowest = torch.tensor(seconds, dtype=torch.float64, device=self._world.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return max(1, min(MOST, int(SECONDS / float(slowest))))
 
     def _first_batch(self) -> Batch:
         if self._loads:
             with closing(self._batches()) as batches:
-                return next(batches)
+                return next(batches)._replace(replaced=0)  # or it would be counted at each repetition
         world, side = self._world, self._config.data.crop
         low, high = even_split(self._config.train.global_batch, world.dp_rank, world.dp_size)
         torch.manual_seed(low)
@@ -168,41 +161,53 @@ class Pace:
 
     def _batches(self) -> Generator[Batch, None, None]:
         for epoch in count():  # a set may be shorter than a measurement
-            yield from self._trainer.train_loader.epoch(epoch)
+            for batch in self._trainer.train_loader.epoch(epoch):
+                yield batch if epoch == 0 else batch._replace(replaced=0)  # what is bad is counted once
 
     def _steps(self, batches: Iterable[Batch], many: int) -> Stretch:
-        """So many steps, as `Trainer.fit` takes them. Raises KeyboardInterrupt on all ranks after a stop signal."""
+        """So many steps, as `Trainer.fit` takes them. On all ranks alike, raises KeyboardInterrupt after a stop signal,
+        Refused for a loss that is not finite, and BadData."""
         pending: Pending | None = None
         images, stop, loader = 0, 0.0, self._trainer.train_loader
-        self._settle()
+        self._synchronize()
         began, cpu, waited = time.perf_counter(), time.process_time(), loader.waited
         for batch in islice(batches, many):
             # At a rate of 0 all is computed, and no batch is learnt by heart: gradients stay as large as a run's.
             before, pending = pending, self._trainer.train_step(batch, 0.0)
-            self._trainer.progress.advance()
+            self._trainer.progress.step += 1  # of an epoch without end: a measurement may be longer than one
             images += len(batch.labels)
-            if stop := self._trainer.observe(before).stop:
+            if stop := self._observe(before).stop:
                 break
-        self._heed(stop + self._trainer.observe(pending).stop)
-        self._settle()
+        _heed(stop + self._observe(pending).stop)
+        self._synchronize()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         return Stretch(many, images, seconds, cpu, loader.waited - waited)
 
+    def _observe(self, pending: Pending | None) -> Vote:
+        try:
+            return self._trainer.observe(pending)
+        except Diverged as error:
+            raise Refused(
+                "the loss or a gradient is not finite although no weight has moved, so a run would diverge at once: "
+                "look at data.inputs, train.precision and the net"
+            ) from error
+
     def _loader(self, steps: int) -> Stretch:
+        ahead = self._config.data.ahead + READY + DEPTH  # what the loader does before it delivers
         with closing(self._batches()) as batches:
-            self._take(batches, WARM_UP_LOADER // 2)
-            paced = self._take(batches, WARM_UP_LOADER // 2)
+            first = self._take(batches, 1)
+            paced = self._take(batches, min(ahead, self._enough(first.step_seconds)))
             return self._take(batches, steps or self._enough(paced.step_seconds))
 
     def _take(self, batches: Iterator[Batch], many: int) -> Stretch:
         """So many batches, of which nothing is made."""
-        self._heed(Vote.cast(self._world, stop=self._watch.stop).read().stop)
+        _heed(Vote.cast(self._world, stop=self._watch.stop).read().stop)
         images = 0
         began, cpu = time.perf_counter(), time.process_time()
         for batch in islice(batches, many):
             self._watch.heartbeat(self._config.run.step_timeout)
             images += len(batch.labels)
-        self._settle()
+        self._synchronize()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         return Stretch(many, images, seconds, cpu, seconds)
 
@@ -211,23 +216,23 @@ class Pace:
             self._steps(batches, WARM_UP)
             return self._steps(batches, many)
 
-    def _computing(self, batch: Batch, many: int) -> float | None:
-        """Milliseconds of forward and backward on this rank while it waits for no other; None if there is no other.
-        (A tower on two ranks waits for its other half.)"""
-        if self._world.size == 1:
-            return None
-        trainer, device = self._trainer, self._world.device
+    def _computing(self, batch: Batch, many: int) -> float:
+        """Milliseconds of a step's forward and backward on this rank, in the pieces of a step, while it waits for no
+        other rank. (A tower on two ranks waits for its other half.)"""
+        trainer, device, pieces = self._trainer, self._world.device, self._config.train.accumulate
         keys = mask_keys(self._config.train.seed, 0, batch.positions).to(device)
         inputs, labels = batch.inputs.to(device), batch.labels.to(device)
         dist.barrier()
-        self._settle()
+        self._synchronize()
         began = time.perf_counter()
         for _ in range(many):
             trainer.state.optimizer.zero_grad()
-            with trainer.autocast:
-                logits = trainer.model(inputs, keys)  # not `net`: DDP sends nothing then
-            F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
-        self._settle()
+            for i in range(pieces):
+                low, high = even_split(len(labels), i, pieces)
+                with trainer.autocast:
+                    logits = trainer.model(inputs[low:high], keys[low:high])  # not `net`: DDP sends nothing then
+                F.cross_entropy(logits.float(), labels[low:high]).backward()  # type: ignore[no-untyped-call]
+        self._synchronize()
         return 1000 * (time.perf_counter() - began) / many
 
     def _all_reduce(self) -> tuple[float, float] | None:
@@ -237,24 +242,27 @@ class Pace:
             return None
         size = sum(p.numel() * p.element_size() for p in self._trainer.model.parameters() if p.requires_grad)
         buckets = torch.zeros(size // 4, device=world.device).split(BUCKET // 4)  # type: ignore[no-untyped-call]
-        times = []
-        for _ in range(COMPUTED):
+
+        def seconds() -> float:
             dist.barrier()
-            self._settle()
+            self._synchronize()
             began = time.perf_counter()
             for work in [dist.all_reduce(bucket, group=world.group("data"), async_op=True) for bucket in buckets]:
                 if work:
                     work.wait()
-            self._settle()
-            times.append(time.perf_counter() - began)
-        return size / 1e6, 1000 * sum(times[1:]) / len(times[1:])
+            self._synchronize()
+            return time.perf_counter() - began
 
-    def _settle(self) -> None:
+        many = min(COMPUTED, self._enough(seconds()))
+        return size / 1e6, 1000 * sum(seconds() for _ in range(many)) / many
+
+    def _synchronize(self) -> None:
         """Let the device finish what it was given: a clock that is read before that reads nothing."""
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _heed(self, stop: float) -> None:
-        """Raises KeyboardInterrupt on all ranks alike if they voted that a stop signal came to one."""
-        if stop:
-            raise KeyboardInterrupt
+
+def _heed(stop: float) -> None:
+    """Raises KeyboardInterrupt on all ranks alike if they voted that a stop signal came to one."""
+    if stop:
+        raise KeyboardInterrupt

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from dist_train import data
 from dist_train.analysis.pace import Pace, Stretch, without_data
 from dist_train.config import Config, as_dict
-from dist_train.outcomes import Ended
+from dist_train.outcomes import Ended, Refused
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World, join
 from pipelines.cli import refuse
@@ -34,13 +34,23 @@ FORMAT = 1
 
 
 def start(args: Namespace, config: Config) -> int:
-    """Measure, print what a person understands, and write profile.json. Returns the exit code of this rank. Raises
-    UserError, and KeyboardInterrupt on all ranks after a stop signal."""
-    check_place(args.out)
+    """Measure, print what a person understands, and write profile.json. Returns the exit code of this rank.
+
+    Raises UserError in one process, RuntimeError for what one rank of several met, so that a launcher ends the others,
+    and KeyboardInterrupt on all ranks after a stop signal.
+    """
     watch = Watch(config.run.start_timeout, config.run.stop_timeout)
     world = join(config.train.device)
     try:
-        code = _speed(args, config, world, watch)
+        try:
+            _speed(args, config, world, watch)
+            code = 0
+        except Ended as end:  # on all ranks
+            code = refuse(end, speaks=world.rank == 0)
+        except (UserError, OSError) as error:
+            if world.size == 1:
+                raise
+            raise RuntimeError(f"rank {world.rank}: {error}") from error
         dist.barrier()  # leave together
     finally:
         watch.close()
@@ -55,35 +65,34 @@ def check_place(path: Path) -> None:
         raise UserError(f"{path} cannot be written ({why}): choose another place with --out")
 
 
-def _speed(args: Namespace, config: Config, world: World, watch: Watch) -> int:
-    try:
-        with tempfile.TemporaryDirectory(prefix="dist_train-speed-") as scratch:
-            shards = _opened(config, world)
-            built = world.in_pairs() if config.train.tower_parallel else world
-            pace = Pace(
-                config, built, watch, shards or without_data(config, Path(scratch)), Path(scratch), loads=bool(shards)
-            )
-            row = pace.measure(args.steps)
-        rows: list[dict[str, Any]] = [{}] * world.size
-        dist.all_gather_object(rows, row)
-        if world.rank == 0:
-            report = facts(config, world) | pace.facts() | profile_of(rows, config.train.global_batch)
-            report["warm_up"] = {"build_s": pace.build_seconds, "first_steps_s": pace.warm_up_seconds}
-            report["config"] = as_dict(config)
-            print(describe(report))
-            _write(report, args.out)
-    except (UserError, Ended, OSError, ValueError) as error:  # ValueError: what torch makes of a model's sizes
-        return refuse(error, speaks=world.rank == 0)
-    return 0
+def _speed(args: Namespace, config: Config, world: World, watch: Watch) -> None:
+    """Raises Ended on all ranks alike."""
+    world.together(lambda: check_place(args.out), on=[0])
+    shards = _opened(config, world)
+    built = world.in_pairs() if config.train.tower_parallel else world
+    with tempfile.TemporaryDirectory(prefix="dist_train-speed-") as scratch:
+        try:
+            pace = Pace(config, built, watch, shards or without_data(config), Path(scratch), loads=bool(shards))
+        except ValueError as error:  # ours, and torch's for sizes that do not fit
+            raise Refused(str(error)) from error
+        row = pace.measure(args.steps)
+    rows: list[dict[str, Any]] = [{}] * world.size
+    dist.all_gather_object(rows, row)
+    report = facts(config, world) | pace.facts() | profile_of(rows, config.train.global_batch)
+    report["warm_up"] = {"build_s": pace.build_seconds, "first_steps_s": pace.warm_up_seconds}
+    report["config"] = as_dict(config)
+    if world.rank == 0:
+        print(describe(report))
+    world.together(lambda: _write(report, args.out), on=[0])
 
 
 def _opened(config: Config, world: World) -> ShardSet | None:
-    """The training set, or None if rank 0 finds none. Raises UserError on all ranks."""
-    world.together(lambda: data.check_batch(config, world.size), failure=UserError)
+    """The training set, or None if rank 0 finds none. Raises Refused on all ranks."""
+    world.together(lambda: data.check_batch(config, world.size))
     if not world.share(Path(config.data.train).exists()):
         return None
     trained = replace(config, data=replace(config.data, val=config.data.train))  # nothing is validated
-    sets = world.together(lambda: data.open_sets(trained), failure=UserError)
+    sets = world.together(lambda: data.open_sets(trained))
     assert sets is not None
     return sets[0]
 
@@ -181,7 +190,8 @@ def describe(report: dict[str, Any]) -> str:
     device = f", {memory['peak_device_mb']:,.0f} MB on the device" if memory["peak_device_mb"] is not None else ""
     rows.append(("memory", f"{memory['peak_host_mb']:,.0f} MB at most in a process{device}"))
     warm = report["warm_up"]
-    rows.append(("warm-up", f"{warm['build_s']:.1f} s to build, {warm['first_steps_s']:.1f} s for the first steps"))
+    built = "build, with two steps for DDP" if reduce else "build"
+    rows.append(("warm-up", f"{warm['build_s']:.1f} s to {built}, {warm['first_steps_s']:.1f} s for the first steps"))
     rows += _slowest(report["ranks"])
     return "\n".join(f"{label:>10}  {text}" for label, text in rows)
 

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=2 tests/benchmarks/plain.py ...
 
 DIR/<class>/*.jpg holds images stored at shorter side 256. It imports nothing of this project. Prints one line of JSON:
-for each loader images, wall seconds, and CPU milliseconds per image of all ranks with their worker processes.
+for each loader images, wall seconds, and CPU milliseconds per image of all ranks with their worker processes; and the
+peak memory of rank 0 in MB, without its workers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -34,8 +36,11 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 WARM_UP = 2  # steps without data; with data half of it, since the net is warm by then
 
 
-def paper_net(*, lrn: bool, dropout: bool) -> nn.Module:
-    """AlexNet as in 2012, two towers as groups, for 227 pixels and 1000 classes."""
+def paper_net(crop: int = 227, outputs: int = 1000, *, lrn: bool, dropout: bool) -> nn.Module:
+    """AlexNet as in 2012, two towers as groups."""
+    side = (crop - 11) // 4 + 1
+    for _ in range(3):  # pools
+        side = (side - 3) // 2 + 1
 
     def norm() -> list[nn.Module]:
         return [nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)] if lrn else []
@@ -51,15 +56,21 @@ def paper_net(*, lrn: bool, dropout: bool) -> nn.Module:
     features += [nn.Conv2d(256, 384, 3, padding=1), relu()]
     features += [nn.Conv2d(384, 384, 3, padding=1, groups=2), relu()]
     features += [nn.Conv2d(384, 256, 3, padding=1, groups=2), relu(), nn.MaxPool2d(3, 2)]
-    dense = [nn.Flatten(), nn.Linear(9216, 4096), relu(), *drop(), nn.Linear(4096, 4096), relu(), *drop()]
-    return nn.Sequential(*features, *dense, nn.Linear(4096, 1000))
+    dense = [nn.Flatten(), nn.Linear(256 * side**2, 4096), relu(), *drop(), nn.Linear(4096, 4096), relu(), *drop()]
+    return nn.Sequential(*features, *dense, nn.Linear(4096, outputs))
 
 
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "paper": lambda: paper_net(lrn=True, dropout=True),
-    "torchvision": torchvision.models.alexnet,
-    "bare": lambda: paper_net(lrn=False, dropout=False),
-    "bare in DDP": lambda: paper_net(lrn=False, dropout=False),
+def torchvision_net(crop: int = 227, outputs: int = 1000) -> nn.Module:
+    """Its AlexNet, which pools to the same size whatever the crop."""
+    net: nn.Module = torchvision.models.alexnet(num_classes=outputs)
+    return net
+
+
+NETS: dict[str, Callable[..., nn.Module]] = {
+    "paper": partial(paper_net, lrn=True, dropout=True),
+    "torchvision": torchvision_net,
+    "bare": partial(paper_net, lrn=False, dropout=False),
+    "bare in DDP": partial(paper_net, lrn=False, dropout=False),
 }
 UPDATED = ("paper", "torchvision")  # of the others forward and backward alone are measured
 
@@ -133,13 +144,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="over all ranks")
     parser.add_argument("--steps", type=int, default=4, help="that are measured")
     parser.add_argument("--crop", type=int, default=227)
+    parser.add_argument("--outputs", type=int, default=1000, help="classes")
     parser.add_argument("--workers", type=int, default=1, help="of the DataLoader, for each rank")
     args = parser.parse_args()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // RANKS))
     if RANKS > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = NETS[args.net]().to(memory_format=torch.channels_last)
+    model = NETS[args.net](args.crop, args.outputs).to(memory_format=torch.channels_last)
     net = DistributedDataParallel(model) if RANKS > 1 and args.net != "bare" else model
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=True)
 
