@@ -9,9 +9,10 @@ from pathlib import Path
 from pipelines.cli import Parser, Verb, interrupted, natural, positive, run_verb
 from pipelines.errors import UsageError
 from pipelines.files import read_text
+from pipelines.manifest import Manifest, ShardError
 from pipelines.misc import cpus
 from pipelines.scan import REJECTED
-from pipelines.shards import QUARANTINE, Manifest, ShardError, ShardSet
+from pipelines.shards import QUARANTINE, ShardSet
 from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
 
 PACK_USAGE = """

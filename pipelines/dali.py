@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Inputs
+from pipelines.manifest import Manifest
 from pipelines.misc import cpus
-from pipelines.shards import Manifest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from pipelines.augment import framed
 from pipelines.dali import DEPTH, Decode, Feed, collect, graph, scale
+from pipelines.manifest import Manifest
 from pipelines.misc import ceil_div
 from pipelines.order import Ints, even_split
 from pipelines.plan import Plan
 from pipelines.reading import Encoded, Fetch, Reader
 from pipelines.search import undecodable
-from pipelines.shards import Manifest
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline

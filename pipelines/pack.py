@@ -19,11 +19,11 @@ import numpy as np
 import webdataset
 
 from pipelines.errors import first_line
+from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.order import PACK, even_split, permutation
 from pipelines.parallel import parallel, tick
 from pipelines.rows import HEADER
 from pipelines.scan import WORK, finish, scan_file, scan_shard
-from pipelines.shards import MANIFEST, Manifest, ShardError
 from pipelines.sources import Item, Source, SourceError, to_jpeg
 
 TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set

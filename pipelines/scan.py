@@ -17,9 +17,10 @@ from PIL import Image
 
 from pipelines.errors import first_line
 from pipelines.files import jsonl, replacing, sha256, write_atomically
+from pipelines.manifest import Manifest, ShardError
 from pipelines.parallel import tick
 from pipelines.rows import HEADER, NAME, SAMPLE, checksum, sides, top_label
-from pipelines.shards import IMAGES, INDEX, Manifest, ShardError
+from pipelines.shards import IMAGES, INDEX
 from pipelines.sources import upright_rgb
 from pipelines.tars import tar_samples
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from pipelines.errors import first_line
 from pipelines.files import jsonl, sha256, write_atomically
+from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.parallel import parallel, tick
 from pipelines.rows import SAMPLE, checksum, fault, mapped, sides
 from pipelines.scan import read_sample
-from pipelines.shards import INDEX, MANIFEST, QUARANTINE, Manifest, ShardError
+from pipelines.shards import INDEX, QUARANTINE
 from pipelines.tars import tar_samples
 
 Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if it concerns one sample

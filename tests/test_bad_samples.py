@@ -10,8 +10,9 @@ import pytest
 from pipelines.augment import Augment
 from pipelines.dali import Decode
 from pipelines.loader import Loader, Read
+from pipelines.manifest import ShardError
 from pipelines.plan import FixedPlan, TrainingPlan
-from pipelines.shards import BadSample, ShardError, ShardSet
+from pipelines.shards import BadSample, ShardSet
 from tests.helpers.compare import records, status
 from tests.helpers.launch import launch
 

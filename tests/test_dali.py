@@ -23,9 +23,10 @@ from torchvision.transforms import functional as F
 from pipelines.augment import Augment
 from pipelines.dali import DEPTH, Decode, Device, Feed, collect, graph
 from pipelines.loader import Batch, Loader, Read
+from pipelines.manifest import ShardError
 from pipelines.pack import Options, index, pack
 from pipelines.plan import FixedPlan, Plan, TrainingPlan
-from pipelines.shards import ShardError, ShardSet
+from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 from tests.conftest import CLASSES, TINTS, photograph
 from tests.helpers.reference import reference_crop

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.manifest import Manifest
 from pipelines.mixing import advice, classes_per_batch
 from pipelines.order import Order
 from pipelines.rows import checksum
-from pipelines.shards import Manifest, ShardSet
+from pipelines.shards import ShardSet
 from tests.benchmarks import sets
 
 

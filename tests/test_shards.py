@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.manifest import Manifest, ShardError
 from pipelines.pack import Options, pack
 from pipelines.rows import SAMPLE
-from pipelines.shards import Manifest, ShardError, ShardSet
+from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 from tests.benchmarks import sets
 from tests.benchmarks.sets import counted

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.manifest import Manifest, ShardError
 from pipelines.pack import Options, pack
 from pipelines.rows import HEADER
-from pipelines.shards import BadSample, Manifest, ShardError, ShardSet
+from pipelines.shards import BadSample, ShardSet
 from pipelines.sources import ImageFolder
 from pipelines.verify import _Task, _verify_shard, verify
 from tests.conftest import CLASSES, SIZES, TINTS, photograph

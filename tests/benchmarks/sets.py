@@ -19,10 +19,11 @@ from unittest.mock import patch
 import numpy as np
 
 from pipelines.augment import Augment
+from pipelines.manifest import Manifest
 from pipelines.order import Order
 from pipelines.plan import TrainingPlan
 from pipelines.rows import HEADER, SAMPLE, checksum
-from pipelines.shards import INDEX, Manifest, ShardSet
+from pipelines.shards import INDEX, ShardSet
 
 SIZES = {10**6: 1_000, 10**8: 10_000, 10**9: 100_000}  # samples: shards
 BATCH = 128
