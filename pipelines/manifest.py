@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 
 VERSION = 1
 MANIFEST = "manifest.json"
+MOST = 1 << 48  # samples, or bytes: all shards together stay within 64 bits
 
 
 class ShardError(UserError):
@@ -73,11 +77,54 @@ class Manifest:
                 raise ValueError("its checksum does not match")
             if (version := body["version"]) == VERSION:  # else its fields are others
                 known = {f.name for f in fields(Manifest)}
-                return Manifest(**{name: value for name, value in body.items() if name in known})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+                manifest = Manifest(**{name: value for name, value in body.items() if name in known})
+                if wrong := next(_wrong(manifest), None):
+                    raise ValueError(f"its {wrong} cannot be right")
+                return manifest
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             remedy = f"run `python -m pipelines index {directory}` to make it anew"
             raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
         raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
+
+
+def _wrong(manifest: Manifest) -> Iterator[str]:
+    """The fields that hold what no program of ours writes. Raises what numpy makes of lists that are no numbers."""
+    for name, kind in (("split", str), ("classes", list), ("index_sha256", str), ("stored", dict), ("source", str)):
+        if type(getattr(manifest, name)) is not kind:
+            yield name
+    if not all(type(name) is str for name in manifest.classes):
+        yield "classes"
+    if not _is_count(manifest.samples):
+        yield "samples"
+    if not (type(manifest.shards) is list and all(map(_is_shard, manifest.shards))):
+        yield "shards"
+    for name, shape in (("mean", (3,)), ("std", (3,)), ("eigenvalues", (3,)), ("eigenvectors", (3, 3))):
+        numbers = np.array(getattr(manifest, name))
+        if numbers.shape != shape or numbers.dtype.kind not in "if" or not np.isfinite(numbers).all():
+            yield name
+    sides = manifest.sides
+    if type(sides) is not list or (
+        sides and not (len(sides) == 2 and all(map(_is_count, sides)) and 0 < sides[0] <= sides[1])
+    ):
+        yield "sides"
+
+
+def _is_shard(shard: Any) -> bool:  # of which there may be 10^5: no more than has to be
+    return (
+        type(shard) is dict
+        and type(name := shard.get("name")) is str
+        and name not in ("", ".", "..")
+        and "/" not in name  # it lies in the set
+        and "\0" not in name
+        and type(shard.get("sha256")) is str
+        and _is_count(shard.get("samples"))
+        and _is_count(shard.get("bytes"))
+        and _is_count(shard.get("rows", 0))
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MOST
 
 
 def _checksum(body: dict[str, Any]) -> str:

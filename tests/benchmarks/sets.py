@@ -88,9 +88,11 @@ def counted() -> Iterator[list[str]]:
     if not _hooks:
         sys.addaudithook(lambda name, args: _hooks[-1].append(name) if name in AUDITED else None)
     _hooks.append(calls)
-    with patch.multiple(os, **{name: partial(note, name, getattr(os, name)) for name in CALLS}):
-        yield calls
-    _hooks.append([])
+    try:
+        with patch.multiple(os, **{name: partial(note, name, getattr(os, name)) for name in CALLS}):
+            yield calls
+    finally:
+        _hooks.append([])
 
 
 def resident() -> float:
