@@ -74,8 +74,11 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
 
 
 def finished(source: Source, directory: Path, options: Options, *, split: str) -> Manifest | None:
-    """The manifest if `pack` with these arguments has nothing left to do, otherwise None: of this set, or of the same
-    as a program packed it that kept small images always. Raises SourceError, or ShardError if it is another set."""
+    """The manifest if `pack` with these arguments has nothing left to do; None if there is no manifest yet.
+
+    A set that a program of an earlier day packed, which always kept small images, counts as finished with and without
+    `keep_small`. Raises SourceError, or ShardError if the directory holds another set.
+    """
     if not (directory / MANIFEST).exists():
         return None
     if (manifest := Manifest.read(directory)).source not in _plan(source, directory, options, split):
