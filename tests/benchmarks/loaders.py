@@ -171,17 +171,18 @@ def measure(name: str, directory: Path, scales: bool) -> dict[str, Any]:
     if measured < TAIL:
         raise RuntimeError(f"{directory} has {len(shards)} images: give {(WARM_UP + 2 * TAIL) * BATCH} at least")
     batches = CANDIDATES[name](shards, scales)
-    shown = list(islice(batches, WARM_UP))
+    found, means = dict[str, Any](), list[float]()
+    for batch in islice(batches, WARM_UP):  # none is kept: the memory of the next ones would be new, and counted
+        if isinstance(batch, Tensor):
+            found = {"shape": list(batch.shape), "dtype": str(batch.dtype)}
+            means.append(float(batch.mean()))
     cpu, python = cpu_seconds(), python_seconds()
     images = sum(len(batch) for batch in islice(batches, measured))
-    found = {
+    found |= {
         "cpu_us": (cpu_seconds() - cpu) / images * 1e6,
         "python_us": (python_seconds() - python) / images * 1e6,
     }
-    if isinstance(shown[0], Tensor):
-        found |= {"shape": list(shown[0].shape), "dtype": str(shown[0].dtype)}
-        found["mean"] = float(torch.stack([batch.mean() for batch in shown]).mean())
-    return found
+    return found | ({"mean": float(np.mean(means))} if means else {})
 
 
 def agree(found: dict[str, dict[str, Any]]) -> None:
