@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.config import Config, ConfigError
+from pipelines.manifest import MANIFEST, ShardError
 from pipelines.misc import cpus
-from pipelines.shards import MANIFEST, ShardError, ShardSet
+from pipelines.shards import ShardSet
 from pipelines.sources import Torchvision
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from pipelines.cli import Parser, Verb, interrupted, natural, positive, run_verb
 from pipelines.errors import UsageError
 from pipelines.files import read_text
+from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.misc import cpus
+from pipelines.rows import mapped, sides
 from pipelines.scan import REJECTED
-from pipelines.shards import QUARANTINE, Manifest, ShardError, ShardSet
+from pipelines.shards import INDEX, QUARANTINE, ShardSet
 from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
 
 PACK_USAGE = """
@@ -42,12 +44,13 @@ def start_pack(args: Namespace) -> int:
     side = args.shorter_side
     if side is None:
         side = 256 if args.source == "imagefolder" else 0
+    enlarge = 0 if args.keep_small else side
     options = pack.Options(side, args.quality, args.shard_mb, args.seed, args.keep_small)
     try:
         for source, directory in sets:
-            already = pack.finished(source, directory, options, split=directory.name)
+            already = (directory / MANIFEST).exists()  # it is written last
             manifest = pack.pack(source, directory, options, split=directory.name, workers=args.workers)
-            _report(manifest, directory, _already(directory, 0 if args.keep_small else side) if already else "")
+            _report(manifest, directory, _already(manifest, directory, enlarge) if already else "")
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
@@ -66,9 +69,13 @@ def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
     return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
 
 
-def _already(directory: Path, enlarge: int) -> str:
+def _already(manifest: Manifest, directory: Path, enlarge: int) -> str:
     """Of a finished set: that it is one, and whether it has images that were kept below `enlarge` pixels."""
-    if ShardSet(directory).sides[0] >= enlarge:
+    try:
+        least, _ = manifest.sides or sides(mapped(directory / INDEX))
+    except Exception:  # whatever numpy makes of garbage: who opens the set is told
+        least = enlarge
+    if least >= enlarge:
         return "; already packed"
     return f"; already packed, small images as they were: to enlarge them delete {directory} and repeat the command"
 

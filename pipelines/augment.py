@@ -41,12 +41,12 @@ class Views:
 
 
 class Frame(NamedTuple):
-    """What of each image is decoded, and which region of that becomes the crop.
+    """What of each image is decoded, and which region of that becomes the crop: all of one that is resized.
 
     Attributes:
         begin: left and top edge of the region to decode, int32 [n, 2].
         extent: its width and height, int32 [n, 2].
-        roi_begin: top and left edge of the crop in the decoded region if that is resized, (y, x), float32 [n, 2].
+        roi_begin: top and left edge of the crop in the image if that is resized, (y, x), float32 [n, 2].
         roi_end: its bottom and right edge, likewise.
         scaled: whether the image has to be resized at all; if not, the region is the crop. Bool [n].
     """
@@ -61,18 +61,16 @@ class Frame(NamedTuple):
 def framed(views: Views, crop: int) -> Frame:
     """Where the crops of these views lie in the images as they are stored.
 
-    Of an image that is resized, what lies right of the crop and below it is not decoded, but for what the filter of the
-    resize sees. What lies left and above is: a resize computes places as float32, so that with another origin one value
-    in 10^5 came out a level higher or lower.
+    An image that is resized is decoded whole. Of one that is cut short, a decoder finds that only below some line: if
+    the region decided, an epoch would find it and another would not, and after a restart other samples would be shown.
     """
     size = views.original
     scaled = (size != views.size).any(axis=1)
     ratio = size / views.size.astype(np.float64)
     begin, end = views.corner * ratio, (views.corner + crop) * ratio
-    seen = np.ceil(end) + np.ceil(np.maximum(ratio, 1)) + 2  # a triangle as wide as a pixel of the smaller image
     return Frame(
         begin=np.where(scaled[:, None], 0, views.corner).astype(np.int32),
-        extent=np.where(scaled[:, None], np.minimum(seen, size), crop).astype(np.int32),
+        extent=np.where(scaled[:, None], size, crop).astype(np.int32),
         roi_begin=np.ascontiguousarray(begin[:, ::-1], np.float32),
         roi_end=np.ascontiguousarray(end[:, ::-1], np.float32),
         scaled=scaled,

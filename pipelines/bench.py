@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from pipelines.augment import Augment
 from pipelines.loader import Loader, Read
+from pipelines.manifest import ShardError
 from pipelines.mixing import classes_per_batch
 from pipelines.plan import TrainingPlan
-from pipelines.shards import ShardError, ShardSet
+from pipelines.shards import ShardSet
 
 MEASURED = 4096  # at most, to measure
 WARM_UP = 8  # batches: as many as the loader is ahead by, so that the pace is steady when the clock starts

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Inputs
+from pipelines.manifest import Manifest
 from pipelines.misc import cpus
-from pipelines.shards import Manifest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -30,7 +30,7 @@ class Feed(NamedTuple):
     """The inputs of the graph for the n samples of a step.
 
     Attributes:
-        encoded: the files' bytes, n arrays. They are not copied.
+        encoded: the files' bytes, n arrays.
         begin, extent, roi_begin, roi_end, scaled: see `Frame`.
         mirror: horizontal reflection, int32 [n].
         mean: what to subtract from each channel, float32 [n, 3].
@@ -77,7 +77,7 @@ def graph(
     decode: Decode,
     depth: int = DEPTH,
 ) -> Pipeline:
-    """decode the region that the crop needs -> resize where it has to be -> mirror and normalise.
+    """decode (the crop alone where nothing is resized) -> resize where it has to be -> mirror and normalise.
 
     `source` returns the inputs of a step of n <= `batch` samples. `resize`: whether any image of the set has to be
     resized; the others of the set pass by the resize, which costs more than decoding an image at 256 pixels does.
@@ -89,8 +89,8 @@ def graph(
     fields = [name for name in Feed._fields if resize or name not in ("roi_begin", "roi_end", "scaled")]
     pipeline = Pipeline(batch, decode.threads or cpus(), decode.device_id, prefetch_queue_depth=depth)
     with pipeline:
-        held = _holding(source, fields, depth + 2)
-        inputs = fn.external_source(source=held, num_outputs=len(fields), batch=True, no_copy=on_cpu)
+        ask = _asking(source, fields, held=depth + 2 if on_cpu else 0)
+        inputs = fn.external_source(source=ask, num_outputs=len(fields), batch=True, no_copy=on_cpu)
         feed = dict(zip(fields, inputs, strict=True))
         upright = {"output_type": types.RGB, "adjust_orientation": False}  # settled when the set was packed
         if on_cpu:
@@ -128,14 +128,16 @@ def _resized(image: DataNode, feed: dict[str, DataNode], crop: int) -> DataNode:
     return conditional.merge(region, whole, predicate=scaled)
 
 
-def _holding(source: Callable[[], Feed], fields: Sequence[str], depth: int) -> Callable[[], list[Any]]:
-    """Gives these fields of what `source` does. The last `depth` feeds stay in memory: DALI reads them where they lie
-    until it has put out their batch, and a copy would cost the thread that feeds it a fifth of its time."""
-    held: deque[Feed] = deque(maxlen=depth)
+def _asking(source: Callable[[], Feed], fields: Sequence[str], *, held: int) -> Callable[[], list[Any]]:
+    """Gives these fields of what `source` does. The last `held` feeds stay in memory: on the CPU, DALI reads them where
+    they lie until it has put out their batch, and a copy would cost the thread that feeds it a fifth of its time. For
+    the GPU it copies them at once."""
+    last: deque[Feed] = deque(maxlen=held)
 
     def ask() -> list[Any]:
-        held.append(source())
-        return [getattr(held[-1], name) for name in fields]
+        feed = source()
+        last.append(feed)
+        return [getattr(feed, name) for name in fields]
 
     return ask
 

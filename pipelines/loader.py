@@ -23,12 +23,12 @@ from torch import Tensor
 
 from pipelines.augment import framed
 from pipelines.dali import DEPTH, Decode, Feed, collect, graph, scale
+from pipelines.manifest import Manifest
 from pipelines.misc import ceil_div
 from pipelines.order import Ints, even_split
 from pipelines.plan import Plan
 from pipelines.reading import Encoded, Fetch, Reader
 from pipelines.search import undecodable
-from pipelines.shards import Manifest
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -164,7 +164,7 @@ class Loader:
         try:
             while step < self.steps and not stop.is_set():
                 # A pipeline an epoch: building it, filling its buffers and taking it down costs 30 ms, for training and
-                # validation together 0.1 % of an epoch of a minute. One that lived on would outlast its errors.
+                # validation together 0.1 % of an epoch of a minute. A pipeline that has failed cannot be run again.
                 feeds = self.feeds(epoch, range(step, self.steps))
                 try:
                     pipeline = self._build(feeds, batch=ceil_div(self.batch, self.dp_size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipelines.order import REPLACE, Ints, Order, philox
-from pipelines.shards import ShardSet
+from pipelines.shards import OPEN, ShardSet
 
 BATCH, SHUFFLE_SHARDS = 128, 16  # what training takes if nobody says otherwise
 TRIED = 4  # batches
@@ -31,9 +31,9 @@ def advice(shards: ShardSet) -> str:
     ours, full = classes_per_batch(shards, BATCH, SHUFFLE_SHARDS)
     if ours >= POOR * full:
         return ""
-    wider = SHUFFLE_SHARDS
-    count = len(shards.names)
-    while wider < count and (wider := min(2 * wider, count)) * len(shards) <= MOST * count:
+    wider, count = SHUFFLE_SHARDS, len(shards.names)
+    most = min(count, OPEN)  # of a wider block, tars would be opened again and again
+    while wider < most and (wider := min(2 * wider, most)) * len(shards) <= MOST * count:
         if wider == count or _in_order(shards, BATCH, wider, 0) >= GOOD * full:
             remedy = f"train with --data.shuffle_shards {wider}"
             break

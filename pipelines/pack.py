@@ -19,11 +19,11 @@ import numpy as np
 import webdataset
 
 from pipelines.errors import first_line
+from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.order import PACK, even_split, permutation
 from pipelines.parallel import parallel, tick
 from pipelines.rows import HEADER
 from pipelines.scan import WORK, finish, scan_file, scan_shard
-from pipelines.shards import MANIFEST, Manifest, ShardError
 from pipelines.sources import Item, Source, SourceError, to_jpeg
 
 TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set
@@ -74,8 +74,11 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
 
 
 def finished(source: Source, directory: Path, options: Options, *, split: str) -> Manifest | None:
-    """The manifest if `pack` with these arguments has nothing left to do, otherwise None: of this set, or of the same
-    as a program packed it that kept small images always. Raises SourceError, or ShardError if it is another set."""
+    """The manifest if `pack` with these arguments has nothing left to do; None if there is no manifest yet.
+
+    A set that a program of an earlier day packed, which always kept small images, counts as finished with and without
+    `keep_small`. Raises SourceError, or ShardError if the directory holds another set.
+    """
     if not (directory / MANIFEST).exists():
         return None
     if (manifest := Manifest.read(directory)).source not in _plan(source, directory, options, split):

@@ -12,9 +12,10 @@ from collections.abc import Set
 import numpy as np
 
 from pipelines.augment import Augment, Views, fixed_views, random_views
+from pipelines.manifest import Manifest, ShardError
 from pipelines.misc import ceil_div
 from pipelines.order import REPLACE, Ints, Order, philox
-from pipelines.shards import Manifest, ShardError, ShardSet
+from pipelines.shards import ShardSet
 
 
 class Plan(ABC):

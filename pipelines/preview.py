@@ -17,6 +17,7 @@ from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardSet
 
 VERSIONS = 5  # of each image
+LOOKED_AT = 10_000  # samples, for different classes among them: there may be a billion
 INCHES = 1.3  # a cell
 
 
@@ -25,8 +26,8 @@ class _Chosen(TrainingPlan):
 
     def __init__(self, shards: ShardSet, augment: Augment, seed: int, count: int) -> None:
         super().__init__(shards, augment, shards.manifest, seed)
-        shuffled = self.order.samples(0, 0, len(shards))
-        first = np.unique(shards.index["label"][shuffled], return_index=True)[1]  # of each class
+        shuffled = self.order.samples(0, 0, min(len(shards), max(count, LOOKED_AT)))
+        first = np.unique(shards.labels(shuffled), return_index=True)[1]  # of each class
         self.chosen = np.concatenate([shuffled[np.sort(first)], np.delete(shuffled, first)])[:count]
 
     def __len__(self) -> int:
@@ -60,8 +61,7 @@ def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed:
         for image, cell in zip(images, column, strict=True):
             cell.imshow(image, interpolation="nearest")
             cell.set(xticks=[], yticks=[], frame_on=False)
-    for sample, cell in zip(plan.chosen, axes[:, 0], strict=True):
-        row = shards.index[sample]
+    for row, cell in zip(shards.rows(plan.chosen), axes[:, 0], strict=True):
         label = f"{shards.classes[row['label']]}\n{row['width']}x{row['height']}"
         cell.set_ylabel(label, rotation=0, ha="right", va="center")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,9 @@ class Reader:
     """Reads samples with a few threads.
 
     One thread takes all of a step that the kernel holds in memory: more would only contend for Python's lock. What has
-    to come from a disk is spread over all threads, each of which waits for one read.
+    to come from a disk is spread over all threads, each of which waits for one read. The kernel is not told in advance
+    (posix_fadvise): WILLNEED for a whole set of 2,944 images halved the time that a first epoch took (168 to 222 ms
+    instead of 329 to 404), but a rank needs only 1/dp_size of each block of shards, and would have all of it read.
 
     Args:
         threads: that read at the same time.
@@ -32,7 +35,7 @@ class Reader:
         self, shards: ShardSet, *, threads: int, fetch: Fetch | None, blame: Callable[[int, str], None]
     ) -> None:
         self.threads, self.blame = threads, blame
-        self.fetch = fetch or shards.read
+        self.reads = _each(fetch) if fetch else shards.reads
         self.cached = _none if fetch else shards.cached
 
     def ahead(self, shares: Iterator[tuple[Ints, int]], steps: int) -> Generator[tuple[Ints, int, Encoded], None, None]:
@@ -49,20 +52,16 @@ class Reader:
                     if not begun:
                         return
                     samples, start, first, misses = begun.popleft()
-                    encoded = first.result()
-                    for places, piece in misses:
-                        for place, data in zip(places, piece.result(), strict=True):
-                            encoded[place] = data
-                    yield samples, start, encoded
+                    yield samples, start, _filled(first.result(), misses)
             finally:  # the consumer may leave in the middle: what is not being read yet is not read at all
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def read(self, samples: Ints) -> Encoded:
         """The encoded images, one after the other; a damaged one is None, and blamed."""
         encoded: Encoded = []
-        for sample in samples.tolist():
+        for sample, read in zip(samples.tolist(), self.reads(samples), strict=True):
             try:
-                encoded.append(self.fetch(sample))
+                encoded.append(read())
             except BadSample as error:
                 self.blame(sample, str(error))
                 encoded.append(None)
@@ -77,5 +76,17 @@ class Reader:
         return encoded
 
 
+def _filled(encoded: Encoded, misses: list[tuple[Ints, Future[Encoded]]]) -> Encoded:
+    for places, piece in misses:
+        for place, data in zip(places, piece.result(), strict=True):
+            encoded[place] = data
+    misses.clear()  # the caller waits for the next step: meanwhile nothing of this one is kept
+    return encoded
+
+
 def _none(samples: Ints) -> Encoded:
     return [None] * len(samples)
+
+
+def _each(fetch: Fetch) -> Callable[[Ints], Iterator[Callable[[], NDArray[np.uint8]]]]:
+    return lambda samples: (partial(fetch, sample) for sample in samples.tolist())

@@ -17,9 +17,10 @@ from PIL import Image
 
 from pipelines.errors import first_line
 from pipelines.files import jsonl, replacing, sha256, write_atomically
+from pipelines.manifest import Manifest, ShardError
 from pipelines.parallel import tick
 from pipelines.rows import HEADER, NAME, SAMPLE, checksum, sides, top_label
-from pipelines.shards import IMAGES, INDEX, Manifest, ShardError
+from pipelines.shards import IMAGES, INDEX, QUARANTINE
 from pipelines.sources import upright_rgb
 from pipelines.tars import tar_samples
 
@@ -144,8 +145,19 @@ def finish(
         source=fingerprint,
         sides=[min(look.least for look in looks), max(look.largest for look in looks)],
     )
-    manifest.write(directory)
+    _write_manifest(directory, manifest)
     return manifest
+
+
+def _write_manifest(directory: Path, manifest: Manifest) -> None:
+    """A quarantine stays only if the index is that of the manifest before: its rows are numbered by it."""
+    try:
+        same = Manifest.read(directory).index_sha256 == manifest.index_sha256
+    except ShardError:
+        same = False
+    if not same:
+        (directory / QUARANTINE).unlink(missing_ok=True)
+    manifest.write(directory)
 
 
 class _Look(NamedTuple):

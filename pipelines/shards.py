@@ -8,11 +8,12 @@ DIR/manifest.json          describes the set; written last, so a directory witho
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -21,91 +22,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import UserError, first_line
-from pipelines.files import HeldFile, sha256, write_atomically
+from pipelines.files import HeldFile, sha256
+from pipelines.manifest import Manifest, ShardError
 from pipelines.rows import HEADER, NAME, checksum, fault, is_header, mapped, quarantined, sides, top_label
 
-VERSION = 1
-MANIFEST = "manifest.json"
 INDEX = "index.npy"
 QUARANTINE = "quarantine.jsonl"
 IMAGES = ("jpg", "jpeg", "png", "webp")
+OPEN = 256  # tars that stay open
 
 
 class BadSample(UserError):
     """The bytes of a sample are not those that were indexed."""
 
 
-class ShardError(UserError):
-    """A shard set that cannot be used; the message names the file and the remedy."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Description of a shard set.
-
-    Attributes:
-        classes: class names; the place in the list is the label.
-        shards: for each shard its `name`, number of `samples`, `bytes` and `sha256`, and the checksum of its `rows` of
-            the index. Sets of an earlier day lack the last, and the sides.
-        index_sha256: of `index.npy`.
-        mean, std: per RGB channel, pixels scaled to [0, 1].
-        eigenvalues, eigenvectors: of the 3x3 covariance of RGB values scaled to [0, 1], largest first;
-            eigenvectors are columns.
-        stored: how the images were stored (shorter side, quality, seed).
-        source: fingerprint of what was packed, so that a repeated pack knows its own work.
-        sides: the least and the largest shorter side of the images, in pixels.
-    """
-
-    split: str
-    samples: int
-    classes: list[str]
-    shards: list[dict[str, Any]]
-    index_sha256: str
-    mean: list[float]
-    std: list[float]
-    eigenvalues: list[float]
-    eigenvectors: list[list[float]]
-    stored: dict[str, Any] = field(default_factory=dict)
-    source: str = ""
-    sides: list[int] = field(default_factory=list)
-    version: int = VERSION
-
-    def write(self, directory: Path) -> None:
-        """Write atomically, with a checksum over everything else."""
-        body = asdict(self)
-        body["checksum"] = _checksum(body)
-        write_atomically(directory / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False).encode())
-
-    @staticmethod
-    def read(directory: Path) -> Manifest:
-        """The manifest of a set. Raises ShardError with the remedy if there is no usable one."""
-        path = directory / MANIFEST
-        if not path.exists():
-            if not any(directory.glob("*.tar")):
-                raise ShardError(f"no shards in {directory}: make them with `python -m pipelines pack ... {directory}`")
-            raise ShardError(
-                f"{directory} has shards but no {MANIFEST}: repeat the pack command to finish an interrupted pack, "
-                f"or run `python -m pipelines index {directory}` on shards of another tool"
-            )
-        try:
-            body = json.loads(path.read_bytes())
-            if body.pop("checksum") != _checksum(body):
-                raise ValueError("its checksum does not match")
-            if (version := body["version"]) == VERSION:  # else its fields are others
-                known = {f.name for f in fields(Manifest)}
-                return Manifest(**{name: value for name, value in body.items() if name in known})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            remedy = f"run `python -m pipelines index {directory}` to make it anew"
-            raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
-        raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
-
-
 class ShardSet:
     """A shard set opened for reading.
 
-    Opening costs nothing per sample and no system call per shard: a tar is compared with index and manifest when it is
-    first opened, the rows of a shard when one of them is first asked for. Every method raises ShardError for what does
-    not belong together; so does opening, for manifest, quarantine and the length of the index.
+    Opening costs no system call per shard and nothing per sample, unless the set is of an earlier day and has no
+    checksums of rows: its index is read whole. A tar is compared with index and manifest when it is first opened, the
+    rows of a shard when one of them is first asked for. Every method raises ShardError for what does not belong
+    together; so does opening, for manifest, quarantine and the length of the index.
 
     Attributes:
         names: of the tars.
@@ -131,7 +68,8 @@ class ShardSet:
             raise ShardError(f"{self.directory / QUARANTINE} leaves no sample of {self.directory}: pack it anew")
         self._checked = np.zeros(len(shards), np.bool_)  # shards whose rows are whole
         self._looked_at = np.zeros(len(shards), np.bool_)  # and whose tar
-        self._file = lru_cache(256)(self._open_file)
+        self._file = lru_cache(OPEN)(self._open_file)
+        self._nowait: int = getattr(os, "RWF_NOWAIT", 0)  # 0: nothing tells what is in memory, as with an old libc
 
     def __len__(self) -> int:
         return len(self._rows) - len(self._before)
@@ -155,7 +93,7 @@ class ShardSet:
                 raise self._damaged(f"the rows of {entry['name']} have another checksum")
             self._checked[shard] = True
         taken: NDArray[Any] = self._rows[rows]
-        if found := fault(taken, self._tar_bytes[shards], len(self.classes)):
+        if found := fault(taken, self._tar_bytes[shards], len(self.classes), self.manifest.sides):
             at, reason = found
             row = rows[at] - (self._row_ends - self._row_counts)[shards[at]]
             raise self._damaged(f"row {row} of {self.names[shards[at]]} {reason}")
@@ -183,33 +121,33 @@ class ShardSet:
         The tar header before the data is read with it and compared with the index, so a tar that was exchanged
         after the set was opened is an error as well.
         """
-        row = self.rows(np.array([sample]))[0]
-        shard, size = self.shard_of(sample), int(row["size"])
-        file = self._file(shard)  # held, since another thread may drop it from the cache and so close it
-        raw = os.pread(file.fileno(), HEADER + size, int(row["offset"]) - HEADER)
-        if len(raw) != HEADER + size or not is_header(raw[:HEADER], row["name"], size):
-            raise self._mismatch(shard)
-        data = memoryview(raw)[HEADER:]
-        if crc32(data) != row["crc"]:
-            raise BadSample(f"{self.name(sample)} is damaged")
-        return np.frombuffer(data, np.uint8)
+        (read,) = self.reads(np.array([sample]))
+        return read()
+
+    def reads(self, samples: NDArray[np.int64]) -> Iterator[Callable[[], NDArray[np.uint8]]]:
+        """For each of these samples a function that does what `read` does. Their rows are looked up at once."""
+        return (partial(self._read, *place) for place in self._places(samples))
 
     def cached(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8] | None]:
         """The encoded images of these samples that the kernel holds in memory, uint8 [size] each.
 
-        None stands for all others, since this waits for no disk, and for one whose bytes are not those that were
-        indexed: `read` says whether they are damaged or of another tar.
+        None stands for all others, and for one whose bytes are not those that were indexed: `read` says whether they
+        are damaged or of another tar. No image is waited for, and no tar is opened for the first time; what can be is
+        the index, and a tar that was closed since others were opened.
         """
         found: list[NDArray[np.uint8] | None] = [None] * len(samples)
-        rows = self.rows(samples)
-        columns = (rows[name].tolist() for name in ("offset", "size", "crc"))
-        shards = np.searchsorted(self._ends, samples, side="right").tolist()
-        for i, (shard, offset, size, crc) in enumerate(zip(shards, *columns, strict=True)):
+        places = self._places(samples) if self._nowait else iter(())
+        for i, (shard, offset, size, _, crc) in enumerate(places):
+            if not self._looked_at[shard]:
+                continue
             data = np.empty(size, np.uint8)
             file = self._file(shard)
             try:
-                got = os.preadv(file.fileno(), [data.data], offset, os.RWF_NOWAIT)
-            except OSError:  # not in memory, or a file system that cannot say
+                got = os.preadv(file.fileno(), [data.data], offset, self._nowait)
+            except (OSError, NotImplementedError) as error:
+                if getattr(error, "errno", errno.EOPNOTSUPP) == errno.EOPNOTSUPP:  # and not: it is not in memory
+                    self._nowait = 0  # this file system, or this system, never says
+                    break
                 continue
             if got == size and crc32(data.data) == crc:
                 found[i] = data
@@ -221,10 +159,29 @@ class ShardSet:
 
     def name(self, sample: int) -> str:
         """`shard-000000.tar/<key>.jpg`: where a person finds the sample."""
-        shard = self.shard_of(sample)
-        file = self._file(shard)
-        raw = os.pread(file.fileno(), NAME, int(self.rows(np.array([sample]))["offset"][0]) - HEADER)
+        ((shard, offset, *_),) = self._places(np.array([sample]))
+        return self._name(shard, offset)
+
+    def _name(self, shard: int, offset: int) -> str:
+        file = self._file(shard)  # held, since another thread may drop it from the cache and so close it
+        raw = os.pread(file.fileno(), NAME, offset - HEADER)
         return f"{self.names[shard]}/{raw.rstrip(bytes(1)).decode(errors='replace')}"
+
+    def _places(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, int, int, int, int]]:
+        """Where these samples are: shard, offset, size, and the checksums of name and bytes of each."""
+        rows = self.rows(samples)
+        columns = (rows[name].tolist() for name in ("offset", "size", "name", "crc"))
+        return zip(np.searchsorted(self._ends, samples, side="right").tolist(), *columns, strict=True)
+
+    def _read(self, shard: int, offset: int, size: int, name: int, crc: int) -> NDArray[np.uint8]:
+        file = self._file(shard)  # held, as above
+        raw = os.pread(file.fileno(), HEADER + size, offset - HEADER)
+        if len(raw) != HEADER + size or not is_header(raw[:HEADER], name, size):
+            raise self._mismatch(shard)
+        data = memoryview(raw)[HEADER:]
+        if crc32(data) != crc:
+            raise BadSample(f"{self._name(shard, offset)} is damaged")
+        return np.frombuffer(data, np.uint8)
 
     def _open_file(self, shard: int) -> HeldFile:
         """A tar. The first time its size, and the headers of its first and last sample, are compared with the index."""
@@ -291,7 +248,3 @@ class ShardSet:
     def _mismatch(self, shard: int) -> ShardError:
         path = self.directory / self.names[shard]
         return ShardError(f"{path} is not the tar that was indexed: put the right one back, or {self._remedy}")
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

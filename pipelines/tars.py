@@ -6,8 +6,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.manifest import ShardError
 from pipelines.rows import HEADER
-from pipelines.shards import ShardError
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from pipelines.errors import first_line
 from pipelines.files import jsonl, sha256, write_atomically
+from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.parallel import parallel, tick
-from pipelines.rows import SAMPLE, checksum, fault, mapped, sides
+from pipelines.rows import SAMPLE, Rows, checksum, fault, mapped, sides
 from pipelines.scan import read_sample
-from pipelines.shards import INDEX, MANIFEST, QUARANTINE, Manifest, ShardError
+from pipelines.shards import INDEX, QUARANTINE
 from pipelines.tars import tar_samples
 
 Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if it concerns one sample
@@ -38,9 +39,7 @@ def verify(directory: Path, *, workers: int) -> list[Problem]:
     index, start, tasks = mapped(path), 0, []
     for shard in manifest.shards:
         rows = range(start, start + shard["samples"])
-        whole = "rows" not in shard or checksum(index[rows.start : rows.stop]) == shard["rows"]
-        if not whole or fault(index[rows.start : rows.stop], shard["bytes"], len(manifest.classes)):
-            what = f"rows of {shard['name']}"
+        if "rows" in shard and (what := _disagrees(index[rows.start : rows.stop], shard, manifest)):
             raise ShardError(f"{path} and {MANIFEST} disagree ({what}): run `python -m pipelines index {directory}`")
         tasks.append(_Task(directory / shard["name"], shard["sha256"], rows))
         start = rows.stop
@@ -54,6 +53,15 @@ def verify(directory: Path, *, workers: int) -> list[Problem]:
     else:
         quarantine.unlink(missing_ok=True)
     return problems
+
+
+def _disagrees(rows: Rows, shard: dict[str, Any], manifest: Manifest) -> str:
+    """What of a shard's rows is not as the manifest says. A set without checksums may have been damaged before they
+    were written down: of that, the samples are problems."""
+    if checksum(rows) != shard["rows"]:
+        return f"rows of {shard['name']}"
+    found = fault(rows, shard["bytes"], len(manifest.classes), manifest.sides)
+    return f"row {found[0]} of {shard['name']} {found[1]}" if found else ""
 
 
 def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]:

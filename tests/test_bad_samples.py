@@ -10,8 +10,12 @@ import pytest
 from pipelines.augment import Augment
 from pipelines.dali import Decode
 from pipelines.loader import Loader, Read
+from pipelines.manifest import ShardError
+from pipelines.pack import Options, pack
 from pipelines.plan import FixedPlan, TrainingPlan
-from pipelines.shards import BadSample, ShardError, ShardSet
+from pipelines.shards import BadSample, ShardSet
+from pipelines.sources import ImageFolder
+from tests.conftest import TINTS, photograph
 from tests.helpers.compare import records, status
 from tests.helpers.launch import launch
 
@@ -79,6 +83,26 @@ def test_what_dali_cannot_decode(shard_sets: Path, capsys: pytest.CaptureFixture
     for (a, _), (b, _) in zip(whole, mended, strict=True):
         assert all(x == y or (x in bad and y not in bad) for x, y in zip(a, b, strict=True))
     assert capsys.readouterr().err.count("cannot be decoded: another sample takes its place") == 3
+
+
+def test_no_crop_decides_what_is_bad(tmp_path: Path) -> None:
+    """Images that are resized and cut short below their middle: each view finds them, the upper ones, too."""
+    (tmp_path / "folder" / "class").mkdir(parents=True)
+    for i in range(6):
+        image = photograph(np.random.default_rng(i), 90, 300, TINTS[i % 3])
+        image.save(tmp_path / "folder" / "class" / f"{i}.jpg", quality=90, progressive=i % 2 == 0)
+    pack(ImageFolder(tmp_path / "folder"), tmp_path / "set", Options(shorter_side=0), split="x", workers=1)
+    shards = ShardSet(tmp_path / "set")
+
+    def read(sample: int) -> np.ndarray:
+        data = shards.read(sample)
+        return data[: len(data) * 6 // 10].copy() if sample < 3 else data
+
+    for view in range(5):
+        plan = FixedPlan(shards, Augment(72, 67), view)
+        loader = Loader(plan, shards.manifest, batch=6, decode=Decode(threads=1), reading=Read(read=read))
+        (batch,) = loader.epoch()
+        assert (loader.bad, batch.replaced) == ({0, 1, 2}, 3), view
 
 
 def test_nothing_left_to_show(shard_sets: Path) -> None:

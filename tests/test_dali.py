@@ -21,11 +21,12 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from pipelines.augment import Augment
-from pipelines.dali import DEPTH, Decode, Device, Feed, collect, graph
+from pipelines.dali import DEPTH, Decode, Device, Feed, _asking, collect, graph
 from pipelines.loader import Batch, Loader, Read
+from pipelines.manifest import ShardError
 from pipelines.pack import Options, index, pack
 from pipelines.plan import FixedPlan, Plan, TrainingPlan
-from pipelines.shards import ShardError, ShardSet
+from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 from tests.conftest import CLASSES, TINTS, photograph
 from tests.helpers.reference import reference_crop
@@ -237,7 +238,7 @@ def test_only_some_are_resized_with_the_pixels_of_all_resized(mixed: Path, batch
 
 
 def test_what_dali_reads_lives_until_its_batch_is_out(mixed: Path) -> None:
-    """The feeds are not copied. They are freed soon after, too."""
+    """On the CPU the feeds are not copied. They are freed soon after, too."""
     loader, steps = make(mixed, batch=7), 8
     feeds = loader.feeds(0, range(steps))
     living: list[list[weakref.ref[Any]]] = []
@@ -256,6 +257,15 @@ def test_what_dali_reads_lives_until_its_batch_is_out(mixed: Path) -> None:
         assert all(array() is not None for array in living[step])
         assert not any(array() is not None for old in living[: max(0, step - DEPTH - 2)] for array in old)
     assert len(living) == steps
+
+
+def test_what_dali_copies_is_not_held() -> None:
+    """For the GPU."""
+    given = Feed([np.zeros(3, np.uint8)], *(np.zeros((1, 2)) for _ in Feed._fields[1:]))
+    alive, feeds = weakref.ref(given.encoded[0]), [given]  # type: ignore[type-var]
+    del given
+    assert len(_asking(feeds.pop, ["encoded", "mean"], held=0)()) == 2
+    assert alive() is None
 
 
 def test_shards_of_other_tools(tmp_path: Path) -> None:
@@ -455,12 +465,13 @@ def test_placement(resize: bool, device: Device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("resize", [72, 80])
-def test_gpu_inputs_are_the_cpus(shard_sets: Path, resize: int) -> None:
+@pytest.mark.parametrize(("resize", "of"), [(72, "packed"), (80, "packed"), (72, "mixed")])
+def test_gpu_inputs_are_the_cpus(shard_sets: Path, mixed: Path, resize: int, of: str) -> None:
     augment = Augment(resize=resize, crop=67)
-    on_cpu = list(make(shard_sets / "train", augment).epoch())
-    on_gpu = list(make(shard_sets / "train", augment, decode=GPU).epoch())  # all are kept
-    assert len(on_cpu) == len(on_gpu) == 21
+    directory = mixed if of == "mixed" else shard_sets / "train"
+    on_cpu = list(make(directory, augment).epoch())
+    on_gpu = list(make(directory, augment, decode=GPU).epoch())  # all are kept
+    assert len(on_cpu) == len(on_gpu) == (5 if of == "mixed" else 21)
     for one, two in zip(on_cpu, on_gpu, strict=True):
         assert two.inputs.is_cuda
         assert two.inputs.is_contiguous(memory_format=torch.channels_last)

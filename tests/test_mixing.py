@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.manifest import Manifest
 from pipelines.mixing import advice, classes_per_batch
 from pipelines.order import Order
 from pipelines.rows import checksum
-from pipelines.shards import Manifest, ShardSet
+from pipelines.shards import ShardSet
 from tests.benchmarks import sets
 
 
@@ -61,6 +62,12 @@ def test_advice_helps(tmp_path: Path) -> None:
     number = int(told.rpartition("--data.shuffle_shards ")[2])
     ours, full = classes_per_batch(ShardSet(tmp_path / "sorted"), 128, number)
     assert ours > 0.9 * full
+
+
+def test_advice_names_no_more_shards_than_stay_open(tmp_path: Path) -> None:
+    """A batch out of 256 of 1,000 classes shows 101, one out of all 120."""
+    told = advice(labelled(tmp_path, np.repeat(np.arange(1000), 20), 1000))
+    assert told.endswith(": pack it anew from the images, which shuffles them")
 
 
 def test_advice_where_no_block_of_shards_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
+from pipelines.manifest import Manifest, ShardError
 from pipelines.pack import Options, finished, index, pack
-from pipelines.shards import Manifest, ShardError, ShardSet
+from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder, SourceError, Torchvision, to_jpeg
 from tests.conftest import CLASSES, TINTS, photograph
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipelines.pack import Options, pack
-from pipelines.rows import HEADER
-from pipelines.shards import BadSample, Manifest, ShardError, ShardSet
+from pipelines.manifest import Manifest, ShardError
+from pipelines.pack import Options, index, pack
+from pipelines.rows import HEADER, checksum
+from pipelines.shards import BadSample, ShardSet
 from pipelines.sources import ImageFolder
 from pipelines.verify import _Task, _verify_shard, verify
 from tests.conftest import CLASSES, SIZES, TINTS, photograph
@@ -112,6 +115,66 @@ def test_a_manifest_that_does_not_fit_the_index(small: Path, what: str) -> None:
     manifest.write(small)
     with pytest.raises(ShardError, match=rf"index.npy and manifest.json disagree \(.*{what}.*\): run `python -m pip"):
         verify(small, workers=1)
+
+
+def insane(directory: Path, *, sums: bool) -> None:
+    """Row 3 says that its image has no pixels, and all checksums say so, too, if there are any."""
+    rows = np.load(directory / "index.npy")
+    rows["width"][3] = 0
+    np.save(directory / "index.npy", rows)
+    manifest = Manifest.read(directory)
+    (shard,) = (dict(shard) for shard in manifest.shards)
+    shard["rows"] = checksum(rows)
+    if not sums:
+        del shard["rows"]
+    digest = hashlib.sha256((directory / "index.npy").read_bytes()).hexdigest()
+    sides = manifest.sides if sums else []
+    replace(manifest, shards=[shard], index_sha256=digest, sides=sides).write(directory)
+
+
+def test_the_row_that_cannot_be_right_is_named(small: Path) -> None:
+    insane(small, sums=True)
+    with pytest.raises(ShardError, match=r"disagree \(row 3 of shard-000000.tar has no pixels\): run `python"):
+        verify(small, workers=1)
+
+
+def test_an_insane_row_of_an_earlier_day_is_left_out(small: Path) -> None:
+    insane(small, sums=False)
+    (problem,) = verify(small, workers=1)
+    assert (problem["row"], problem["reason"]) == (3, "width differ from the index")
+    shards = ShardSet(small)
+    assert (len(shards), shards.sides) == (11, (72, 72))
+    shards.labels(np.arange(11))
+
+
+def test_a_new_index_has_no_quarantine_of_an_old_one(image_folder: Path, tmp_path: Path) -> None:
+    options = Options(shorter_side=72, shard_mb=0.2)
+    (tmp_path / "folder").mkdir()
+    for name in CLASSES:
+        (tmp_path / "folder" / name).mkdir()
+        for path in sorted((image_folder / "train" / name).iterdir())[:40]:
+            shutil.copy(path, tmp_path / "folder" / name)
+    out = tmp_path / "set"
+    pack(ImageFolder(tmp_path / "folder"), out, options, split="x", workers=1)
+    shards = ShardSet(out)
+    for sample in (3, 50, 51, 119):
+        row = shards.index[sample]
+        poke(out / shards.names[shards.shard_of(sample)], int(row["offset"]), bytes(int(row["size"])))
+    names = [shards.name(sample) for sample in range(120) if sample not in (3, 50, 51, 119)]
+    assert sum("row" in problem for problem in verify(out, workers=1)) == 4
+    assert len(ShardSet(out)) == 116
+    index(out, classes=None, split="x", workers=1)  # which leaves out what does not decode
+    assert not (out / "quarantine.jsonl").exists()
+    shards = ShardSet(out)
+    assert [shards.name(sample) for sample in range(len(shards))] == names
+
+
+def test_the_same_index_again_keeps_the_quarantine(small: Path) -> None:
+    line = {"shard": "shard-000000.tar", "row": 3, "name": "x", "reason": "a person said so"}
+    (small / "quarantine.jsonl").write_text(json.dumps(line) + "\n")
+    fingerprint = ShardSet(small).fingerprint
+    index(small, classes=None, split="train", workers=1)
+    assert (len(ShardSet(small)), ShardSet(small).fingerprint) == (11, fingerprint)
 
 
 def test_fuzz_never_a_wrong_label(small: Path, tmp_path: Path) -> None:

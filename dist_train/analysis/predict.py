@@ -17,9 +17,9 @@ from dist_train import build
 from dist_train.analysis.trained import Trained
 from dist_train.ranks.world import World
 from pipelines.loader import Loader
+from pipelines.manifest import ShardError
 from pipelines.misc import ceil_div
 from pipelines.order import Ints
-from pipelines.shards import ShardError
 
 # Columns of `predict`'s table. Those from BEFORE_OF_RUNS on belong to the single runs.
 LEFT_OUT, PREDICTED, BEFORE, BEFORE_OF_RUNS = range(4)

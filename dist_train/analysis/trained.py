@@ -20,7 +20,8 @@ from dist_train.ranks.world import World
 from dist_train.rundir import store
 from dist_train.rundir.checkpoint import FOLDER, Checkpoint, find
 from pipelines.errors import UsageError, UserError
-from pipelines.shards import MANIFEST, ShardSet
+from pipelines.manifest import MANIFEST
+from pipelines.shards import ShardSet
 
 
 class RunError(UserError):

@@ -40,7 +40,11 @@ from pipelines.sources import ImageFolder
 
 ROOT = Path(__file__).parents[2]
 SIDE, CROP, BATCH = 256, 227, 64
-WARM_UP, TAIL = 6, 4  # batches that are not counted: until the pace is steady, and those that all work ahead of
+WORKERS = 2  # of torch's DataLoader: with one for each of many CPUs they would do a small set before the clock starts
+# Batches that are not counted: until the pace is steady, and the last ones. No candidate works further ahead than that
+# (2 for each worker; what waits, and what DALI has begun), so that what is done before the clock starts is as much as
+# what is done before it stops, for later.
+WARM_UP, TAIL = 8, 8
 AGREES = 10.0  # levels by which the mean of a few batches may differ: each candidate draws other ones
 
 
@@ -58,7 +62,7 @@ def alone(shards: ShardSet, scales: bool) -> Iterator[Any]:
         pipeline.set_outputs(fn.decoders.image(data, output_type=types.RGB, adjust_orientation=False))
     pipeline.build()
     while True:
-        yield pipeline.run()
+        yield pipeline.run()[0]
 
 
 def this_loader(shards: ShardSet, scales: bool) -> Iterator[Tensor]:
@@ -108,7 +112,7 @@ def folder(shards: ShardSet, scales: bool) -> Iterator[Tensor]:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(shards.read(sample).tobytes())
     data = datasets.ImageFolder(str(files), transform(shards, scales))
-    for images, _ in DataLoader(data, BATCH, shuffle=True, num_workers=cpus(), drop_last=True):
+    for images, _ in DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, drop_last=True):
         yield images
 
 
@@ -123,7 +127,7 @@ def tensors(shards: ShardSet, scales: bool) -> Iterator[Tensor]:
         return change(io.decode_image(encoded, io.ImageReadMode.RGB))  # type: ignore[no-any-return]
 
     batches = data.map_tuple(decoded, int).batched(BATCH, partial=False)
-    for images, _ in DataLoader(batches, batch_size=None, num_workers=min(cpus(), len(tars))):
+    for images, _ in DataLoader(batches, batch_size=None, num_workers=min(WORKERS, len(tars))):
         yield images
 
 
@@ -164,20 +168,21 @@ def measure(name: str, directory: Path, scales: bool) -> dict[str, Any]:
     """CPU microseconds per image of a candidate, all its processes together, and what its batches are."""
     shards = ShardSet(directory)
     measured = len(shards) // BATCH - WARM_UP - TAIL
+    if measured < TAIL:
+        raise RuntimeError(f"{directory} has {len(shards)} images: give {(WARM_UP + 2 * TAIL) * BATCH} at least")
     batches = CANDIDATES[name](shards, scales)
-    shown = list(islice(batches, WARM_UP))
+    found, means = dict[str, Any](), list[float]()
+    for batch in islice(batches, WARM_UP):  # none is kept: the memory of the next ones would be new, and counted
+        if isinstance(batch, Tensor):
+            found = {"shape": list(batch.shape), "dtype": str(batch.dtype)}
+            means.append(float(batch.mean()))
     cpu, python = cpu_seconds(), python_seconds()
-    for _ in islice(batches, measured):
-        pass
-    images = measured * BATCH
-    found = {
+    images = sum(len(batch) for batch in islice(batches, measured))
+    found |= {
         "cpu_us": (cpu_seconds() - cpu) / images * 1e6,
         "python_us": (python_seconds() - python) / images * 1e6,
     }
-    if isinstance(shown[0], Tensor):
-        found |= {"shape": list(shown[0].shape), "dtype": str(shown[0].dtype)}
-        found["mean"] = float(torch.stack([batch.mean() for batch in shown]).mean())
-    return found
+    return found | ({"mean": float(np.mean(means))} if means else {})
 
 
 def agree(found: dict[str, dict[str, Any]]) -> None:

@@ -19,10 +19,11 @@ from unittest.mock import patch
 import numpy as np
 
 from pipelines.augment import Augment
+from pipelines.manifest import Manifest
 from pipelines.order import Order
 from pipelines.plan import TrainingPlan
 from pipelines.rows import HEADER, SAMPLE, checksum
-from pipelines.shards import INDEX, Manifest, ShardSet
+from pipelines.shards import INDEX, ShardSet
 
 SIZES = {10**6: 1_000, 10**8: 10_000, 10**9: 100_000}  # samples: shards
 BATCH = 128
@@ -87,9 +88,11 @@ def counted() -> Iterator[list[str]]:
     if not _hooks:
         sys.addaudithook(lambda name, args: _hooks[-1].append(name) if name in AUDITED else None)
     _hooks.append(calls)
-    with patch.multiple(os, **{name: partial(note, name, getattr(os, name)) for name in CALLS}):
-        yield calls
-    _hooks.append([])
+    try:
+        with patch.multiple(os, **{name: partial(note, name, getattr(os, name)) for name in CALLS}):
+            yield calls
+    finally:
+        _hooks.append([])
 
 
 def resident() -> float:

@@ -23,7 +23,7 @@ from torch import nn
 from dist_train import __main__, train, validate
 from dist_train.ranks import launcher
 from dist_train.rundir import directory, lease, store
-from pipelines.shards import ShardError
+from pipelines.manifest import ShardError
 
 
 class Faults:
