@@ -30,8 +30,9 @@ from dist_train.rundir.directory import RunDirectory
 from dist_train.train import Pending, Trainer
 from pipelines.dali import DEPTH
 from pipelines.loader import READY, Batch
+from pipelines.manifest import Manifest
 from pipelines.order import even_split
-from pipelines.shards import Manifest, ShardSet
+from pipelines.shards import ShardSet
 
 SECONDS = 5.0  # that a measurement may take
 MOST = 2000  # steps of a measurement, however short one is; the fewest are one

@@ -30,6 +30,7 @@ from torchvision import datasets, io
 from torchvision.transforms import v2
 from wds2idx import IndexCreator
 
+from dist_train.process import keep_freed_memory
 from pipelines.augment import Augment
 from pipelines.loader import Loader
 from pipelines.misc import cpus
@@ -66,6 +67,7 @@ def alone(shards: ShardSet, scales: bool) -> Iterator[Any]:
 
 
 def this_loader(shards: ShardSet, scales: bool) -> Iterator[Tensor]:
+    keep_freed_memory(torch.device("cpu"))  # as the process that trains
     plan = TrainingPlan(shards, Augment(SIDE, CROP, lighting=0), shards.manifest)
     for batch in Loader(plan, shards.manifest, batch=BATCH).epoch():
         yield batch.inputs
