@@ -141,6 +141,8 @@ def bench_options(parser: Parser) -> None:
 
 def start_bench(args: Namespace) -> int:
     _check_crop(args)
+    if not 0 <= args.read_ms < 1e6:
+        raise UsageError(f"--read-ms is {args.read_ms:g}: it must be 0 or more milliseconds")
     from pipelines import bench
 
     print(bench.measure(args.directory, resize=args.resize, crop=args.crop, batch=args.batch, read_ms=args.read_ms))

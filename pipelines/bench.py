@@ -42,8 +42,9 @@ def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: flo
     samples = np.concatenate([data.samples for data in batches])
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     images, scaled = len(samples), int((shards.sizes(samples).min(axis=1) != resize).sum())
-    speed = f"{images / wall:.0f} images/s, {cpu / images * 1e6:.0f} CPU us/image, {read_ms:g} ms added to each read"
-    path = f"{scaled} of {images} images resized" if loader.resizing else "no image resized"
+    speed = f"{images / wall:.0f} images/s, {cpu / images * 1e6:.0f} CPU us/image"
+    speed += f", {read_ms:g} ms added to each read" if read_ms else ""
+    path = f"{scaled} of the {images} measured images were" if loader.resizing else "no image had to be"
     ours, full = classes_per_batch(shards, batch, plan.order.shuffle_shards)
-    mixed = f"{ours:.1f} classes in a batch of {batch}, {full:.1f} after a full shuffle"
-    return f"{speed}\n{path} to shorter side {resize}\n{mixed}"
+    mixed = f"{ours:.1f} classes in a batch of {batch}; {full:.1f} after a full shuffle"
+    return f"{speed}\n{path} resized to shorter side {resize}\n{mixed}"

@@ -27,7 +27,7 @@ class Parser(ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> Action:
         self.names += [name for name in names if name.startswith("--")]
-        if names[0].startswith("-") and options.get("default") not in (None, False, SUPPRESS):
+        if names[0].startswith("-") and not any(options.get("default") is none for none in (None, False, SUPPRESS)):
             options["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **options)
 

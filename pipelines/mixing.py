@@ -8,7 +8,7 @@ from pipelines.order import REPLACE, Ints, Order, philox
 from pipelines.shards import OPEN, ShardSet
 
 BATCH, SHUFFLE_SHARDS = 128, 16  # what training takes if nobody says otherwise
-TRIED = 4  # batches
+TRIED, BATCHES = 4, 4  # places in an epoch, and batches at each
 POOR, GOOD = 0.8, 0.9  # parts of the classes that a full shuffle shows: less is told, more is a remedy
 MOST = 10**7  # samples in a block of shards: more take seconds and hundreds of megabytes to shuffle
 
@@ -22,14 +22,17 @@ def classes_per_batch(shards: ShardSet, batch: int, shuffle_shards: int, seed: i
         shuffle_shards: samples are shuffled inside blocks of this many shards.
     """
     random = np.random.Generator(philox(seed, 0, REPLACE))
-    drawn = [random.choice(len(shards), min(batch, len(shards)), replace=False, shuffle=False) for _ in range(TRIED)]
+    drawn = [
+        random.choice(len(shards), min(batch, len(shards)), replace=False, shuffle=False)
+        for _ in range(TRIED * BATCHES)
+    ]
     return _in_order(shards, batch, shuffle_shards, seed), _classes(shards, drawn)
 
 
 def advice(shards: ShardSet) -> str:
     """What to do about a set whose shards hold class after class, in one sentence; empty if there is nothing to do."""
     ours, full = classes_per_batch(shards, BATCH, SHUFFLE_SHARDS)
-    if ours >= POOR * full:
+    if ours > POOR * full:
         return ""
     wider, count = SHUFFLE_SHARDS, len(shards.names)
     most = min(count, OPEN)  # of a wider block, tars would be opened again and again
@@ -38,7 +41,7 @@ def advice(shards: ShardSet) -> str:
             remedy = f"train with --data.shuffle_shards {wider}"
             break
     else:
-        remedy = "pack it anew from the images, which shuffles them"
+        remedy = "pack it anew from the images, or shuffle the samples across the shards with the tool that wrote them"
     return (
         f"{shards.directory} is sorted by class: a batch of {BATCH} would show {ours:.0f} classes, and {full:.0f} in a "
         f"full shuffle: {remedy}"
@@ -47,11 +50,13 @@ def advice(shards: ShardSet) -> str:
 
 def _in_order(shards: ShardSet, batch: int, shuffle_shards: int, seed: int) -> float:
     """Classes in a batch of the training's order."""
-    batch = min(batch, len(shards))
+    size = min(batch, len(shards))
     order = Order(shards.shard_samples, seed, shuffle_shards)
     # Not at the ends: the last block of shards may be a short one.
-    starts = [(2 * i + 1) * (len(shards) - batch) // (2 * TRIED) for i in range(TRIED)]
-    return _classes(shards, [order.samples(0, start, start + batch) for start in starts])
+    stretch = min(BATCHES, len(shards) // size) * size
+    starts = [(2 * i + 1) * (len(shards) - stretch) // (2 * TRIED) for i in range(TRIED)]
+    stretches = [order.samples(0, start, start + stretch) for start in starts]
+    return _classes(shards, [samples for long in stretches for samples in np.split(long, stretch // size)])
 
 
 def _classes(shards: ShardSet, batches: list[Ints]) -> float:

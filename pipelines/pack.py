@@ -82,7 +82,10 @@ def finished(source: Source, directory: Path, options: Options, *, split: str) -
     if not (directory / MANIFEST).exists():
         return None
     if (manifest := Manifest.read(directory)).source not in _plan(source, directory, options, split):
-        raise ShardError(f"{directory} already holds another shard set: choose another directory or delete it")
+        raise ShardError(
+            f"{directory} already holds another shard set, or the same images packed with other options: "
+            f"choose another directory or delete it"
+        )
     return manifest
 
 

@@ -65,7 +65,8 @@ def test_pack_imagefolder(
     assert call(monkeypatch, *args) == 0
     assert capsys.readouterr().out == done.stdout.replace("\n", "; already packed\n")
     assert call(monkeypatch, *args, "--seed", 1) == 2
-    message = f"error: {out} already holds another shard set: choose another directory or delete it\n"
+    message = f"error: {out} already holds another shard set, or the same images packed with other options: "
+    message += "choose another directory or delete it\n"
     assert capsys.readouterr() == ("", message)
 
 
@@ -219,7 +220,10 @@ def test_preview_looks_at_a_part_of_a_large_set(
 
 @pytest.mark.parametrize(
     ("resize", "path"),
-    [(72, "no image resized to shorter side 72"), (80, "176 of 176 images resized to shorter side 80")],
+    [
+        (72, "no image had to be resized to shorter side 72"),
+        (80, "176 of the 176 measured images were resized to shorter side 80"),
+    ],
 )
 def test_bench(shard_sets: Path, resize: int, path: str) -> None:
     options = ("--resize", resize, "--crop", 67, "--batch", 8, "--read-ms", 5)
@@ -229,7 +233,7 @@ def test_bench(shard_sets: Path, resize: int, path: str) -> None:
     assert re.fullmatch(r"\d+ images/s, \d+ CPU us/image, 5 ms added to each read", speed)
     assert int(speed.split()[0]) > 1000 / 5  # what one reader after another would reach
     assert told == path
-    assert re.fullmatch(r"\d\.\d classes in a batch of 8, \d\.\d after a full shuffle", mixed)
+    assert re.fullmatch(r"\d\.\d classes in a batch of 8; \d\.\d after a full shuffle", mixed)
     assert not done.stderr  # DALI warns of what is fed in vain
 
 
@@ -242,7 +246,7 @@ def test_bench_tells_how_many_images_are_resized(image_folder: Path, tmp_path: P
     pack(ImageFolder(image_folder / "train"), tmp_path / "set", Options(shorter_side=0), split="train", workers=1)
     done = python_m_pipelines("bench", tmp_path / "set", "--resize", 80, "--crop", 67, "--batch", 8)
     assert done.returncode == 0, done.stderr
-    scaled, _, measured = done.stdout.splitlines()[1].split()[:3]
+    scaled, _, _, measured = done.stdout.splitlines()[1].split()[:4]
     share = np.mean([side != 80 for side in sizes])
     assert share == 0.75
     assert abs(int(scaled) / int(measured) - share) < 0.15  # it measures 176 of the 240

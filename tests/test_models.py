@@ -137,6 +137,19 @@ def test_lrn_and_its_gradient_are_torchs(window: dict[str, float], layout: torch
         assert torch.autograd.gradcheck(lambda x: local_response_norm(x, *options.values()), x)
 
 
+def test_the_gradient_of_the_gradient_of_lrn() -> None:
+    torch.manual_seed(0)
+    y, w = (torch.randn(2, 6, 3, 3, dtype=torch.float64) * 80).requires_grad_(), torch.rand(6, 1, 1).double()
+    found = []
+    for form in (local_response_norm, lambda x: traceable(x, 1, 5, 2.0, 1e-4, 0.75)):
+        weight = w.clone().requires_grad_()
+        (first,) = torch.autograd.grad(form(y * weight).sum(), y, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), weight)
+        found.append(second)
+    torch.testing.assert_close(*found)
+    assert torch.autograd.gradgradcheck(local_response_norm, y[:1, :, :2, :1].detach().clone().requires_grad_())
+
+
 def test_lrn_of_more_than_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x = (torch.randn(7, 12, 5, 4) * 80).requires_grad_()

@@ -144,6 +144,31 @@ def test_bad_input_is_one_sentence(shard_sets: Path, image_folder: Path, tmp_pat
         assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
 
+def test_data_that_are_not_what_was_indexed(shard_sets: Path, tmp_path: Path) -> None:
+    """A missing tar, and a validation tar of another size, are told before training; a training tar when it is due, in
+    a sentence, and nobody is to try again."""
+    for split, name, harm, begun in (
+        ("train", "shard-000001.tar", None, False),
+        ("val", "shard-000000.tar", 512, False),
+        ("train", "shard-000000.tar", 512, True),
+    ):
+        sets, run = tmp_path / f"{split}-{harm}", tmp_path / f"run-{split}-{harm}"
+        shutil.copytree(shard_sets, sets)
+        tar = sets / split / name
+        if harm is None:
+            tar.unlink()
+        else:
+            tar.write_bytes(tar.read_bytes()[:-harm])
+        result = launch(sets, run, ranks=0)
+        assert result.returncode == 2
+        assert f"{tar} is " in result.stderr + result.stdout
+        assert "Traceback" not in result.stderr
+        assert run.exists() == begun
+        if begun:
+            assert status(run)["state"] == "failed"
+            assert "is not the tar that was indexed" in status(run)["reason"]
+
+
 def test_usage_errors_under_torchrun_are_not_retried(shard_sets: Path, tmp_path: Path) -> None:
     """More ranks than samples in a batch: one sentence from rank 0, no agent report, no restart."""
     result = launch(shard_sets, tmp_path / "r", "--train.global_batch=1", agent="--max-restarts=3", how="exec")

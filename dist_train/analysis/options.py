@@ -49,5 +49,9 @@ def experiments(parser: Parser) -> None:
 
 def speed(parser: Parser) -> None:
     """Declare the options of `speed`; all others are the trainer's."""
-    parser.add_argument("--steps", type=natural, default=0, metavar="N", help="of each measurement; 0: some seconds")
+    parser.usage = "python -m dist_train speed [--steps N] [--out FILE] [the trainer's options]"
+    steps = (
+        "of each measurement; 0: as many as take some 5 seconds. Few tell little of the loader, which has some ready"
+    )
+    parser.add_argument("--steps", type=natural, default=0, metavar="N", help=steps)
     parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="where all numbers go")

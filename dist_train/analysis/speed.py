@@ -60,8 +60,9 @@ def start(args: Namespace, config: Config) -> int:
 
 def check_place(path: Path) -> None:
     """Raises UserError if a file cannot lie there, before anything was measured for it."""
-    if path.is_dir() or not path.parent.is_dir():
-        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+    special = path.exists() and not path.is_file()
+    if special or not path.parent.is_dir():
+        why = "it is no file" if special else f"there is no folder {path.parent}"
         raise UserError(f"{path} cannot be written ({why}): choose another place with --out")
 
 
@@ -83,7 +84,7 @@ def _speed(args: Namespace, config: Config, world: World, watch: Watch) -> None:
     report["config"] = as_dict(config)
     if world.rank == 0:
         print(describe(report))
-    world.together(lambda: _write(report, args.out), on=[0])
+    world.together(lambda: _write(report, args.out.resolve()), on=[0])
 
 
 def _opened(config: Config, world: World) -> ShardSet | None:
@@ -176,13 +177,15 @@ def describe(report: dict[str, Any]) -> str:
         rows.append(("both", f"{_rate(both)} with data; {both['data_wait_share']:.1%} of the time waits for data"))
         cpu += f", {_short(both['cpu_ms_per_image'])} with; the loader by itself {_short(loader['cpu_ms_per_image'])}"
     else:
-        rows.append(("loader", f"not measured: {report['data']} does not exist, so the step saw random images"))
+        classes = report["config"]["model.outputs"] or 1000
+        why = f"{report['data']} does not exist; the step saw random images of {classes} classes"
+        rows.append(("loader", f"not measured: {why}"))
     if reduce:
         size, ms, share = f"{reduce['mb']:,.1f} MB", _short(reduce["ms"]), reduce["step_share"]
         rows.append(
             (
                 "all-reduce",
-                f"{size} in {ms} ms by itself, {share:.1%} of a step (where it runs beside the backward pass)",
+                f"{size} in {ms} ms by itself, which is {share:.1%} of a step; there it overlaps the backward pass",
             )
         )
     rows.append(("CPU", cpu))
@@ -202,13 +205,13 @@ def _slowest(ranks: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     def spread(key: str, unit: str, *, slow_is_high: bool) -> str:
         slow, *_, fast = sorted(ranks, key=lambda rank: float(rank[key]), reverse=slow_is_high)
         fastest = f"the fastest, rank {fast['rank']} on {fast['host']}: {_short(fast[key])}"
-        return f"rank {slow['rank']} on {slow['host']}: {_short(slow[key])} {unit} ({fastest})"
+        return f"the slowest is rank {slow['rank']} on {slow['host']}: {_short(slow[key])} {unit} ({fastest})"
 
     if len(ranks) == 1:
         return []
-    rows = [("slowest", spread("forward_backward_ms", "ms forward and backward", slow_is_high=True))]
+    rows = [("computing", spread("forward_backward_ms", "ms forward and backward", slow_is_high=True))]
     if "loader_images_per_s" in ranks[0]:
-        rows.append(("to load", spread("loader_images_per_s", "images/s", slow_is_high=False)))
+        rows.append(("loading", spread("loader_images_per_s", "images/s", slow_is_high=False)))
     return rows
 
 

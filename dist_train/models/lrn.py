@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 PIECE = 1 << 18  # numbers that a thread computes together
@@ -60,13 +59,16 @@ class _Analytic(torch.autograd.Function):
             torch.add(base, window.sums(), alpha=alpha, out=scale_)
             torch.mul(_power(scale_, beta, out=power_), a_, out=b_)
         ctx.save_for_backward(a, scale, power)
-        ctx.constants = groups, n, alpha, beta
+        ctx.constants = groups, n, k, alpha, beta
         return b
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        groups, n, alpha, beta = ctx.constants
+        groups, n, k, alpha, beta = ctx.constants
+        if torch.is_grad_enabled():  # the gradient of this gradient is wanted
+            a = ctx.saved_tensors[0]
+            b = traceable(a, groups, n, k, alpha, beta)
+            return *torch.autograd.grad(b, a, gradient, create_graph=True), None, None, None, None, None
         result = torch.empty_like(gradient)
         for window, (a_, scale_, power_, gradient_, result_) in _pieces(
             groups, n, *ctx.saved_tensors, gradient, result
