@@ -15,7 +15,7 @@ from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 
-COUNT, SIDE, QUALITY = 1600, 256, 90
+COUNT, SIDE, QUALITY = 3200, 256, 90
 
 
 class Photographs(NamedTuple):
