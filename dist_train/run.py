@@ -14,7 +14,7 @@ from dist_train import data
 from dist_train.config import Config, as_dict
 from dist_train.monitor.terminal import Terminal
 from dist_train.monitor.wandb import WandbRun
-from dist_train.outcomes import BadData, Done, Ended, NotBegun, Refused
+from dist_train.outcomes import Done, Ended, NotBegun, Refused
 from dist_train.pictures.curves import draw_curves
 from dist_train.ranks import launcher
 from dist_train.ranks.watch import Watch
@@ -85,7 +85,7 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         asdict(trainer.settled),
         f"{world.size} x {world.device.type}, {len(sets[0])} images",
     )
-    end = _end_of(trainer.fit, run, world)
+    end = _end_of(trainer.fit, run)
     terminal.end_epoch()
     if not end.state:  # the run is another start's now
         run.say(str(end))
@@ -140,18 +140,12 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: 
     run.say(f"{run.path}: {size}, epoch {progress.epoch + 1}")
 
 
-def _end_of(training: Callable[[], None], run: RunDirectory, world: World) -> Ended:
-    """How training ended. An error that nobody foresaw, or that one rank of several met, is written to status.json and
-    raised again."""
+def _end_of(training: Callable[[], None], run: RunDirectory) -> Ended:
+    """How training ended. An error that nobody foresaw is written to status.json and raised again."""
     try:
         training()
     except Ended as end:
         return end
-    except UserError as error:  # a tar or a row is not what was indexed, which shows when it is first needed
-        if world.size > 1:
-            run.status.set("failed", str(error))
-            raise
-        return BadData(str(error))
     except BaseException as error:
         run.status.set("failed", f"{type(error).__name__}: {error}")
         raise
