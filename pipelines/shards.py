@@ -153,6 +153,16 @@ class ShardSet:
                 found[i] = data
         return found
 
+    def check_tars(self, *, sizes: bool) -> None:
+        """Raises ShardError if a tar is missing. The folder is listed once; with `sizes` each tar is looked at, too."""
+        there = set(os.listdir(self.directory))
+        for shard, name in enumerate(self.names):
+            path = self.directory / name
+            if name not in there:
+                raise self._missing(path)
+            if sizes and path.stat().st_size != self.manifest.shards[shard]["bytes"]:
+                raise self._mismatch(shard)
+
     def shard_of(self, sample: int) -> int:
         """Number of the shard that holds a sample."""
         return int(np.searchsorted(self._ends, sample, side="right"))
@@ -189,7 +199,7 @@ class ShardSet:
         try:
             file = HeldFile(path)
         except FileNotFoundError as error:
-            raise ShardError(f"{path} is missing: put it back or pack {self.directory} anew") from error
+            raise self._missing(path) from error
         if not self._looked_at[shard]:
             if os.fstat(file.fileno()).st_size != self.manifest.shards[shard]["bytes"]:
                 raise self._mismatch(shard)
@@ -244,6 +254,9 @@ class ShardSet:
 
     def _damaged(self, reason: str) -> ShardError:
         return ShardError(f"{self.directory / INDEX} is damaged or of another shard set ({reason}): {self._remedy}")
+
+    def _missing(self, path: Path) -> ShardError:
+        return ShardError(f"{path} is missing: put it back or pack {self.directory} anew")
 
     def _mismatch(self, shard: int) -> ShardError:
         path = self.directory / self.names[shard]

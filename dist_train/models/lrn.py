@@ -69,7 +69,7 @@ class _Analytic(torch.autograd.Function):
             a = ctx.saved_tensors[0]
             b = traceable(a, groups, n, k, alpha, beta)
             return *torch.autograd.grad(b, a, gradient, create_graph=True), None, None, None, None, None
-        result = torch.empty_like(gradient)
+        result = torch.empty_like(ctx.saved_tensors[0])
         for window, (a_, scale_, power_, gradient_, result_) in _pieces(
             groups, n, *ctx.saved_tensors, gradient, result
         ):
@@ -93,7 +93,7 @@ class _Window:
 
     def sums(self) -> Tensor:
         """Of what was written, in its shape. All is added as one row of numbers, and what crosses a group is left out:
-        rows of 48 or 128 numbers take twice as long."""
+        many short rows take longer."""
         row = self.padded.view(-1)
         sums = torch.empty_like(row)
         total = sums[: len(row) - self.n + 1]
