@@ -51,6 +51,8 @@ def _loader(config: Config, world: World, plan: Plan, statistics: ShardSet, batc
         device_id=world.local_rank if on_gpu else None,
         threads=data.threads or world.threads,
         inputs=data.inputs,
+        hw_decoder_load=1.0 if config.train.deterministic else data.hw_decoder_load,
+        wanted=world.device,
     )
     reading = Read(readers=data.readers, ahead=data.ahead)
     return Loader(
@@ -98,12 +100,15 @@ def precision(config: Config, world: World) -> str:
 def distribute(model: nn.Module, config: Config, world: World, *, compiled: bool) -> nn.Module:
     """DDP around the model, its buckets settled.
 
-    DDP rebuilds its buckets after its first step, and gloo then sums in another order. Two throw-away steps put that
-    behind us, so that a resumed run sums as one that never stopped.
+    DDP rebuilds its buckets after its first step. Then more than two ranks sum in another order: gloo was seen to, and
+    in NCCL's ring the rank that a sum begins with follows from a number's place in its bucket. Two throw-away steps put
+    that behind us, so that a resumed run sums as one that never stopped.
     """
-    if world.dp_size == 1:
+    if world.dp_size == 1 and config.train.ddp == "auto":
         return model
     net = DistributedDataParallel(model, process_group=world.group("data"), gradient_as_bucket_view=True)
+    if world.dp_size == 1:  # nothing to sum
+        return net
     before = {k: v.clone() for k, v in model.state_dict().items()}
     low, high = even_split(config.train.global_batch, world.dp_rank, world.dp_size)
     share = even_split(high - low, 0, config.train.accumulate)[1]

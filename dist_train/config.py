@@ -43,6 +43,9 @@ class DataConfig(Augment):
     """Device on which DALI decodes; auto: the model's."""
     threads: int = least(0, 0)
     """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks of the node."""
+    hw_decoder_load: float = within(0, 1, 0.9)
+    """On a GPU, the part of a batch that its JPEG decoder takes; the rest is CUDA's, which rounds otherwise. With
+    train.deterministic it is 1, by which an image's pixels do not depend on the others of its batch."""
     readers: int = least(1, 32)
     """Threads per rank that read files ahead."""
     ahead: int = least(1, 4)
@@ -146,6 +149,9 @@ class TrainConfig:
     """torch.compile; auto: on a GPU if a compiler works, and not with tower_parallel. On the CPU it gains nothing."""
     deterministic: bool = True
     """Resuming gives the same bits as never having stopped. It costs speed on a GPU, and with torchvision's nets."""
+    ddp: Literal["auto", "always"] = "auto"
+    """DistributedDataParallel around the net; auto: if batches are shared among ranks; always: also for one rank, so
+    that one GPU can try all that several use."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,11 @@ class Config:
             raise ConfigError(
                 "train.compile is on, but train.tower_parallel exchanges activations in the midst of the net, which "
                 "is not compiled: set it to auto or off"
+            )
+        if self.train.deterministic and self.data.hw_decoder_load != DataConfig.hw_decoder_load:
+            raise ConfigError(
+                f"data.hw_decoder_load is {self.data.hw_decoder_load}, but train.deterministic fixes it at 1: leave it "
+                f"out, or set train.deterministic to false"
             )
         if self.data.crop > self.data.resize:
             raise ConfigError(

@@ -11,6 +11,8 @@ from pipelines.misc import cpus
 from pipelines.shards import ShardSet
 from pipelines.sources import Torchvision
 
+SHARE = 32  # samples of a batch on a GPU that keep it busy, about (docs/performance.md)
+
 
 def to_pack(config: Config) -> bool:
     """True if the sets do not exist yet but can be made from `data.source`."""
@@ -41,6 +43,17 @@ def check_batch(config: Config, ranks: int) -> None:
             f"train.global_batch {batch} is smaller than ranks ({ranks}) x train.accumulate ({pieces}): raise it, or "
             f"start fewer ranks"
         )
+
+
+def small_share(config: Config, ranks: int, device: str) -> str:
+    """What to say if a GPU gets so few samples of a batch that it waits for its host, else nothing."""
+    share = config.train.global_batch * (2 if config.train.tower_parallel else 1) // ranks // config.train.accumulate
+    if device == "cpu" or share >= SHARE:
+        return ""
+    return (
+        f"a GPU gets {share} images of a batch, and below {SHARE} or so it waits for its host: start fewer ranks, or "
+        f"raise train.global_batch as configs/alexnet_8gpu.yaml does"
+    )
 
 
 def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:

@@ -20,7 +20,13 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """
     if config.name == "adam":
         return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    if config.momentum:  # fused, torch makes it of uninitialised memory, which a first step that is skipped leaves so
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def update(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from dist_train import models
+from dist_train import machine, models
 from dist_train.config import Config
 from dist_train.ranks.world import World
 
@@ -30,18 +35,25 @@ class Settled:
         compiled: whether the model is.
         deterministic: how the same bits come again, in words.
         freed_memory: what becomes of it, in words.
+        accelerator: the GPUs of all ranks, with driver and libraries, in words; nothing on the CPU.
         numerics: see NUMERICS.
     """
 
     compiled: bool
     deterministic: str
     freed_memory: str
+    accelerator: str = ""
     numerics: int = NUMERICS
 
 
 def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled:
     """Settle them, before the model is built."""
-    return Settled(_compiled(config, world, say), _deterministic(config, world.device), keep_freed_memory(world.device))
+    # On the CPU our own nets give the same bits without torch's flag; of nets that are not ours nobody knows it.
+    flag = config.train.deterministic and not (world.device.type == "cpu" and config.model.name in models.OURS)
+    prepare_compiler(world.threads, deterministic=flag)
+    _set_deterministic(flag, benchmark=not config.train.deterministic)
+    how = "by torch's flag" if flag else "by construction" if config.train.deterministic else "no"
+    return Settled(_compiled(config, world, say), how, keep_freed_memory(world.device), _accelerator(world))
 
 
 def _compiled(config: Config, world: World, say: Callable[[str], None]) -> bool:
@@ -68,20 +80,53 @@ def try_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
     except Exception as error:
-        raise NoCompiler(str(error).strip().splitlines()[-1][:120]) from error
+        said = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+        raise NoCompiler(next(line for line in reversed(said) if line.strip()).strip()[:120]) from error
 
 
-def _deterministic(config: Config, device: torch.device) -> str:
-    """On the CPU our own nets give the same bits without torch's flag; of nets that are not ours nobody knows it."""
-    wanted = config.train.deterministic
-    torch.backends.cudnn.benchmark = not wanted
-    flag = wanted and not (device.type == "cpu" and config.model.name in models.OURS)
+def prepare_compiler(threads: int, *, deterministic: bool) -> None:
+    """Settle what torch's compiler, Inductor, reads when it is imported, as torch does when its flag is set; what the
+    user has set stays.
+
+    What it compiled is kept in the user's cache directory, where a run that is put on another node finds it again, and
+    not in the run's: it is code, which the next start loads and runs.
+    """
+    if deterministic:  # it chooses without measuring
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with suppress(OSError, RuntimeError):  # a home that is not there, or cannot be written: torch's place, in /tmp
+            cache = compiler_cache()
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+
+
+def compiler_cache() -> Path:
+    """A folder of the user for each kind of CPU: what is compiled for one need not run on another."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    digest = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "dist_train" / f"inductor-{platform.machine()}-{digest}"
+
+
+def _accelerator(world: World) -> str:
+    """The different ones among the ranks."""
+    if world.device.type == "cpu":
+        return ""
+    found = [""] * world.size
+    dist.all_gather_object(found, machine.accelerator(world.device))
+    return "; ".join(sorted(set(found)))
+
+
+def _set_deterministic(flag: bool, *, benchmark: bool) -> None:
+    torch.backends.cudnn.benchmark = benchmark
     if flag:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(flag, warn_only=True)
     # It costs time and changes no bit.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return "by torch's flag" if flag else "by construction" if wanted else "no"
 
 
 def keep_freed_memory(device: torch.device) -> str:

@@ -28,6 +28,8 @@ from pipelines.cli import refuse
 from pipelines.errors import UserError
 from pipelines.shards import ShardSet
 
+TOLD_BEFORE = ("numerics", "accelerator")  # whose change `restore` has told
+
 
 def start(config: Config, name: str) -> int:
     """Train, from the beginning or from where the run stands, and show how it ended.
@@ -85,6 +87,8 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         asdict(trainer.settled),
         f"{world.size} x {world.device.type}, {len(sets[0])} images",
     )
+    if advice := data.small_share(config, world.size, world.device.type):
+        run.say(advice)
     end = _end_of(trainer.fit, run)
     terminal.end_epoch()
     if not end.state:  # the run is another start's now
@@ -132,12 +136,14 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: 
     """Say, and record, that training begins or goes on."""
     if not resumed.found:
         run.record.append("begun", step=progress.step, **settled)
-    if told := [f"{k} = {v}" for k, v in resumed.changed.items() if k != "numerics"]:  # of that `restore` has spoken
+    if told := [f"{k} = {v}" for k, v in resumed.changed.items() if k not in TOLD_BEFORE]:
         run.say("changed since the checkpoint: " + ", ".join(told))
     if resumed.changed:
         run.record.append("changed", step=progress.step, **resumed.changed)
     run.status.set("running", step=progress.step, epoch=progress.epoch)
-    run.say(f"{run.path}: {size}, epoch {progress.epoch + 1}")
+    how = settled["deterministic"]
+    deterministic = "not deterministic" if how == "no" else f"deterministic {how}"
+    run.say(f"{run.path}: {size}, {deterministic}, epoch {progress.epoch + 1}")
 
 
 def _end_of(training: Callable[[], None], run: RunDirectory) -> Ended:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_train import build, optim, probe, process
+from dist_train import build, models, optim, probe, process
 from dist_train.config import Config, as_dict
-from dist_train.models.dropout import mask_keys, rank_seed
+from dist_train.models.dropout import keys_of_epoch, rank_seed
 from dist_train.monitor.reporter import Reporter
 from dist_train.monitor.terminal import Terminal
 from dist_train.monitor.wandb import WandbRun
@@ -49,7 +49,7 @@ class Trainer:
     train_loader: Loader
     val_loader: Loader
     model: nn.Module
-    net: nn.Module  # the model in DDP, if there are several data-parallel ranks
+    net: nn.Module  # the model, in DDP if there are several data-parallel ranks
     autocast: torch.autocast
     settled: process.Settled
     state: TrainState  # all that a checkpoint holds; model and progress are of it
@@ -98,7 +98,8 @@ class Trainer:
         progress, schedule, steps = self.progress, self.state.schedule, self.train_loader.steps
         while progress.epoch < self.config.train.epochs and not self.enough():  # section 5: "roughly 90 cycles"
             self.report.begin_epoch(progress)
-            for batch in self.train_loader.epoch(progress.epoch, start=progress.step_in_epoch):
+            keys = keys_of_epoch(self.config.train.seed, first=progress.step - progress.step_in_epoch)
+            for batch in self.train_loader.epoch(progress.epoch, progress.step_in_epoch, keys):
                 lr = schedule.lr(progress.epoch, progress.step_in_epoch, steps)
                 if progress.step in self.config.monitor.probes:
                     self.probe(batch, lr)
@@ -136,16 +137,16 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        keys = mask_keys(config.train.seed, progress.step, batch.positions).to(world.device)
-        torch.manual_seed(rank_seed(config.train.seed, progress.step, world.dp_rank))  # for nets with their own dropout
-        inputs, labels = batch.inputs.to(world.device, non_blocking=True), batch.labels.to(world.device)
+        if models.draws_numbers(self.model):  # torch's own, which takes its time to be seeded
+            torch.manual_seed(rank_seed(config.train.seed, progress.step, world.dp_rank))
+        inputs, labels, keys = batch.inputs, batch.labels, batch.keys
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         wrong = torch.zeros((), dtype=torch.float64, device=world.device)
         pieces = config.train.accumulate
         for i in range(pieces):
             low, high = even_split(len(labels), i, pieces)
             # DDP averages the gradients after the last piece; before it, each rank only adds up its own.
-            sync_now = i == pieces - 1 or world.dp_size == 1
+            sync_now = i == pieces - 1 or self.net is self.model
             with nullcontext() if sync_now else self.net.no_sync():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.net(inputs[low:high], keys[low:high])
@@ -223,7 +224,5 @@ class Trainer:
 
     def probe(self, batch: Batch, lr: float) -> None:
         """Record what `dist_train.probe` measures on a batch, and leave the state of training as it is."""
-        device = self.world.device
-        keys = mask_keys(self.config.train.seed, self.progress.step, batch.positions).to(device)
-        values = probe.measure(self.model, batch.inputs.to(device), batch.labels.to(device), keys)
+        values = probe.measure(self.model, batch.inputs, batch.labels, batch.keys)
         self.report.probe(values, self.progress, lr)

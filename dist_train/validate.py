@@ -43,10 +43,9 @@ def validate(
         for batch in loader.epoch():
             if n := len(batch.labels):
                 with autocast:
-                    logits = model(padded(batch.inputs.to(world.device), full))[:n].float()
-                labels = batch.labels.to(world.device)
-                counts += _hits(logits, labels)
-                total += F.cross_entropy(logits, labels, reduction="sum")
+                    logits = model(padded(batch.inputs, full))[:n].float()
+                counts += _hits(logits, batch.labels)
+                total += F.cross_entropy(logits, batch.labels, reduction="sum")
             after_batch()
     model.train()
     if not world.counted:
@@ -71,4 +70,4 @@ def chance_error(labels: NDArray[Any]) -> float:
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:
     """How many labels are the first, how many among the first five, and how many there are: int64 [3]."""
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels), dtype=torch.int64)])
+    return torch.stack([hits[:, 0].sum(), hits.sum(), torch.full((), len(labels), device=labels.device)])

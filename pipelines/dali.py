@@ -54,17 +54,27 @@ class Decode:
         device: where DALI decodes; "gpu" needs `device_id`.
         threads: DALI's decoding threads; 0: the CPUs of this process.
         inputs: mean_subtracted as the paper, minus_one_to_one, or standardized (divided by the standard deviation too).
+        hw_decoder_load: on the GPU, the part of a batch that its JPEG decoder takes, the rest is CUDA's, which rounds
+            otherwise. 1 (all that it can) and 0 leave an image with its decoder, whatever batch it is in.
+        wanted: the device that the inputs go to; None: where they are decoded.
     """
 
     device: Device = "cpu"
     device_id: int | None = None
     threads: int = 0
     inputs: Inputs = "mean_subtracted"
+    hw_decoder_load: float = 1.0
+    wanted: torch.device | None = None
 
     @property
-    def output(self) -> torch.device:
+    def place(self) -> torch.device:
         """Holds the inputs."""
-        return torch.device("cpu") if self.device == "cpu" else torch.device(f"cuda:{self.device_id}")
+        return self.wanted or torch.device("cpu" if self.device == "cpu" else f"cuda:{self.device_id}")
+
+    @property
+    def gives_bytes(self) -> bool:
+        """Whether pixels leave DALI as bytes: a quarter of what would have to be copied from the CPU to a GPU."""
+        return self.device == "cpu" and self.place.type != "cpu"
 
 
 def graph(
@@ -81,8 +91,8 @@ def graph(
 
     `source` returns the inputs of a step of n <= `batch` samples. `resize`: whether any image of the set has to be
     resized; the others of the set pass by the resize, which costs more than decoding an image at 256 pixels does.
-    Output: float32 NHWC. On the GPU the whole image is decoded: decoders of a region were seen to crash there
-    (nvImageCodec issue 55).
+    Output: float32 NHWC; or, where `decode.gives_bytes`, uint8 NHWC that is not normalised, and `Feed.mean`. On the GPU
+    the whole image is decoded: decoders of a region were seen to crash there (nvImageCodec issue 55).
     """
     on_cpu = decode.device == "cpu"
     # Without a resize its fields are not fed: each costs microseconds a sample.
@@ -92,20 +102,26 @@ def graph(
         ask = _asking(source, fields, held=depth + 2 if on_cpu else 0)
         inputs = fn.external_source(source=ask, num_outputs=len(fields), batch=True, no_copy=on_cpu)
         feed = dict(zip(fields, inputs, strict=True))
-        upright = {"output_type": types.RGB, "adjust_orientation": False}  # settled when the set was packed
+        # How an image is turned was settled when the set was packed. Without "fancy", a GPU repeats samples of colour
+        # where the CPU interpolates.
+        how = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
         if on_cpu:
-            image = fn.decoders.image_slice(feed["encoded"], start=feed["begin"], shape=feed["extent"], **upright)
+            image = fn.decoders.image_slice(feed["encoded"], start=feed["begin"], shape=feed["extent"], **how)
         else:
-            image = fn.decoders.image(feed["encoded"], device="mixed", **upright)
+            load = decode.hw_decoder_load
+            image = fn.decoders.image(feed["encoded"], device="mixed", hw_decoder_load=load, **how)
             image = fn.slice(image, start=feed["begin"], shape=feed["extent"], axis_names="WH")
         if resize:
             image = _resized(image, feed, crop)
         # Bytes are reflected at a fraction of what it costs on the CPU to reflect and normalise them together.
         image = fn.flip(image, horizontal=feed["mirror"])
-        image = fn.crop_mirror_normalize(
-            image, mean=feed["mean"], std=list(std), dtype=types.FLOAT, output_layout="HWC"
-        )
-        pipeline.set_outputs(image)
+        if decode.gives_bytes:
+            pipeline.set_outputs(image, feed["mean"])
+        else:
+            image = fn.crop_mirror_normalize(
+                image, mean=feed["mean"], std=list(std), dtype=types.FLOAT, output_layout="HWC"
+            )
+            pipeline.set_outputs(image)
     return pipeline
 
 
@@ -142,16 +158,9 @@ def _asking(source: Callable[[], Feed], fields: Sequence[str], *, held: int) -> 
     return ask
 
 
-def collect(pipeline: Pipeline) -> Tensor:
-    """Run a pipeline: its output as a tensor of its own, float32 [n, 3, crop, crop], channels_last."""
-    (output,) = pipeline.run()
-    pixels: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
-    if pixels.is_cuda:  # DALI reuses its memory on its own stream; a copy of ours outlives that
-        with torch.cuda.stream(torch.cuda.Stream(pixels.device)):  # type: ignore[no-untyped-call]
-            pixels = pixels.clone()
-            torch.cuda.current_stream().synchronize()
-        pixels.record_stream(torch.cuda.default_stream(pixels.device))
-    return pixels.permute(0, 3, 1, 2)
+def collect(pipeline: Pipeline) -> list[Tensor]:
+    """Run a pipeline: its outputs, complete, in the memory that DALI uses again on a GPU."""
+    return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in pipeline.run()]
 
 
 def scale(inputs: Inputs, statistics: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipelines.augment import framed
 from pipelines.dali import DEPTH, Decode, Feed, collect, graph, scale
+from pipelines.handover import HandOver
 from pipelines.manifest import Manifest
 from pipelines.misc import ceil_div
 from pipelines.order import Ints, even_split
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 READY = 2  # batches that wait for the consumer
+Keys = Callable[[int, Ints], Ints]  # (step of the epoch, positions in it) -> a number for each, int64 [n]
 SUSPECTS = DEPTH + 2  # steps, from the one that is collected, in which DALI may have met what it reports now
 
 
@@ -45,6 +47,7 @@ class Batch(NamedTuple):
         labels: int64 [n].
         samples: sample numbers in the shard set, int64 [n].
         start: position in the epoch of the first of them.
+        keys: what the `keys` of `Loader.epoch` gave for them, int64 [n]; without, zeros.
         replaced: how many of them stand for a sample that cannot be decoded.
     """
 
@@ -52,12 +55,8 @@ class Batch(NamedTuple):
     labels: Tensor
     samples: Ints
     start: int
+    keys: Tensor
     replaced: int = 0
-
-    @property
-    def positions(self) -> Ints:
-        """Of its samples in the epoch, int64 [n]."""
-        return self.start + np.arange(len(self.labels))
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,7 @@ class Loader:
         self.resizing = plan.shards.sides != (plan.augment.resize, plan.augment.resize)
         crop = plan.augment.crop
         self._graph = partial(graph, crop=crop, resize=self.resizing, std=std.tolist(), decode=decode)
+        self._hand_over = HandOver(decode.place, std)
         self.waited = 0.0
         self.bad: set[int] = set()
 
@@ -136,11 +136,16 @@ class Loader:
         samples = self.plan.samples(epoch, first, min(first + self.batch, len(self.plan)))
         return [self.shards.name(int(sample)) for sample in samples]
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of steps `start` ... of an epoch. Raises ShardError if a tar is not what was indexed."""
+    def epoch(self, epoch: int = 0, start: int = 0, keys: Keys | None = None) -> Iterator[Batch]:
+        """The batches of steps `start` ... of an epoch, and a number for each sample, if `keys` gives them.
+
+        Raises ShardError if a tar is not what was indexed.
+        """
         stop = Event()
         ready: queue.Queue[Batch | Exception | None] = queue.Queue(READY)
-        driver = Thread(target=self._drive, args=(epoch, start, ready, stop), name="loader", daemon=True)
+        driver = Thread(
+            target=self._drive, args=(epoch, start, keys or _no_keys, ready, stop), name="loader", daemon=True
+        )
         driver.start()
         try:
             while True:
@@ -159,9 +164,12 @@ class Loader:
                     ready.get(timeout=0.01)
             driver.join()
 
-    def _drive(self, epoch: int, step: int, ready: queue.Queue[Batch | Exception | None], stop: Event) -> None:
+    def _drive(
+        self, epoch: int, step: int, keys: Keys, ready: queue.Queue[Batch | Exception | None], stop: Event
+    ) -> None:
         """Put the batches from `step` on into `ready`, None after the last one, or the error that ended them."""
         try:
+            self._hand_over.enter_thread()
             while step < self.steps and not stop.is_set():
                 # A pipeline an epoch: building it, filling its buffers and taking it down costs 30 ms, for training and
                 # validation together 0.1 % of an epoch of a minute. A pipeline that has failed cannot be run again.
@@ -169,7 +177,7 @@ class Loader:
                 try:
                     pipeline = self._build(feeds, batch=ceil_div(self.batch, self.dp_size))
                     while step < self.steps and not stop.is_set():
-                        ready.put(self._batch(pipeline, epoch, step))
+                        ready.put(self._batch(pipeline, epoch, step, keys))
                         step += 1
                 except RuntimeError:  # DALI's: a sample cannot be decoded. The pipeline is lost; begin this step anew
                     if not self._find_bad(epoch, range(step, min(step + SUSPECTS, self.steps))):
@@ -180,13 +188,14 @@ class Loader:
         except Exception as error:
             ready.put(error)
 
-    def _batch(self, pipeline: Pipeline, epoch: int, step: int) -> Batch:
-        wanted, _ = self.samples(epoch, step)
+    def _batch(self, pipeline: Pipeline, epoch: int, step: int, keys: Keys) -> Batch:
+        wanted, start = self.samples(epoch, step)
         side = self.augment.crop
-        inputs = collect(pipeline) if len(wanted) else torch.empty(0, 3, side, side, device=self.decode.output)
-        samples, start = self.usable(epoch, step)  # after that: reading may have found some to be damaged
-        labels = torch.from_numpy(self.shards.labels(samples)).to(inputs.device)
-        return Batch(inputs, labels, samples, start, replaced=int((wanted != samples).sum()))
+        shown = collect(pipeline) if len(wanted) else [torch.empty(0, side, side, 3)]
+        samples, _ = self.usable(epoch, step)  # after that: reading may have found some to be damaged
+        numbers = (self.shards.labels(samples), keys(step, start + np.arange(len(samples))))
+        inputs, labels, keyed = self._hand_over(shown, *map(torch.from_numpy, numbers))
+        return Batch(inputs, labels, samples, start, keyed, replaced=int((wanted != samples).sum()))
 
     def feeds(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
         """The graph's inputs for each of these steps, while the files of the steps after it are being read.
@@ -232,3 +241,7 @@ class Loader:
         pipeline = self._graph(lambda: next(feeds), batch=batch, depth=depth)
         pipeline.build()
         return pipeline
+
+
+def _no_keys(step: int, positions: Ints) -> Ints:
+    return np.zeros_like(positions)

@@ -24,7 +24,8 @@ ARROWS = """
     validate  ranks pipelines
     pictures  rundir pipelines
     build     ranks models config pipelines
-    process   ranks models config
+    process   machine ranks models config
+    machine   pipelines
     rundir    ranks optim config outcomes pipelines
     ranks     models outcomes pipelines
     models    config pipelines

@@ -82,7 +82,7 @@ def test_what_hangs_is_killed(shard_sets: Path, tmp_path: Path, how: str) -> Non
     assert not any(map(alive, (run.pid, *workers)))
     assert helpers.STARTED[-1] is run
     assert "/0/stderr.log\n" in run.tails()
-    assert "2 x cpu, 240 images, epoch 1" in run.tails()
+    assert "2 x cpu, 240 images, deterministic by construction, epoch 1" in run.tails()
 
 
 def test_a_failing_test_shows_what_its_runs_wrote(tmp_path: Path) -> None:

@@ -134,9 +134,11 @@ def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
             (replace(gpu, mesh=cast(DeviceMesh, "two towers")), "auto", "", False),
         ):
             monkeypatch.setattr(process, "try_compiler", partial(_try, why))
+            monkeypatch.setattr(process.machine, "accelerator", lambda _: "a card")
             settled = prepare(Config(train=TrainConfig(compile=cast(Any, choice))), place, said.append)
             assert settled.compiled == expected
             assert settled.deterministic == ("by construction" if place == world else "by torch's flag")
+            assert settled.accelerator == ("" if place == world else "a card")
         assert said == ["torch.compile is off, it does not work here: no compiler"]
     finally:
         torch.use_deterministic_algorithms(False)

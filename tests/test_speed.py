@@ -257,7 +257,9 @@ def test_forward_and_backward_go_in_the_pieces_of_a_step(begin: Callable[..., Pa
     """Where a step takes half of its batch at a time, to need half the memory, so does what is measured of it."""
     pace, sizes = begin("--train.accumulate=2", "--model.outputs=7"), list[int]()
     pace._trainer.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    batch = Batch(torch.zeros(9, 3, 67, 67), torch.zeros(9, dtype=torch.int64), np.arange(9), 0)
+    batch = Batch(
+        torch.zeros(9, 3, 67, 67), torch.zeros(9, dtype=torch.int64), np.arange(9), 0, torch.zeros(9, dtype=torch.int64)
+    )
     assert pace._computing(batch, 2) > 0
     assert sizes == [4, 5] * 2
 
@@ -280,8 +282,8 @@ def test_a_slow_loader_makes_it_no_longer(
     pace = begin(data=shard_sets)
     batches = pace._trainer.train_loader.epoch
 
-    def slow(epoch: int) -> Iterator[Batch]:
-        for batch in batches(epoch):
+    def slow(epoch: int, **options: Any) -> Iterator[Batch]:
+        for batch in batches(epoch, **options):
             time.sleep(0.05)
             yield batch
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dist_train import build
 from dist_train.config import Config
-from dist_train.models.dropout import mask_keys
+from dist_train.models.dropout import keys_of_epoch, mask_keys
 from dist_train.monitor.terminal import Terminal
 from dist_train.monitor.wandb import WandbRun
 from dist_train.outcomes import Diverged, Refused
@@ -158,11 +158,12 @@ class Pace:
         torch.manual_seed(low)
         inputs = 60 * torch.randn(high - low, 3, side, side, device=world.device)  # as far apart as pixels in levels
         labels = torch.arange(high - low, device=world.device) % (self._config.model.outputs or 1000)
-        return Batch(inputs.to(memory_format=torch.channels_last), labels, np.arange(low, high), low)
+        keys = mask_keys(self._config.train.seed, 0, np.arange(low, high)).to(world.device)
+        return Batch(inputs.to(memory_format=torch.channels_last), labels, np.arange(low, high), low, keys)
 
     def _batches(self) -> Generator[Batch, None, None]:
         for epoch in count():  # a set may be shorter than a measurement
-            for batch in self._trainer.train_loader.epoch(epoch):
+            for batch in self._trainer.train_loader.epoch(epoch, keys=keys_of_epoch(self._config.train.seed, 0)):
                 yield batch if epoch == 0 else batch._replace(replaced=0)  # what is bad is counted once
 
     def _steps(self, batches: Iterable[Batch], many: int) -> Stretch:
@@ -220,9 +221,8 @@ class Pace:
     def _computing(self, batch: Batch, many: int) -> float:
         """Milliseconds of a step's forward and backward on this rank, in the pieces of a step, while it waits for no
         other rank. (A tower on two ranks waits for its other half.)"""
-        trainer, device, pieces = self._trainer, self._world.device, self._config.train.accumulate
-        keys = mask_keys(self._config.train.seed, 0, batch.positions).to(device)
-        inputs, labels = batch.inputs.to(device), batch.labels.to(device)
+        trainer, pieces = self._trainer, self._config.train.accumulate
+        inputs, labels, keys = batch.inputs, batch.labels, batch.keys
         dist.barrier()
         self._synchronize()
         began = time.perf_counter()

@@ -32,6 +32,12 @@ class TorchvisionModel(nn.Module):
         return main
 
 
+def draws_numbers(model: nn.Module) -> bool:
+    """Whether a model may draw from torch's own generators, as it is assumed to unless it declares that it does not
+    (`draws_numbers = False`)."""
+    return bool(getattr(model, "draws_numbers", True))
+
+
 OURS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     "alexnet_one_tower": partial(AlexNet, towers=1),

@@ -22,6 +22,8 @@ ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases begin wi
 class Layers(nn.Module):
     """Activation, normalisation, pooling, dropout and initialisation, shared by all AlexNet variants."""
 
+    draws_numbers = False  # dropout's masks are hashed
+
     def __init__(self, options: ModelConfig) -> None:
         super().__init__()
         self.options = options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,11 @@ def mask_keys(seed: int, step: int, positions: NDArray[np.int64]) -> Tensor:
         key = _splitmix(_splitmix(np.uint64(seed)) ^ np.uint64(step))
         keys = _splitmix(key ^ positions.astype(np.uint64)) >> np.uint64(32)
     return torch.from_numpy(keys.astype(np.int64))
+
+
+def keys_of_epoch(seed: int, first: int) -> Callable[[int, NDArray[np.int64]], NDArray[np.int64]]:
+    """For `Loader.epoch`: the keys of an epoch whose first step is step `first` of the run."""
+    return lambda step, positions: mask_keys(seed, first + step, positions).numpy()
 
 
 def rank_seed(seed: int, step: int, dp_rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,21 +39,52 @@ class Vote(NamedTuple):
         Raises TypeError for another name."""
         # One copy carries the plain numbers to the device, where the scalars take their places: nothing is waited for.
         plain = Vote(**{name: 0.0 if isinstance(value, Tensor) else float(value) for name, value in says.items()})
-        values = torch.tensor(plain, dtype=torch.float64).to(world.device)
+        pinned = world.device.type == "cuda"
+        values = torch.tensor(plain, dtype=torch.float64, pin_memory=pinned).to(world.device, non_blocking=True)
         for name, value in says.items():
             if isinstance(value, Tensor):
                 values[Vote._fields.index(name)] = value
-        return PendingVote(values, world.reduce(values))
+        work = world.reduce(values)
+        if pinned:
+            return _returning(values, work)
+        return PendingVote(values, work)
 
 
 class PendingVote(NamedTuple):
-    """A vote whose all-reduce is under way."""
+    """A vote under way.
+
+    Attributes:
+        values: the sums, once they are there: in host memory.
+        there: what to wait for.
+    """
 
     values: Tensor
-    work: dist.Work | None
+    there: dist.Work | torch.cuda.Event | None
 
     def read(self) -> Vote:
         """Wait for the sums."""
-        if self.work:
-            self.work.wait()
+        if isinstance(self.there, torch.cuda.Event):
+            self.there.synchronize()
+        elif self.there:
+            self.there.wait()
         return Vote(*self.values.tolist())
+
+
+def _returning(values: Tensor, work: dist.Work | None) -> PendingVote:
+    """Let a vote on a GPU come back to the host beside the stream of the net: on that, whoever reads it a step later
+    would wait for the step that was begun in between."""
+    side = _side_stream(values.device)
+    side.wait_stream(torch.cuda.current_stream(values.device))
+    with torch.cuda.stream(side):
+        if work:
+            work.wait()  # of this stream, not of the host
+        # Pinned memory is used again once its copy is done: torch keeps a few blocks for all steps.
+        host = torch.empty_like(values, device="cpu", pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        values.record_stream(side)
+        return PendingVote(host, side.record_event())
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -19,8 +19,10 @@ from dist_train.rundir.state import TrainState
 from dist_train.rundir.store import load_state
 from pipelines.shards import ShardSet
 
-FREE = ("train", "val", "source", "device", "threads", "readers", "ahead", "max_bad")  # keys of data that may change
-TOLD = ("optim.", "schedule.", "train.epochs")  # keys that may change, and whose change is recorded
+# Keys of data that may change
+FREE = ("train", "val", "source", "device", "threads", "hw_decoder_load", "readers", "ahead", "max_bad")
+# Keys whose change is recorded
+TOLD = ("optim.", "schedule.", "train.epochs", "data.hw_decoder_load")
 
 
 @dataclass
@@ -82,7 +84,10 @@ def restore(
     then = found.meta.get("process", settled | {"numerics": 1})  # older programs did not say
     if then.get("numerics") != settled["numerics"]:
         run.say("it was saved by a program that rounded otherwise: from here on the bits may differ from that one's")
-    resumed.changed = {k: v for k, v in settled.items() if then.get(k) != v}
+    resumed.changed = {k: v for k, v in settled.items() if then.get(k, "") != v}
+    if "accelerator" in resumed.changed:
+        was, now = (where.get("accelerator") or "no GPU" for where in (then, settled))
+        run.say(f"it was saved with {was}, and this is {now}: from here on the bits may differ")
     resumed.changed |= _changed(found.meta["config"], as_dict(config))
     return resumed
 

@@ -1,0 +1,352 @@
+"""What can be known of a GPU without one: what a step copies between host and device, and what is settled for it.
+
+The `meta` device stands for the GPU: its tensors have no numbers, so whatever would wait for one fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dist_train import __main__, build, data, models, optim, process
+from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from dist_train.models.dropout import mask_keys
+from dist_train.ranks.world import World, join
+from dist_train.rundir.state import Progress
+from dist_train.train import Trainer
+from pipelines.loader import Batch
+from pipelines.shards import ShardSet
+from tests.helpers.compare import assert_same_run, records, status
+from tests.helpers.launch import at, launch
+
+META = torch.device("meta")
+N = 6
+INDUCTOR = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_DETERMINISTIC")
+
+
+class Copies(TorchDispatchMode):
+    """Notes each copy between host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[int, ...], bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "_fused_sgd_" in str(func):  # which `meta` has not
+            return None
+        result = func(*args, **kwargs)
+        given, got = ([t for t in tree_leaves(of) if isinstance(t, torch.Tensor)] for of in ((args, kwargs), result))
+        if str(func).startswith(("aten._to_copy", "aten.copy_")) and len({t.device for t in (*given, *got)}) > 1:
+            source = given[-1]
+            late = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            self.found.append((f"{source.device} to {got[0].device}", tuple(source.shape), bool(late)))
+        return result
+
+
+def trainer(name: str, accumulate: int) -> Trainer:
+    """One that can take a step on META and has no more than that needs."""
+    config = Config(
+        data=DataConfig(resize=67, crop=67),
+        model=ModelConfig(name=name, hidden=8, width=0.25),
+        train=TrainConfig(global_batch=N, accumulate=accumulate),
+    )
+    made = Trainer.__new__(Trainer)
+    made.config = config
+    here = World.single(torch.device("cpu"))
+    made.model = build.model(config, here, 3, compiled=False)
+    made.model.to(META)
+    made.net = made.model
+    made.world = cast(World, MetaWorld())
+    made.autocast = torch.autocast("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    made.progress = Progress()
+    optimizer = optim.build(config.optim, made.model)
+    made.state = cast(Any, SimpleNamespace(optimizer=optimizer, scaler=scaler, progress=made.progress))
+    made.watch = cast(Any, SimpleNamespace(stop=False))
+    made.run = cast(Any, SimpleNamespace(lease=SimpleNamespace(lost=False)))
+    made.saver = cast(Any, SimpleNamespace(due_by_clock=lambda: False))
+    return made
+
+
+class MetaWorld:
+    """A single rank on META, which notes what it sums."""
+
+    rank, size, dp_rank, dp_size, device, counted, mesh = 0, 1, 0, 1, META, True, None
+
+    def __init__(self) -> None:
+        self.summed: list[torch.Tensor] = []
+
+    def reduce(self, values: torch.Tensor) -> None:
+        self.summed.append(values)
+
+    def agree(self, flag: torch.Tensor) -> None:
+        assert flag.device == META
+
+
+def on_meta() -> Batch:
+    """As the loader gives it: all on the device."""
+    inputs = torch.empty(N, 67, 67, 3, device=META).permute(0, 3, 1, 2)
+    labels, keys = (torch.zeros(N, dtype=torch.int64, device=META) for _ in range(2))
+    return Batch(inputs, labels, np.arange(N), 0, keys)
+
+
+@pytest.fixture
+def fused_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["torch.optim.sgd"], "_device_dtype_check_for_fused", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "alexnet_two_tower", "torchvision:alexnet"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_what_a_step_copies(name: str, accumulate: int, fused_on_meta: None) -> None:
+    """The plain numbers of the vote, without waiting, and nothing else; nothing is waited for."""
+    step = trainer(name, accumulate)
+    for _ in range(2):
+        with Copies() as copies:
+            pending = step.train_step(on_meta(), 0.01)
+        assert copies.found == [("cpu to meta", (7,), True)]
+        assert pending.vote.values.device == META
+    assert [values.dtype for values in cast(MetaWorld, step.world).summed] == [torch.float64] * 2
+
+
+def test_what_waits_is_noticed(fused_on_meta: None) -> None:
+    """The test above can fail: labels that come from the host are seen, and a number cannot be read."""
+    step, batch = trainer("alexnet", 1), on_meta()
+    with Copies() as copies:
+        labels = torch.zeros(N, dtype=torch.int64).to(META)
+        step.train_step(batch._replace(labels=labels), 0.01)
+    assert copies.found == [("cpu to meta", (N,), False), ("cpu to meta", (7,), True)]
+    with pytest.raises(RuntimeError, match="meta"):
+        float(torch.ones((), device=META))
+
+
+# The optimizer, and torch's generator -------------------------------------------------------------------------------
+
+
+def learnt(*, zeros: bool, skip: int = -1, steps: int = 5) -> list[torch.Tensor]:
+    """Weights and momentum after some steps of which an overflow has one skipped."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    optimizer = optim.build(OptimConfig(), layer)
+    if not zeros:  # as torch would have it
+        optimizer.state.clear()
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(steps):
+        optimizer.zero_grad()
+        scaler.scale(layer(torch.ones(8, 64)).pow(2).mean()).backward()
+        if step == skip:
+            layer.weight.grad[0, 0] = torch.inf  # type: ignore[index]
+        assert optim.update(optimizer, scaler) == 0
+    return [*map(torch.clone, layer.parameters()), *(s["momentum_buffer"] for s in optimizer.state.values())]
+
+
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """torch fills uninitialised memory with NaN, so that whoever uses it is found out."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def test_a_first_step_that_is_skipped_leaves_no_garbage(filled_memory: None) -> None:
+    """fp16's scale is too large at first. The same bits as without our zeros where no step is skipped."""
+    assert all(torch.equal(a, b) for a, b in zip(learnt(zeros=True), learnt(zeros=False), strict=True))
+    assert not all(bool(t.isfinite().all()) for t in learnt(zeros=False, skip=0))
+    skipped = learnt(zeros=True, skip=0)
+    assert all(bool(t.isfinite().all()) for t in skipped)
+    assert all(bool(t.isfinite().all()) for t in learnt(zeros=True, skip=2))
+
+
+def test_only_nets_that_may_draw_numbers_are_seeded(monkeypatch: pytest.MonkeyPatch, fused_on_meta: None) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr("dist_train.train.torch.manual_seed", seeds.append)
+    for name, seeded in (("alexnet", 0), ("alexnet_two_tower", 0), ("torchvision:alexnet", 1)):
+        step = trainer(name, 1)
+        seeds.clear()  # the weights are drawn
+        with Copies():
+            step.train_step(on_meta(), 0.01)
+        assert len(seeds) == seeded
+    assert models.draws_numbers(nn.Linear(1, 1))  # a stranger's, which says nothing
+
+
+def test_our_nets_draw_no_numbers() -> None:
+    """What they declare is true, in training with dropout."""
+    for name in models.OURS:
+        net = models.build(ModelConfig(name=name, hidden=8, width=0.25), classes=3, crop=67)
+        before = torch.get_rng_state()
+        net(torch.randn(2, 3, 67, 67, generator=torch.Generator().manual_seed(0)), mask_keys(0, 0, np.arange(2)))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+# What is settled ------------------------------------------------------------------------------------------------------
+
+
+def test_full_precision_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.precision off` is float32 in convolutions too, where torch would take TF32."""
+    assert torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr("dist_train.ranks.world.pick_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    try:
+        join("cuda")
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def test_the_decoder_of_a_gpu_is_fixed_where_bits_are(shard_sets: Path) -> None:
+    world, sets = World.single(torch.device("cpu")), {"train": str(shard_sets / "train"), "resize": 72, "crop": 67}
+    for deterministic, key, expected in ((True, 0.9, 1.0), (False, 0.9, 0.9), (False, 0.25, 0.25)):
+        train = TrainConfig(global_batch=8, deterministic=deterministic)
+        config = Config(data=DataConfig(**sets, hw_decoder_load=key), train=train)
+        loader = build.train_loader(config, world, ShardSet(shard_sets / "train"))
+        assert loader.decode.hw_decoder_load == expected
+    with pytest.raises(ConfigError, match="deterministic fixes it at 1"):
+        Config(data=DataConfig(hw_decoder_load=0.5))
+
+
+def test_a_small_share_is_told() -> None:
+    """Of README's eight ranks at the paper's batch, not of the configuration that is meant for them."""
+    paper, eight = Config(), Config(train=TrainConfig(global_batch=1024))
+    assert "a GPU gets 16 images" in data.small_share(paper, 8, "cuda")
+    assert not data.small_share(paper, 4, "cuda")
+    assert "a GPU gets 16 images" in data.small_share(replace(paper, train=TrainConfig(accumulate=2)), 4, "cuda")
+    assert not data.small_share(paper, 8, "cpu")
+    assert not data.small_share(eight, 8, "cuda")
+
+
+def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in INDUCTOR:
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    process.prepare_compiler(3, deterministic=False)
+    cache = Path(os.environ[INDUCTOR[0]])
+    assert cache.is_dir()
+    assert cache.parent == tmp_path / "dist_train"
+    assert cache.stat().st_mode & 0o077 == 0
+    assert os.environ[INDUCTOR[1]] == "3"
+    assert INDUCTOR[2] not in os.environ
+    for name, value in zip(INDUCTOR, ("mine", "5", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    process.prepare_compiler(3, deterministic=True)
+    assert [os.environ[name] for name in INDUCTOR] == ["mine", "5", "0"]
+    for name in INDUCTOR:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such")
+    process.prepare_compiler(3, deterministic=True)
+    assert INDUCTOR[0] not in os.environ  # torch's own place
+    assert os.environ[INDUCTOR[2]] == "1"
+
+
+@pytest.mark.parametrize("message", ["", "  \n ", "first\nthe reason\n\n"])
+def test_a_compiler_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(process.NoCompiler, match="the reason" if "reason" in message else "RuntimeError"):
+        process.try_compiler(torch.device("cpu"))
+
+
+# With the real trainer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.integration
+def test_ddp_around_the_net_of_one_rank(shard_sets: Path, tmp_path: Path) -> None:
+    """`train.ddp always`: the same bits, in pieces too, and continued after a stop."""
+    for extra in ((), ("--train.accumulate=3",)):
+        runs = [tmp_path / f"{name}{len(extra)}" for name in ("plain", "wrapped", "stopped")]
+        wrapped = (*extra, "--train.ddp=always")
+        assert launch(shard_sets, runs[0], *extra, ranks=0).returncode == 0
+        assert launch(shard_sets, runs[1], *wrapped, ranks=0).returncode == 0
+        assert_same_run(runs[1], runs[0])
+    launch(shard_sets, runs[2], *wrapped, ranks=0, fault=at("step", 4, "SIGTERM"))
+    assert status(runs[2])["state"] == "stopped"
+    result = launch(shard_sets, runs[2], *wrapped, ranks=0, module="tests.test_device")
+    assert "the net is in DistributedDataParallel" in result.stdout
+    assert_same_run(runs[2], runs[0])
+
+
+@pytest.mark.integration
+def test_another_gpu_is_told(shard_sets: Path, tmp_path: Path) -> None:
+    """A run that was saved with one card and goes on with another, or with none; nothing is said of the same one."""
+    assert launch(shard_sets, tmp_path, "--train.epochs=1", ranks=0).returncode == 0
+    same = launch(shard_sets, tmp_path, "--train.epochs=2", ranks=0)
+    assert "the bits may differ" not in same.stderr
+    newest = max((tmp_path / "checkpoints").glob("step-*")) / "meta.json"
+    meta = json.loads(newest.read_text())
+    assert meta["process"]["accelerator"] == ""
+    meta["process"]["accelerator"] = "NVIDIA A100, driver 550.54"
+    newest.write_text(json.dumps(meta))
+    other = launch(shard_sets, tmp_path, "--train.epochs=3", ranks=0)
+    assert other.returncode == 0, other.stderr
+    told = "it was saved with NVIDIA A100, driver 550.54, and this is no GPU: from here on the bits may differ"
+    assert other.stderr.count(told) == 1
+    assert "accelerator" not in other.stderr
+    assert records(tmp_path, "changed")[-1]["accelerator"] == ""
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_a_start_on_another_node_compiles_nothing_anew(
+    shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by a compiler that notes its calls. Nothing of it lies in the run's directory."""
+    for name in INDUCTOR:
+        monkeypatch.delenv(name, raising=False)
+    compiler, calls = tmp_path / "c++", tmp_path / "calls"
+    real = shutil.which("c++")
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {real} "$@"\n')
+    compiler.chmod(0o755)
+    env = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "home")}
+    run, counts = tmp_path / "run", []
+    for state, fault in (("stopped", at("step", 12, "SIGTERM")), ("done", None)):
+        calls.unlink(missing_ok=True)
+        extra = ("--train.compile=on", "--train.ddp=always")
+        result = launch(shard_sets, run, *extra, ranks=0, fault=fault, env=env, how="exec", timeout=600)
+        assert status(run)["state"] == state, result.stderr
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        counts.append(sum(" -o " in line and " -E " not in line for line in lines))  # -E: a header is read
+    assert counts[0] > 0
+    assert counts[1] == 0
+    assert list((tmp_path / "home" / "dist_train").glob("inductor-*/*"))
+    assert not [path for path in run.rglob("*") if path.suffix in (".so", ".cpp", ".py")]
+
+
+def main() -> int:
+    """The trainer, which says whether its net is in DDP."""
+    distribute = build.distribute
+
+    def told(*args: Any, **options: Any) -> nn.Module:
+        net = distribute(*args, **options)
+        if isinstance(net, nn.parallel.DistributedDataParallel):
+            print("the net is in DistributedDataParallel")
+        return net
+
+    build.distribute = told
+    return __main__.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
