@@ -31,6 +31,8 @@ ARROWS = """
     optim     config
     data      config pipelines
     config    pipelines
+    machine   driver pipelines
+    driver
     probe
     outcomes  pipelines
     pipelines
