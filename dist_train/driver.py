@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +71,7 @@ def version() -> str:
     with suppress(OSError):
         if found := kernel_module(Path("/proc/driver/nvidia/version").read_text()):
             return found
-    return next((card.driver for card in cards(nvidia_smi(CARDS, CSV).text)), "")
+    return next((card.driver for card in known_cards()), "")
 
 
 def topology() -> str:
@@ -78,9 +79,16 @@ def topology() -> str:
     return nvidia_smi("topo", "-m").text
 
 
-def gpu_processes() -> set[tuple[int, int]]:
-    """(process, GPU) for each process that holds memory of a GPU."""
-    places = {card.uuid: card.number for card in cards(nvidia_smi(CARDS, CSV).text)}
+def known_cards() -> list[Card]:
+    """Those that nvidia-smi lists."""
+    return cards(nvidia_smi(CARDS, CSV).text)
+
+
+def gpu_processes(among: Sequence[Card]) -> set[tuple[int, int]]:
+    """(process, GPU) for each process that holds memory of one of these GPUs."""
+    if not among:
+        return set()
+    places = {card.uuid: card.number for card in among}
     return {(pid, places[uuid]) for pid, uuid, _ in holders(nvidia_smi(APPS, CSV).text) if uuid in places}
 
 

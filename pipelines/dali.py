@@ -60,6 +60,7 @@ class Decode:
     device_id: int | None = None
     threads: int = 0
     inputs: Inputs = "mean_subtracted"
+    hw_decoder_load: float = 1.0
 
     @property
     def output(self) -> torch.device:

@@ -229,7 +229,7 @@ def test_a_broken_gpu_breaks_no_check(smi: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_processes_of_all_gpus(smi: Path) -> None:
     write(smi, f"case $1 in *apps*) cat <<'END'\n{APPS}END\n;; *) cat <<'END'\n{MIXED}END\n;; esac")
-    assert driver.gpu_processes() == {(4242, 0), (4243, 1)}
+    assert driver.gpu_processes(driver.known_cards()) == {(4242, 0), (4243, 1)}
 
 
 def test_an_accelerator_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
