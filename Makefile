@@ -1,4 +1,4 @@
-# make demo | quick | test | lint | drills | bench | experiments | test-gpu, each with its own set-up
+# make demo | quick | test | lint | drills | bench | experiments | test-gpu | gpu-report, each with its own set-up
 # EXTRA=cuda12 for CUDA 12, PYTHON=python3.12 for another Python
 PYTHON ?= python3
 VENV ?= .venv
@@ -45,4 +45,7 @@ experiments: $(VENV)/ready  ## the paper's own comparisons, and why re-implement
 bench: $(VENV)/ready  ## what things cost, as ratios within one run; PHOTOS=DIR for real photographs, ARGS="step net" for some tables
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-.PHONY: demo quick test test-slurm test-rest test-gpu lint drills bench experiments
+gpu-report: $(VENV)/ready  ## what only a machine with GPUs shows, in ten minutes: gpu-report.json and .txt, to attach to an issue
+	$(BIN)/python -m dist_train gpu-report $(ARGS)
+
+.PHONY: demo quick test test-slurm test-rest test-gpu lint drills bench experiments gpu-report

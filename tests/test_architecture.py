@@ -16,7 +16,8 @@ PACKAGES = ("dist_train", "pipelines", "slurm")
 ARROWS = """
     slurm     cli config data outcomes ranks rundir pipelines
     __main__  analysis cli ranks pipelines
-    analysis  cli train build process monitor pictures probe rundir ranks models data config outcomes pipelines
+    analysis  cli train build process monitor pictures probe rundir ranks models data config machine driver \
+              outcomes pipelines
     cli       run ranks config pipelines
     run       train data monitor pictures rundir ranks config outcomes pipelines
     train     build process validate monitor rundir ranks models optim probe config outcomes pipelines
@@ -32,6 +33,8 @@ ARROWS = """
     optim     config
     data      config pipelines
     config    pipelines
+    machine   driver pipelines
+    driver
     probe
     outcomes  pipelines
     pipelines

@@ -36,7 +36,11 @@ with open("done.json", "w") as file:
     [
         ("pipelines", ["pack", "index", "verify", "preview", "bench"], []),
         ("slurm", ["submit", "submit pack", "status", "logs", "cancel", "requeue"], ["status"]),
-        ("dist_train", ["evaluate", "figures", "experiments", "speed"], ["--print_config", "speed --print_config"]),
+        (
+            "dist_train",
+            ["evaluate", "figures", "experiments", "speed", "gpu-report"],
+            ["--print_config", "speed --print_config"],
+        ),
     ],
 )
 def test_who_only_asks_does_not_wait_for_torch(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from pathlib import Path
 
 from pipelines.cli import Parser, natural, positive
 
 CROPS = {"one": 1, "five": 5, "ten": 10}  # fixed views that `evaluate` averages
+# The parts of `gpu-report` in their order, and the seconds that each may take of ten minutes.
+GPU_PARTS = {"machine": 60, "decoder": 90, "pooling": 60, "tests": 150, "resume": 150, "speed": 300, "drills": 120}
+GPU_MINUTES = 10
 
 
 def evaluate(parser: Parser) -> None:
@@ -55,3 +59,22 @@ def speed(parser: Parser) -> None:
     )
     parser.add_argument("--steps", type=natural, default=0, metavar="N", help=steps)
     parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="where all numbers go")
+
+
+def gpu_report(parser: Parser) -> None:
+    """Declare the options of `gpu-report`."""
+    parser.usage = "python -m dist_train gpu-report [PART ...] [--minutes M] [--out PREFIX] [--data DIR]"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some only, of {', '.join(GPU_PARTS)}")
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        default=GPU_MINUTES,
+        metavar="M",
+        help="for all parts; with more, each may take longer",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-report"), metavar="PREFIX", help="of the files PREFIX.json and PREFIX.txt"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="training set to decode; without: generated images")
+    parser.add_argument("--inside", help=SUPPRESS)  # the part that this process is
+    parser.add_argument("--result", type=Path, help=SUPPRESS)  # and where it leaves what it finds

@@ -39,6 +39,12 @@ def _speed(args: Namespace) -> int:
     return verb.start(args, config)
 
 
+def _gpu_report(args: Namespace) -> int:
+    from dist_train.analysis import gpu_report as verb
+
+    return verb.start(args)
+
+
 SHARED = ("evaluate", "speed")  # verbs whose work the ranks of torchrun share
 VERBS = {
     "evaluate": Verb("exact errors of a run, or of several, averaged", options.evaluate, _evaluate),
@@ -54,5 +60,10 @@ VERBS = {
         options.speed,
         _speed,
         passes_on=UNDOTTED,
+    ),
+    "gpu-report": Verb(
+        "what only a machine with GPUs shows, in ten minutes, as two files to attach to an issue",
+        options.gpu_report,
+        _gpu_report,
     ),
 }

@@ -1,0 +1,91 @@
+"""Commands that may take so long, and of which no process is left when they are over."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+PAUSE = 0.1  # seconds between two looks at a command that runs
+PATIENCE = 10.0  # seconds that killed processes may take to go: those in a driver that hangs do not
+# "error: ..." as we write it, and "ValueError: ..." as Python does, also behind torchrun's "[rank1]: ".
+ERROR = re.compile(r"^(?:\[\w+\]: )?((?:error|[\w.]*(?:Error|Exception|Interrupt|Exit|Refused)): \S.*)$")
+
+
+def run(
+    command: Sequence[str],
+    seconds: float,
+    output: Path,
+    *,
+    said: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> int | None:
+    """The exit code of a command; None if it has not ended in that time. In any case all of its processes are ended
+    then, also those in sessions of their own and those whose parent is gone.
+
+    Args:
+        output: is made, for what it writes.
+        said: is made for its stdout alone.
+        variables: of its environment, besides our own.
+        meanwhile: is called every PAUSE while it runs.
+    """
+    mark = f"DIST_TRAIN_{uuid4().hex}"  # all processes that come of it inherit it, whatever becomes of their parents
+    environment = {**os.environ, **(variables or {}), mark: "1"}
+    with open(output, "wb") as errors, open(said or os.devnull, "wb") as stdout:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout if said else errors,
+            stderr=errors,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + seconds
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            meanwhile()
+            time.sleep(PAUSE)
+        return process.poll()
+    finally:
+        _end(mark)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        meanwhile()
+
+
+def _end(mark: str) -> None:
+    """Kill all processes that have this variable, and those that they have started in the meantime."""
+    deadline = time.monotonic() + PATIENCE
+    while (pids := _marked(mark.encode())) and time.monotonic() < deadline:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _marked(mark: bytes) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):  # gone, or another user's
+                if b"\0" + mark + b"=" in b"\0" + (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def last_lines(output: Path, many: int = 30) -> list[str]:
+    """The end of what a command wrote."""
+    return output.read_text(errors="replace").rstrip().splitlines()[-many:]
+
+
+def what_failed(lines: Sequence[str]) -> str:
+    """The line of them that says most: the last error, or else the last line."""
+    errors = [found[1] for found in map(ERROR.match, lines) if found]
+    return [*lines[-1:], *errors][-1].strip() if lines else "it wrote nothing"

@@ -1,0 +1,114 @@
+"""The parts of the GPU report, each run in a process of its own. Without a GPU they do what can be done on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dist_train import driver, machine
+from dist_train.analysis import gpu_speed, gpu_tests
+from dist_train.analysis.findings import Findings
+from dist_train.analysis.gpu_site import Site
+from pipelines.dali import Decode
+from pipelines.loader import Loader
+from pipelines.plan import FixedPlan
+
+LEVELS = {"warn": "warn", "fail": "failed"}  # of a check -> the state of its part
+LOADS = (1.0, 0.0, 0.65, 0.9)  # of hw_decoder_load; the first one is what deterministic runs stand on
+BATCHES = (128, 1, 17)  # in which the same images are decoded; the others are compared with the first one
+CLOSE = {"max": 4.0, "mean": 0.3}  # levels: as far apart as two ways of rounding are
+TIMES = 20  # that a gradient is computed
+
+
+def start(name: str, result: Path, data: Path | None) -> int:
+    """Be one part, and leave what it finds in a file. Returns the exit code, which says nothing of what is found."""
+    PARTS[name](Findings(result), Site(result.parent, data, machine.usable()[0]))
+    return 0
+
+
+def look_at_machine(findings: Findings, site: Site) -> None:
+    """What it has, and what of that will not do."""
+    findings.keep("versions", machine.versions())
+    found = machine.checks()
+    findings.keep("checks", [check._asdict() for check in found])
+    findings.keep("topology", driver.topology())
+    for check in found:
+        if check.level != "ok":
+            findings.say(LEVELS[check.level], f"{check.name}: {check.found}")
+
+
+def decoder(findings: Findings, site: Site) -> None:
+    """How far apart the decoders are, and whether the pixels of an image depend on the batch that it is in."""
+    findings.tell("images are drawn")
+    shards = site.opened()
+    shown = np.arange(min(len(shards), 512 if site.gpus else 128))
+
+    def inputs(decode: Decode, batch: int) -> Tensor:
+        plan = FixedPlan(shards, site.augment, samples=shown)
+        batches = Loader(plan, shards.manifest, batch=batch, decode=decode).epoch()
+        return torch.cat([batch.inputs.cpu() for batch in batches])
+
+    findings.keep("images", len(shown))
+    on_cpu = inputs(Decode("cpu"), BATCHES[0])
+    decoders = {f"hw_decoder_load {load:g}": Decode("gpu", device_id=0, hw_decoder_load=load) for load in LOADS}
+    if not site.gpus:
+        decoders = {"CPU": Decode("cpu")}
+        findings.say("ok", "without a GPU, its decoder was left out")
+    for i, (name, decode) in enumerate(decoders.items()):
+        findings.tell(name)
+        first = inputs(decode, BATCHES[0])
+        apart = (first - on_cpu).abs()
+        far = {"max": float(apart.max()), "mean": float(apart.mean())}
+        findings.keep(name, far, under="levels_from_the_cpu")
+        if any(far[key] > CLOSE[key] for key in CLOSE):
+            findings.say(
+                "warn", f"{name} is up to {far['max']:.0f} levels from the CPU's, {far['mean']:.2f} on average"
+            )
+        same = {str(batch): torch.equal(inputs(decode, batch), first) for batch in BATCHES[1:]}
+        findings.keep(name, same, under="same_bits_in_batches_of")
+        if i == 0 and not all(same.values()):  # the others may, and are not for deterministic runs
+            findings.say("failed", f"{name}: the pixels of an image depend on the batch that it is in")
+
+
+def pooling(findings: Findings, site: Site) -> None:
+    """Whether the gradient of overlapping max pooling (section 3.4) has the same bits each time, in both layouts, after
+    the first convolution's ReLU: many values are equal there, namely 0."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as the trainer does
+    torch.manual_seed(0)
+    shape, device = ((32, 96, 55, 55), "cuda") if site.gpus else ((8, 24, 15, 15), "cpu")
+    for kind in (torch.float32, torch.bfloat16) if site.gpus else (torch.float32,):
+        for layout in (torch.channels_last, torch.contiguous_format):
+            name = f"{str(layout).removeprefix('torch.')} {str(kind).removeprefix('torch.')}"
+            findings.tell(name)
+            x = torch.randn(shape, device=device).relu().to(kind).contiguous(memory_format=layout).requires_grad_()
+            bits = set()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                y = F.max_pool2d(x, 3, 2)
+                weight = torch.randn_like(y)
+                for _ in range(TIMES):
+                    (gradient,) = torch.autograd.grad(F.max_pool2d(x, 3, 2), x, weight)
+                    bits.add(
+                        hashlib.sha256(gradient.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+                    )
+            findings.keep(name, {"times": TIMES, "gradients": len(bits), "torch_warns": bool(said)})
+            if len(bits) > 1:
+                why = f"{len(bits)} different gradients of {TIMES} in {name}: train.deterministic cannot hold"
+                findings.say("warn", why)
+
+
+PARTS = {
+    "machine": look_at_machine,
+    "decoder": decoder,
+    "pooling": pooling,
+    "tests": gpu_tests.others,
+    "resume": gpu_tests.resume,
+    "speed": gpu_speed.speed,
+    "drills": gpu_tests.drills,
+}

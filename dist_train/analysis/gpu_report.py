@@ -1,0 +1,217 @@
+"""`python -m dist_train gpu-report`: what only a machine with GPUs shows, in two files to attach to an issue.
+
+Each part runs in a process of its own (`--inside`), which writes what it finds into a file, as it finds it. Nothing
+that a part does stops another one.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_train.analysis import commands, gpu_tables
+from dist_train.analysis.options import GPU_MINUTES, GPU_PARTS
+from pipelines.cli import INTERRUPTED, interrupted, nearest
+from pipelines.errors import UsageError
+from pipelines.files import read_json, write_atomically
+from pipelines.shards import ShardSet
+
+FORMAT = 1
+BAD = ("failed", "cut off")
+REFUSED = 2.0  # seconds; with less than that left, a part is not begun
+
+
+class Part(NamedTuple):
+    """One that is to run: for so long, by a command to which `--result=FILE` is added. Or one that cannot, and why."""
+
+    name: str
+    seconds: float
+    command: Sequence[str]
+    hopeless: str = ""
+
+
+def start(args: Namespace) -> int:
+    """Make the report, or be one part of it. Returns the exit code: 1 if a part has failed or was cut off."""
+    if args.inside:
+        from dist_train.analysis import gpu_parts
+
+        return gpu_parts.start(args.inside, args.result, args.data)
+    names = chosen(args.parts)
+    files = [Path(f"{args.out}.{kind}") for kind in ("json", "txt")]
+    if args.data:
+        ShardSet(args.data)
+    from dist_train import driver, machine
+    from dist_train.analysis.speed import check_place
+
+    for file in files:
+        check_place(file)
+    count, why = machine.usable()
+    broken = bool(driver.device_files()) and not count and not driver.hidden()
+    hopeless = f"torch cannot use the GPUs of this machine: {why}" if broken else ""
+    words = [sys.executable, "-m", "dist_train", "gpu-report"]
+    words += [f"--data={args.data.absolute()}"] if args.data else []
+    longer = max(1, args.minutes / GPU_MINUTES)
+    parts = [
+        Part(name, longer * GPU_PARTS[name], [*words, f"--inside={name}"], hopeless if name != "machine" else "")
+        for name in names
+    ]
+    report = Report(files, args.minutes, {"command": _typed(args), "gpus": count})
+    with _signals_as_ctrl_c():
+        code = report.run(parts)
+    print(report.text())
+    print(f"{files[0]} and {files[1].name} are written: attach both to an issue", file=sys.stderr)
+    return interrupted() if code == INTERRUPTED else code
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """These parts, or all, in their order. Raises UsageError."""
+    for name in names:
+        if name not in GPU_PARTS:
+            raise UsageError(f"unknown part {name}: did you mean {nearest(name, GPU_PARTS)}?")
+    return [name for name in GPU_PARTS if name in names or not names]
+
+
+def _typed(args: Namespace) -> str:
+    options = [f"--minutes={args.minutes:g}", *([f"--data={args.data}"] if args.data else [])]
+    return shlex.join(["python", "-m", "dist_train", "gpu-report", *args.parts, *options])
+
+
+@contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """Who ends the job or closes the terminal wants what Ctrl-C does: no process is left, and what is known is kept."""
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Report:
+    """What is known so far; it lies in both files after each part.
+
+    Args:
+        files: for JSON and for people.
+        minutes: that all parts together may take.
+        facts: of the whole.
+
+    Attributes:
+        parts: what was found, by name.
+    """
+
+    def __init__(self, files: Sequence[Path], minutes: float, facts: dict[str, Any]) -> None:
+        self._files, self._minutes = files, minutes
+        self._began = time.monotonic()
+        date = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        self._facts = {"format": FORMAT, "date": date, **facts}
+        self.parts: dict[str, dict[str, Any]] = {}
+
+    def run(self, parts: Sequence[Part]) -> int:
+        """One after the other. Returns the exit code."""
+        # A short name: paths of sockets below it have 107 bytes at most.
+        with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as scratch:
+            for i, planned in enumerate(parts, 1):
+                head = f"{i}/{len(parts)} {planned.name}"
+                file, began = Path(scratch, f"{planned.name}.json"), time.monotonic()
+                try:
+                    found = self._one(planned, file, head)
+                except KeyboardInterrupt:
+                    self._add(planned.name, _read(file, "cut off", "interrupted"), began)
+                    for later in parts[i:]:
+                        self._add(later.name, _found("cut off", "interrupted before its turn"), time.monotonic())
+                    return INTERRUPTED
+                self._add(planned.name, found, began)
+                took, why = found["seconds"], found["reason"] and f": {found['reason']}"
+                self._say(f"{head}: {found['state']}, {took:.0f} s{why}")
+        return int(any(found["state"] in BAD for found in self.parts.values()))
+
+    def text(self) -> str:
+        """For people."""
+        return gpu_tables.describe(self._whole())
+
+    def _one(self, planned: Part, file: Path, head: str) -> dict[str, Any]:
+        if planned.hopeless:
+            return _found("failed", planned.hopeless)
+        left = 60 * self._minutes - (time.monotonic() - self._began)
+        if left < REFUSED:
+            return _found("cut off", f"the {self._minutes:g} minutes were over before its turn: raise --minutes")
+        self._say(head)
+        seconds = min(planned.seconds, left)
+        output, said = file.with_suffix(".output"), file.with_suffix(".said")
+        code = commands.run(
+            [*planned.command, f"--result={file}"],
+            seconds,
+            output,
+            said=said,
+            variables={"TMPDIR": str(file.parent)},
+            meanwhile=_new_lines(said, lambda line: self._say(f"{head}: {line}")),
+        )
+        lines = commands.last_lines(output)
+        if code is None:
+            over = (
+                f"it took more than {seconds:.0f} s" if seconds < left else f"the {self._minutes:g} minutes were over"
+            )
+            found = _read(file, "cut off", f"{over}: raise --minutes")
+        elif code < 0:
+            found = _read(file, "failed", f"killed by {signal.Signals(-code).name}")
+        elif code:
+            found = _read(file, "failed", commands.what_failed(lines))
+        else:
+            found = _read(file)
+        return found | ({"output": lines} if found["state"] in BAD and lines != [found["reason"]] else {})
+
+    def _add(self, name: str, found: dict[str, Any], began: float) -> None:
+        self.parts[name] = found | {"seconds": round(time.monotonic() - began, 1)}
+        found["seconds"] = self.parts[name]["seconds"]
+        data, text = self._files
+        write_atomically(data, (json.dumps(self._whole(), indent=1) + "\n").encode())
+        write_atomically(text, (self.text() + "\n").encode())
+
+    def _whole(self) -> dict[str, Any]:
+        return {**self._facts, "minutes": round((time.monotonic() - self._began) / 60, 1), "parts": self.parts}
+
+    def _say(self, text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
+        print(f"{minutes:2}:{seconds:02}  {text}", file=sys.stderr, flush=True)
+
+
+def _found(state: str, reason: str) -> dict[str, Any]:
+    return {"state": state, "reason": reason, "result": {}}
+
+
+def _read(file: Path, state: str = "", reason: str = "") -> dict[str, Any]:
+    """What a part has left; with a state, that is how it ended."""
+    found: dict[str, Any] = read_json(file) if file.exists() else _found("failed", "")
+    if not state:
+        return found
+    return found | {"state": state, "reason": "; ".join(filter(None, [reason, found["reason"]]))}
+
+
+def _new_lines(file: Path, show: Callable[[str], None]) -> Callable[[], None]:
+    """Shows the lines that were added to a file since the last call."""
+    place = 0
+
+    def look() -> None:
+        nonlocal place
+        with suppress(OSError), open(file, "rb") as said:
+            said.seek(place)
+            whole = said.read().rpartition(b"\n")[0]
+            if whole:
+                place += len(whole) + 1
+                for line in whole.decode(errors="replace").splitlines():
+                    show(line)
+
+    return look

@@ -1,0 +1,82 @@
+"""The tests that need a GPU, as parts of the GPU report. Without one they are rehearsed on the CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+from dist_train.analysis.findings import Findings
+from dist_train.analysis.gpu_site import Site
+
+ROOT = Path(__file__).resolve().parents[2]
+REHEARSE = "REHEARSE"  # the variable by which tests/ does on CPU operators and gloo what is meant for a GPU
+NO_TESTS = 5  # pytest's exit code
+DONE = re.compile(r"^tests/\S*?::(.+?) (PASSED|FAILED|SKIPPED|ERROR)\b")  # a line of pytest -v
+
+
+def others(findings: Findings, site: Site) -> None:
+    """All but the two kinds below."""
+    _run("not resume and not drill", findings, site)
+
+
+def resume(findings: Findings, site: Site) -> None:
+    """Whether a run that was stopped has the bits of one that was not, at 1, 2, 4 and 8 ranks."""
+    _run("resume", findings, site)
+
+
+def drills(findings: Findings, site: Site) -> None:
+    """Whether a run outlives signals, kills and hangs, and says why it does not outlive an error."""
+    _run("drill", findings, site)
+
+
+def _run(chosen: str, findings: Findings, site: Site) -> None:
+    if not (ROOT / "tests" / "test_gpu.py").exists():
+        findings.say("left out", "there is no folder of tests: run it from a clone of the repository")
+        return
+    xml = site.folder / "tests.xml"
+    xml.unlink(missing_ok=True)  # another part's
+    words = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-k", chosen, "-v", "--tb=short"]
+    words += ["-p", "no:cacheprovider", f"--junitxml={xml}"]
+    variables = {} if site.gpus else {REHEARSE: "1"}
+    if variables:
+        findings.say("ok", "without a GPU, the tests were rehearsed on the CPU")
+    with subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr, flush=True)  # kept, to be shown if the part fails
+            if found := DONE.match(line):
+                findings.tell(f"{found[1]} {found[2].lower()}")
+                findings.keep(found[1], found[2].lower(), under="tests")  # the XML comes at the end only
+    if process.returncode == NO_TESTS:
+        findings.say("left out", "there is no such test")
+    elif not xml.exists():
+        findings.say("failed", f"pytest did not come to its end (exit code {process.returncode})")
+    else:
+        judge(xml.read_text(), findings)
+
+
+def judge(xml: str, findings: Findings) -> None:
+    """Keep what pytest found, from its JUnit XML."""
+    passed, failed, skipped = list[str](), dict[str, str](), dict[str, str]()
+    for case in ElementTree.fromstring(xml).iter("testcase"):
+        name = case.get("name", "")
+        outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        if outcome is None:
+            passed.append(name)
+        else:
+            why = (outcome.get("message") or outcome.text or "").strip().partition("\n")[0]
+            (skipped if outcome.tag == "skipped" else failed)[name] = why
+    findings.keep("passed", passed)
+    findings.keep("failed", failed)
+    findings.keep("skipped", skipped)
+    if skipped:
+        reasons = ", ".join(sorted(set(skipped.values())))
+        findings.say("ok" if passed or failed else "left out", f"{len(skipped)} skipped: {reasons}")
+    if failed:
+        findings.say("failed", f"{len(failed)} of {len(failed) + len(passed)} failed: {', '.join(failed)}")

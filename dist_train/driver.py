@@ -1,0 +1,113 @@
+"""What NVIDIA's driver says of the cards of this machine. What it writes is read by functions of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES by which a user hides all GPUs
+ANSWER = 10.0  # seconds that nvidia-smi may take
+CARDS = "--query-gpu=index,uuid,name,memory.total,compute_cap,mig.mode.current,driver_version"
+APPS = "--query-compute-apps=pid,gpu_uuid,used_memory"
+CSV = "--format=csv,noheader,nounits"
+
+
+class Card(NamedTuple):
+    """A GPU as nvidia-smi lists it; what it does not know of it is as it says that."""
+
+    number: int
+    uuid: str
+    name: str
+    memory_mib: str
+    capability: str
+    mig: str
+    driver: str
+
+
+class Answer(NamedTuple):
+    """What nvidia-smi wrote, or why it wrote nothing of use."""
+
+    text: str
+    why: str = ""
+
+
+def nvidia_smi(*options: str, seconds: float = ANSWER) -> Answer:
+    """Ask it. Never raises, and never waits longer."""
+    try:
+        process = subprocess.Popen(
+            ["nvidia-smi", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        return Answer("", f"nvidia-smi cannot be started ({error.strerror})")
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # in a driver that hangs it cannot be killed
+            process.communicate(timeout=1)
+        return Answer("", f"nvidia-smi has not answered within {seconds:g} s")
+    if process.returncode:
+        return Answer("", f"nvidia-smi has failed: {next(iter(text.splitlines()), f'exit code {process.returncode}')}")
+    return Answer(text)
+
+
+def device_files() -> list[str]:
+    """The GPUs that the kernel shows to this process."""
+    return sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def hidden() -> bool:
+    """Whether the user has hidden all GPUs."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in HIDING
+
+
+def version() -> str:
+    """Of the driver; "" if there is none, or none that answers."""
+    with suppress(OSError):
+        if found := kernel_module(Path("/proc/driver/nvidia/version").read_text()):
+            return found
+    return next((card.driver for card in known_cards()), "")
+
+
+def topology() -> str:
+    """How the GPUs are joined, as nvidia-smi draws it; "" if it does not."""
+    return nvidia_smi("topo", "-m").text
+
+
+def known_cards() -> list[Card]:
+    """Those that nvidia-smi lists."""
+    return cards(nvidia_smi(CARDS, CSV).text)
+
+
+def gpu_processes(among: Sequence[Card]) -> set[tuple[int, int]]:
+    """(process, GPU) for each process that holds memory of one of these GPUs."""
+    if not among:
+        return set()
+    places = {card.uuid: card.number for card in among}
+    return {(pid, places[uuid]) for pid, uuid, _ in holders(nvidia_smi(APPS, CSV).text) if uuid in places}
+
+
+def kernel_module(text: str) -> str:
+    """The version in /proc/driver/nvidia/version; "" if it does not say."""
+    found = re.search(r"NVRM version:.*?Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else ""
+
+
+def cards(text: str) -> list[Card]:
+    """The answer to CARDS; lines of another kind are passed over."""
+    return [Card(int(row[0]), *row[1:]) for row in _rows(text, len(Card._fields))]
+
+
+def holders(text: str) -> list[tuple[int, str, str]]:
+    """Process, UUID of the GPU, and MiB, of each line of the answer to APPS."""
+    return [(int(row[0]), row[1], row[2]) for row in _rows(text, 3)]
+
+
+def _rows(text: str, fields: int) -> list[list[str]]:
+    rows = [[field.strip() for field in line.split(",")] for line in text.splitlines()]
+    return [row for row in rows if len(row) == fields and row[0].isdigit()]

@@ -1,0 +1,233 @@
+"""What this machine has for training, and what of it will not do: a list, in which nothing stops the rest.
+
+Each check takes what it judges as arguments; `checks` fetches that.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from dist_train import driver
+from dist_train.driver import Card
+from pipelines.errors import first_line
+from pipelines.misc import cpus
+
+if TYPE_CHECKING:
+    import torch
+
+OLDEST_DRIVER = {12: 525, 13: 580}  # that runs a CUDA of this number (release notes of the CUDA toolkit)
+# Compute capabilities of the cards that decode JPEGs in hardware: A100 and A30, Ada, Hopper, Blackwell, Thor (section
+# 1.5 of nvJPEG's documentation).
+JPEG_ENGINES = ("8.0", "8.9", "9.", "10.", "11.", "12.")
+FEW_CPUS = 4  # a GPU
+
+
+class Check(NamedTuple):
+    """One thing that was looked at.
+
+    Attributes:
+        found: in one line.
+        remedy: one sentence; "" if it is ok.
+    """
+
+    name: str
+    level: Literal["ok", "warn", "fail"]
+    found: str
+    remedy: str = ""
+
+
+def checks() -> list[Check]:
+    """All of them. It takes seconds: torch is imported, and nvidia-smi is asked."""
+    files, (seen, why), listed = driver.device_files(), usable(), driver.nvidia_smi(driver.CARDS, driver.CSV)
+    known = driver.cards(listed.text)
+    found = [_safely("software", software), _safely("GPUs", lambda: gpus(files, seen, why, known, listed.why))]
+    if files or seen or known:
+        found += [
+            _safely("driver", lambda: enough(driver.version(), _of_torch().get("CUDA", ""), works=seen > 0)),
+            _safely("JPEG decoder", lambda: jpeg_decoder(known)),
+            _safely("MIG", lambda: mig(known)),
+            _safely("topology", lambda: links(driver.topology())),
+            _safely("GPU 0", lambda: occupied(driver.nvidia_smi(driver.APPS, driver.CSV).text, known)),
+            _safely("CPUs", lambda: cpus_of_a_gpu(cpus(), seen or len(known) or len(files))),
+        ]
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return [
+        *found,
+        _safely("compiler", lambda: compiler(_c_compiler(), header=header.exists())),
+        _safely("shared memory", lambda: space("shared memory", Path("/dev/shm"), 1, "--shm-size for a container")),
+        _safely("disk", lambda: space("disk", Path(tempfile.gettempdir()), 5, "TMPDIR")),
+    ]
+
+
+def _safely(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:
+        return Check(name, "warn", f"cannot be found out ({first_line(error)})", "Report this as a bug of dist_train.")
+
+
+def accelerator(device: torch.device) -> str:
+    """What decides the last bits of a run on this device: card, driver, CUDA, NCCL and cuDNN. "" for the CPU."""
+    if device.type != "cuda":
+        return ""
+    from torch import cuda
+
+    facts = [cuda.get_device_name(device), f"driver {driver.version() or 'unknown'}"]
+    return ", ".join([*facts, *(f"{name} {number}" for name, number in _of_torch().items())])
+
+
+def usable() -> tuple[int, str]:
+    """How many GPUs torch can use, and what it says where it can use none."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        # By itself device_count asks a library of the driver's, which also counts GPUs that this CUDA cannot use.
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count or not said:
+        return count, "" if torch.version.cuda else "it is built without CUDA"
+    return count, str(said[-1].message).splitlines()[0]
+
+
+def versions() -> dict[str, str]:
+    """Of what computes, by name."""
+    import nvidia.dali
+    import torch
+    import torchvision
+
+    found = {"Python": platform.python_version(), "torch": torch.__version__, **_of_torch()}
+    found |= {"torchvision": torchvision.__version__, "DALI": nvidia.dali.__version__}
+    for place in sorted(Path(torch.__file__).parents[1].glob("nvidia_*.dist-info")):
+        if package := re.fullmatch(r"nvidia_(nvjpeg|nvimgcodec)(?:_cu\d+)?-(.+)\.dist-info", place.name):
+            found[package[1]] = package[2]
+    return found
+
+
+def _of_torch() -> dict[str, str]:
+    """The versions of its CUDA, NCCL and cuDNN; none of one without CUDA."""
+    import torch
+
+    if not torch.version.cuda:
+        return {}
+    found = {"CUDA": torch.version.cuda}
+    with suppress(AttributeError, RuntimeError):  # a build without it
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    if number := torch.backends.cudnn.version():  # type: ignore[no-untyped-call]
+        major, rest = divmod(number, 10000 if number >= 90000 else 1000)
+        found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"
+    return found
+
+
+def software() -> Check:
+    """Everything that computes."""
+    return Check("software", "ok", ", ".join(f"{name} {number}" for name, number in versions().items()))
+
+
+def gpus(files: Sequence[str], seen: int, why: str, known: Sequence[Card], silence: str) -> Check:
+    """Whether torch can use those that are there.
+
+    Args:
+        files: their device files.
+        seen: how many torch can use; `why` is what it says.
+        known: what nvidia-smi lists; `silence` is why it lists none.
+    """
+    if not files and not seen and not known:
+        return Check("GPUs", "ok", "no NVIDIA GPU on this machine; nets are trained on the CPU")
+    if not seen and driver.hidden():
+        return Check("GPUs", "ok", "hidden by CUDA_VISIBLE_DEVICES; nets are trained on the CPU")
+    if not seen:
+        found = f"torch cannot use the {len(known) or len(files)} of this machine: {why or 'it does not say why'}"
+        return Check("GPUs", "fail", found, "Install a newer driver or the CUDA 12 build: make EXTRA=cuda12.")
+    if silence:
+        return Check("GPUs", "warn", f"torch can use {seen}, but {silence}", "Let this user run nvidia-smi.")
+    kinds = Counter((card.name, card.memory_mib, card.capability) for card in known)
+    listed = [f"{n} x {name}, {mib} MiB, compute capability {number}" for (name, mib, number), n in kinds.items()]
+    return Check("GPUs", "ok", "; ".join(listed) + (f"; torch can use {seen} of them" if seen != len(known) else ""))
+
+
+def enough(version: str, cuda: str, *, works: bool) -> Check:
+    """Whether the driver is new enough for torch's CUDA. An old one that `works` has NVIDIA's compatibility package."""
+    if not version:
+        return Check("driver", "warn", "its version is unknown", "Let this user read /proc/driver/nvidia/version.")
+    oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0] or 0), 0)
+    if works or int(version.partition(".")[0]) >= oldest:
+        return Check("driver", "ok", f"{version}, under CUDA {cuda or 'of none'}")
+    found = f"{version} is too old for torch's CUDA {cuda}, which needs r{oldest} or newer"
+    return Check("driver", "fail", found, "Install a newer driver or the CUDA 12 build: make EXTRA=cuda12.")
+
+
+def jpeg_decoder(known: Sequence[Card]) -> Check:
+    """Whether the cards have a decoder besides the cores that train. None is no fault: the cores do it."""
+    without = sorted({card.name for card in known if not card.capability.startswith(JPEG_ENGINES)})
+    if known and not without:
+        return Check("JPEG decoder", "ok", "in hardware, says nvJPEG's documentation of these cards")
+    return Check("JPEG decoder", "ok", f"none in hardware on {', '.join(without) or 'cards that are not known'}")
+
+
+def mig(known: Sequence[Card]) -> Check:
+    """Whether cards are cut into slices."""
+    cut = [str(card.number) for card in known if card.mig == "Enabled"]
+    if not cut:
+        return Check("MIG", "ok", "off")
+    found = f"on, on GPU {', '.join(cut)}: a process can use one slice, and NCCL joins none"
+    return Check("MIG", "warn", found, "Turn it off (nvidia-smi -mig 0), or train with one process.")
+
+
+def links(matrix: str) -> Check:
+    """What joins the GPUs, by the matrix of `nvidia-smi topo -m`. NV# is NVLink, the other names are ways over PCIe."""
+    rows = [line.split() for line in matrix.splitlines() if re.match(r"GPU\d+\s.*\sX\s", line)]
+    if len(rows) < 2:
+        return Check("topology", "ok", "one GPU" if rows else "nvidia-smi does not tell it")
+    kinds = sorted({kind for row in rows for kind in row[1 : len(rows) + 1]} - {"X"})
+    return Check("topology", "ok", f"{len(rows)} GPUs, joined by {', '.join(kinds)}")
+
+
+def occupied(apps: str, known: Sequence[Card]) -> Check:
+    """Who uses the first GPU while nothing of ours does."""
+    first = {card.uuid for card in known if card.number == 0}
+    held = [f"process {pid} ({mib} MiB)" for pid, uuid, mib in driver.holders(apps) if uuid in first]
+    if not held:
+        return Check("GPU 0", "ok", "free")
+    return Check("GPU 0", "warn", f"used by {', '.join(held)}", "End it, or leave the card out: CUDA_VISIBLE_DEVICES.")
+
+
+def cpus_of_a_gpu(count: int, shared_by: int) -> Check:
+    """They read images, decode a part of them, and start the kernels of a step."""
+    found = f"{count}, {count / shared_by:.3g} a GPU"
+    if count >= FEW_CPUS * shared_by:
+        return Check("CPUs", "ok", found)
+    return Check("CPUs", "warn", found, f"Ask for {FEW_CPUS} a GPU or more (under Slurm by --cpus-per-task).")
+
+
+def compiler(path: str, *, header: bool) -> Check:
+    """What torch.compile needs."""
+    lacking = [name for name, there in (("a C compiler", path), ("Python.h", header)) if not there]
+    if not lacking:
+        return Check("compiler", "ok", f"{path}, and Python.h")
+    remedy = "Install gcc and Python's headers (Debian: gcc python3-dev), or nets are not compiled."
+    return Check("compiler", "warn", f"torch.compile lacks {' and '.join(lacking)}", remedy)
+
+
+def _c_compiler() -> str:
+    names = (os.environ.get("CC"), "gcc", "clang", "cc")
+    return next(filter(None, (shutil.which(name) for name in names if name)), "")
+
+
+def space(name: str, place: Path, least_gb: float, setting: str) -> Check:
+    """Whether a folder has room. `setting`: where more is given."""
+    free = shutil.disk_usage(place).free / 1e9
+    found = f"{free:,.1f} GB free in {place}"
+    if free >= least_gb:
+        return Check(name, "ok", found)
+    return Check(name, "warn", found, f"Give it {least_gb:g} GB or more ({setting}).")

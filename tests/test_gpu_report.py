@@ -1,0 +1,410 @@
+"""`python -m dist_train gpu-report`: no part stops another, none is forgotten, and no process is left.
+
+What its parts find is tested where no GPU is needed for it; on a machine with GPUs the report itself is the test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train import driver, machine
+from dist_train.__main__ import main
+from dist_train.analysis import commands, gpu_parts, gpu_speed, gpu_tests
+from dist_train.analysis.findings import Findings
+from dist_train.analysis.gpu_report import Part, Report
+from dist_train.analysis.gpu_site import Site
+from dist_train.analysis.gpu_speed import Places, Timing, derived, timings
+from dist_train.cli import parse
+from dist_train.config import Config, as_dict
+from pipelines.shards import ShardSet
+from tests.helpers.launch import alive, children, finish, python, spawn
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder for temporary files: pytest's have names too long for the sockets that lie in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+PARTS = ["machine", "decoder", "pooling", "tests", "resume", "speed", "drills"]
+# What a part is to the report: a command that writes into the file after --result=.
+FOUND = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+file = Path(sys.argv[1].removeprefix("--result="))
+
+def found(state, reason="", **result):
+    file.write_text(json.dumps({"state": state, "reason": reason, "result": result}))
+"""
+# A process in a session of its own, whose parent is gone: torchrun's worker after torchrun's end.
+ORPHAN = """
+child = [sys.executable, "-c", "import time; time.sleep(600)"]
+program = f"import subprocess; print(subprocess.Popen({child}, stdout=-3, start_new_session=True).pid)"
+pid = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True).stdout)
+"""
+
+
+def part(name: str, body: str, seconds: float = 60) -> Part:
+    return Part(name, seconds, [sys.executable, "-c", FOUND + body])
+
+
+def report(tmp_path: Path, *parts: Part, minutes: float = 10) -> tuple[int, dict[str, Any], str]:
+    """Exit code, JSON and text of a report of these parts."""
+    files = [tmp_path / "r.json", tmp_path / "r.txt"]
+    made = Report(files, minutes, {"command": "python -m dist_train gpu-report", "gpus": 0})
+    code = made.run(parts)
+    return code, json.loads(files[0].read_text()), files[1].read_text()
+
+
+def launched(report: int) -> list[int]:
+    """The workers of the launcher that a part of this report has started, which are in sessions of their own."""
+    with suppress(OSError):  # of one that has just gone
+        launchers = [pid for child in children(report) for pid in children(child)]
+        said = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in launchers}
+        return [worker for pid in launchers if b"torch.distributed.run" in said[pid] for worker in children(pid)]
+    return []
+
+
+def kept(tmp_path: Path) -> dict[str, Any]:
+    """What a part has left in the file f."""
+    found: dict[str, Any] = json.loads((tmp_path / "f").read_text())
+    return found
+
+
+@pytest.mark.integration
+def test_no_part_stops_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of each kind; of the one that is cut off, what it had found is kept, and none of its processes."""
+    code, found, text = report(
+        tmp_path,
+        part("fine", "print('half way', flush=True); found('ok', answer=42); time.sleep(0.5)"),
+        part("broken", "found('ok', half=1)\nprint('some words', file=sys.stderr)\nraise ValueError('no such luck')"),
+        part("crashed", "os.kill(os.getpid(), signal.SIGSEGV)"),
+        part("slow", f"{ORPHAN}\nfound('warn', 'odd', pid=pid)\ntime.sleep(600)", seconds=3),
+        part("absent", "found('left out', 'there is no GPU')"),
+        part("odd", f"{ORPHAN}\nfound('warn', 'a word', pid=pid)"),
+        part("wrong", "print('why it is', file=sys.stderr)\nfound('failed', 'it is')"),
+        Part("hopeless", 60, ["/nowhere"], "torch cannot"),
+    )
+    assert code == 1
+    parts = found["parts"]
+    assert [(name, p["state"], p["reason"]) for name, p in parts.items()] == [
+        ("fine", "ok", ""),
+        ("broken", "failed", "ValueError: no such luck"),
+        ("crashed", "failed", "killed by SIGSEGV"),
+        ("slow", "cut off", "it took more than 3 s: raise --minutes; odd"),
+        ("absent", "left out", "there is no GPU"),
+        ("odd", "warn", "a word"),
+        ("wrong", "failed", "it is"),
+        ("hopeless", "failed", "torch cannot"),
+    ]
+    assert (parts["fine"]["result"], parts["broken"]["result"]) == ({"answer": 42}, {"half": 1})
+    assert parts["broken"]["output"][0] == "some words"
+    assert parts["wrong"]["output"] == ["why it is"]
+    assert "output" not in parts["fine"]
+    for name in ("slow", "odd"):
+        assert not alive(parts[name]["result"]["pid"]), f"a process of {name} is left"
+    assert 3 <= parts["slow"]["seconds"] < 30
+    assert (found["format"], found["gpus"]) == (1, 0)
+
+    lines = text.splitlines()
+    for name, p in parts.items():
+        assert any(line.split()[0] == name and p["reason"] in line for line in lines if line), name
+    assert "| some words" in text
+    said = capsys.readouterr().err
+    assert "1/8 fine: half way\n" in said
+    assert "2/8 broken: failed, " in said
+
+
+def test_what_is_left_out_is_no_failure(tmp_path: Path) -> None:
+    code, found, _ = report(tmp_path, part("a", "found('left out', 'no GPU')"), part("b", "found('warn', 'hm')"))
+    assert code == 0, found
+
+
+def test_time_that_is_over(tmp_path: Path) -> None:
+    """The limit of a part ends with the report's; what has no turn then is said to have had none."""
+    code, found, _ = report(
+        tmp_path, part("a", "found('ok'); time.sleep(600)"), part("b", "found('ok')"), minutes=2.5 / 60
+    )
+    assert code == 1
+    a, b = found["parts"].values()
+    assert (a["state"], b["state"]) == ("cut off", "cut off")
+    assert a["reason"].startswith("the 0.04")
+    assert "before its turn" in b["reason"]
+    assert b["result"] == {}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_is_known(number: int, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = python("dist_train", "gpu-report", "machine", "speed", "drills", "--out=r")
+    run = spawn(words, env={"TMPDIR": str(short)}, how="exec")
+    deadline = time.monotonic() + 120
+    while not (workers := launched(run.pid)):
+        assert alive(run.pid)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(run.pid, number)
+    result = finish(run, timeout=30)
+    assert result.returncode == 130, result.stderr
+    assert result.stderr.splitlines()[-1] == "interrupted"
+    assert not any(map(alive, workers))
+    found = json.loads((tmp_path / "r.json").read_text())["parts"]
+    states = {name: (p["state"], p["reason"].partition(";")[0]) for name, p in found.items()}
+    assert states == {
+        "machine": ("ok", ""),
+        "speed": ("cut off", "interrupted"),
+        "drills": ("cut off", "interrupted before its turn"),
+    }
+    assert "interrupted before its turn" in (tmp_path / "r.txt").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["r.json", "r.txt"]
+    assert os.listdir(short) == []
+
+
+def test_errors_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.json").mkdir()
+    for words, message in [
+        (["sped"], "unknown part sped: did you mean speed?"),
+        (["--minutes=0"], "argument --minutes: 0 is below 1"),
+        (["--out=no/r"], "no/r.json cannot be written (there is no folder no): choose another place with --out"),
+        (["--out=d"], "d.json cannot be written (it is no file): choose another place with --out"),
+        (["--data=none"], "none"),
+        (["--part"], "unknown option --part: did you mean"),
+    ]:
+        assert main(["gpu-report", *words]) == 2, words
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert message in said
+        assert said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["d.json"]
+
+
+def test_gpus_that_torch_cannot_use_are_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not measured as if it were a machine without any."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "usable", lambda: (0, "the driver is too old"))
+    monkeypatch.setattr(driver, "device_files", lambda: ["/dev/nvidia0"])
+    monkeypatch.setattr(driver, "hidden", lambda: False)
+    assert main(["gpu-report", "speed"]) == 1
+    assert "torch cannot use the GPUs of this machine: the driver is too old" in capsys.readouterr().out
+
+
+@pytest.mark.integration
+def test_what_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """For real: three parts on this machine, on its CPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["gpu-report", "pooling", "machine", "decoder"]) == 0
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "gpu-report.txt").read_text()
+    found = json.loads((tmp_path / "gpu-report.json").read_text())
+    assert list(found["parts"]) == ["machine", "decoder", "pooling"], "in their order"
+    assert found["command"] == "python -m dist_train gpu-report pooling machine decoder --minutes=10"
+    results = [p["result"] for p in found["parts"].values()]
+    assert results[0]["versions"]["torch"] == torch.__version__
+    assert results[1]["same_bits_in_batches_of"] == {"CPU": {"1": True, "17": True}}
+    assert results[1]["levels_from_the_cpu"] == {"CPU": {"max": 0, "mean": 0}}
+    assert [row["gradients"] for row in results[2].values()] == [1, 1]
+    assert "its decoder was left out" in text
+
+
+def test_pixels_that_depend_on_the_batch_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(gpu_parts.Loader):
+        def epoch(self, *args: Any, **options: Any) -> Any:
+            for batch in super().epoch(*args, **options):
+                yield batch._replace(inputs=batch.inputs + (1 if self.batch == 17 else 0))
+
+    site = Site(tmp_path, None, 0)
+    gpu_parts.decoder(Findings(tmp_path / "f"), site)
+    assert kept(tmp_path)["state"] == "ok"
+    monkeypatch.setattr(gpu_parts, "Loader", Odd)
+    gpu_parts.decoder(Findings(tmp_path / "f"), site)
+    assert kept(tmp_path)["state"] == "failed"
+    assert kept(tmp_path)["result"]["same_bits_in_batches_of"] == {"CPU": {"1": True, "17": False}}
+
+
+def test_a_gradient_that_is_not_the_same_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one bit, in one of the layouts."""
+    original, calls = torch.autograd.grad, [0]
+
+    def odd(*args: Any) -> tuple[torch.Tensor, ...]:
+        (gradient,) = original(*args)
+        calls[0] += 1
+        if calls[0] == gpu_parts.TIMES:  # the last one of the first layout
+            gradient.view(torch.int32)[0, 0, 0, 0] ^= 1
+        return (gradient,)
+
+    monkeypatch.setattr(torch.autograd, "grad", odd)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        gpu_parts.pooling(Findings(tmp_path / "f"), Site(tmp_path, None, 0))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    found = kept(tmp_path)
+    assert found["state"] == "warn"
+    assert found["reason"].startswith("2 different gradients of 20 in channels_last float32")
+    assert found["result"]["contiguous_format float32"]["gradients"] == 1
+
+
+def test_the_generated_images(tmp_path: Path) -> None:
+    """All different, enough for the largest batch of two GPUs, and of the size that nothing has to be resized."""
+    shards = ShardSet(Site(tmp_path, None, 0).images())
+    assert shards.sides == (72, 72)
+    data = {shards.read(i).tobytes() for i in range(len(shards))}
+    assert len(data) == len(shards) == 256
+
+
+TESTS = """
+import pytest
+def test_fine(): pass
+def test_wrong(): assert 1 == 2, "of no use"
+@pytest.mark.skip(reason="needs 8 GPUs")
+def test_eight(): pass
+@pytest.fixture
+def broken(): raise OSError("gone")
+def test_broken(broken): pass
+"""
+
+
+def test_what_pytest_found(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--junitxml=r.xml", "-p", "no:cacheprovider"]
+    subprocess.run([*words, "test_it.py"], cwd=tmp_path, stdout=subprocess.DEVNULL, check=False, timeout=60)
+    gpu_tests.judge((tmp_path / "r.xml").read_text(), Findings(tmp_path / "f"))
+    found = kept(tmp_path)
+    assert found["state"] == "failed"
+    assert found["reason"] == "1 skipped: needs 8 GPUs; 2 of 3 failed: test_wrong, test_broken"
+    assert found["result"]["passed"] == ["test_fine"]
+    assert "of no use" in found["result"]["failed"]["test_wrong"]
+    assert "OSError: gone" in found["result"]["failed"]["test_broken"]
+    assert found["result"]["skipped"] == {"test_eight": "needs 8 GPUs"}
+
+
+def test_tests_that_are_all_skipped_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    xml = '<testsuites><testsuite><testcase name="a"><skipped message="no GPU"/></testcase></testsuite></testsuites>'
+    gpu_tests.judge(xml, Findings(tmp_path / "f"))
+    assert (kept(tmp_path)["state"], kept(tmp_path)["reason"]) == ("left out", "1 skipped: no GPU")
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    gpu_tests.drills(Findings(tmp_path / "f"), Site(tmp_path, None, 0))
+    assert kept(tmp_path)["state"] == "left out"
+    assert "from a clone" in kept(tmp_path)["reason"]
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 8])
+def test_every_speed_is_a_command_line_of_the_trainer(gpus: int) -> None:
+    known = as_dict(Config())
+    for timing in timings(gpus):
+        words = [word for word in timing.words if word.partition("=")[0][2:] in known]
+        assert set(timing.words) - set(words) <= {f"--data.hw_decoder_load={x}" for x in (0.0, 0.65, 0.9, 1.0)}
+        config, _ = parse(words)
+        assert config.train.global_batch >= timing.ranks
+        assert config.train.deterministic == ("deterministic" in timing.name or "decoded on" in timing.name)
+    names = [timing.name for timing in timings(gpus)]
+    assert len(set(names)) == len(names)
+    if gpus:
+        assert names[0] == "128 a rank, compiled, deterministic"
+        for batch in (16, 128, 512):
+            for how in ("compiled", "eager"):
+                assert {f"{batch} a rank, {how}", f"{batch} a rank, {how}, deterministic"} <= set(names)
+
+
+@pytest.mark.integration
+def test_a_speed_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the trainer refuses, and what a rank dies of."""
+    small = [*gpu_speed.SMALL, "--train.compile=off"]
+    monkeypatch.setattr(
+        gpu_speed,
+        "timings",
+        lambda gpus: [
+            Timing("refused", 2, [*small, "--train.global_batch=1"]),
+            Timing("misspelt", 1, ["--train.compil=off"]),
+            Timing("good", 2, [*small, "--train.global_batch=24"]),
+        ],
+    )
+    gpu_speed.speed(Findings(tmp_path / "f"), Site(tmp_path, None, 0))
+    found = kept(tmp_path)
+    runs = found["result"]["runs"]
+    assert found["state"] == "failed"
+    assert "refused: error: train.global_batch 1 is smaller than ranks (2)" in found["reason"]
+    assert runs["misspelt"]["failed"].startswith("error: unknown configuration key train.compil")
+    assert runs["good"]["step"]["images_per_s"] > 0
+    assert runs["good"]["loader"]["images_per_s"] > 0
+    assert found["result"]["all_reduce_gb_per_s"]["algorithm"] > 0
+
+
+def test_what_follows_from_the_profiles() -> None:
+    """By hand: 244 MB in 2 ms on 8 ranks, and steps of 11 and 10 ms."""
+
+    def profile(ms: float) -> dict[str, Any]:
+        return {"step": {"step_ms": ms}, "all_reduce": {"mb": 244, "ms": 2}, "world_size": 8}
+
+    found = derived({"a, deterministic": profile(11), "a": profile(10), "b, deterministic": profile(3)})
+    assert found["all_reduce_gb_per_s"] == pytest.approx({"algorithm": 122, "bus": 122 * 1.75})
+    assert found["deterministic_costs_percent"] == pytest.approx({"a, deterministic": 10})
+    assert derived({"a": profile(1) | {"all_reduce": None}}) == {}
+
+
+def test_a_rank_on_the_gpu_of_another_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, of which the second has opened GPU 0 as well; somebody else was there before."""
+    seen = {(7, 0), (7, 1)}
+    monkeypatch.setattr(driver, "gpu_processes", lambda among: set(seen))
+    monkeypatch.setattr(gpu_speed, "LOOK", 0)
+    cards = driver.cards("0, GPU-a, T4, 1, 7.5, [N/A], 580.1\n1, GPU-b, T4, 1, 7.5, [N/A], 580.1")
+    places = Places(cards)
+    seen |= {(100, 0), (101, 1)}
+    places.look()
+    assert places.astray() == []
+    seen.add((101, 0))
+    places.look()
+    assert places.astray() == [101]
+    assert places.by_gpu() == {"0": [100, 101], "1": [101]}
+
+
+def test_the_line_that_says_what_failed() -> None:
+    lines = [
+        "Traceback (most recent call last):",
+        '  File "x"',
+        "[rank1]: RuntimeError: rank 1: gone",
+        "",
+        "=====",
+        "x",
+    ]
+    assert commands.what_failed(lines) == "RuntimeError: rank 1: gone"
+    lines = ["error: train.global_batch 1 is too small", "torch...ChildFailedError: ", "bye"]
+    assert commands.what_failed(lines) == "error: train.global_batch 1 is too small"
+    assert commands.what_failed(["a", " last words "]) == "last words"
+    assert commands.what_failed([]) == "it wrote nothing"
+
+
+@pytest.mark.slow
+def test_the_whole_command(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user types it: every part has its say, and nothing has failed."""
+    monkeypatch.chdir(tmp_path)
+    run = spawn(python("dist_train", "gpu-report"), env={"TMPDIR": str(short)}, how="exec")
+    result = finish(run, timeout=900)
+    found = json.loads((tmp_path / "gpu-report.json").read_text())
+    bad = {name: p for name, p in found["parts"].items() if p["state"] in ("failed", "cut off")}
+    assert not bad, json.dumps(bad, indent=1)
+    assert result.returncode == 0, result.stderr
+    assert list(found["parts"]) == PARTS
+    assert sorted(os.listdir(tmp_path)) == ["gpu-report.json", "gpu-report.txt"]
+    assert os.listdir(short) == []
