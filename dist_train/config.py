@@ -43,7 +43,7 @@ class DataConfig(Augment):
     """Device on which DALI decodes; auto: the model's."""
     threads: int = least(0, 0)
     """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks of the node."""
-    hw_decoder_load: float = within(0, 1, 0.9)
+    hw_decoder_load: float = within(0, 1, 0.9, closed=True)
     """On a GPU, the part of a batch that its JPEG decoder takes; the rest is CUDA's, which rounds otherwise. With
     train.deterministic it is 1, by which an image's pixels do not depend on the others of its batch."""
     readers: int = least(1, 32)

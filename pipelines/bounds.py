@@ -17,9 +17,10 @@ def above(limit: float, default: Any, rule: str = "") -> Any:
     return _bounded(default, lambda value: value > limit, rule or f"it must be above {limit}")
 
 
-def within(low: float, high: float, default: Any) -> Any:
-    """A field whose value must be `low` or more, and less than `high`."""
-    return _bounded(default, lambda value: low <= value < high, f"it must lie in [{low}, {high})")
+def within(low: float, high: float, default: Any, *, closed: bool = False) -> Any:
+    """A field whose value must be `low` or more, and less than `high`, or that too if the interval is `closed`."""
+    rule = f"it must lie in [{low}, {high}{']' if closed else ')'}"
+    return _bounded(default, lambda value: low <= value < high or (closed and value == high), rule)
 
 
 def broken(settings: Any) -> tuple[str, str] | None:

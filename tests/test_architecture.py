@@ -26,7 +26,6 @@ ARROWS = """
     pictures  rundir pipelines
     build     ranks models config pipelines
     process   machine ranks models config
-    machine   pipelines
     rundir    ranks optim config outcomes pipelines
     ranks     models outcomes pipelines
     models    config pipelines

@@ -221,6 +221,10 @@ def test_the_decoder_of_a_gpu_is_fixed_where_bits_are(shard_sets: Path) -> None:
         config = Config(data=DataConfig(**sets, hw_decoder_load=key), train=train)
         loader = build.train_loader(config, world, ShardSet(shard_sets / "train"))
         assert loader.decode.hw_decoder_load == expected
+    fine = Config(data=DataConfig(hw_decoder_load=1.0), train=TrainConfig(deterministic=False))
+    assert fine.data.hw_decoder_load == 1.0
+    with pytest.raises(ConfigError, match=r"must lie in \[0, 1\]"):
+        Config(data=DataConfig(hw_decoder_load=1.01), train=TrainConfig(deterministic=False))
     with pytest.raises(ConfigError, match="deterministic fixes it at 1"):
         Config(data=DataConfig(hw_decoder_load=0.5))
 

@@ -11,12 +11,15 @@ from torch import Tensor
 from dist_train.ranks.vote import Vote
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass
 class Others:
     """A world whose other ranks say `says`, in the order of the fields."""
 
     says: tuple[float, ...]
-    device: str = "cpu"
+    device: torch.device = CPU
 
     def reduce(self, values: Tensor) -> None:
         values += torch.tensor(self.says, dtype=values.dtype)
