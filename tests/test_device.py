@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -26,14 +28,19 @@ from torch.utils._pytree import tree_leaves
 from dist_train import __main__, build, data, models, optim, process
 from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from dist_train.models.dropout import mask_keys
+from dist_train.ranks import vote
 from dist_train.ranks.world import World, join
 from dist_train.rundir.state import Progress
 from dist_train.train import Trainer
-from pipelines.loader import Batch
+from pipelines.augment import Augment
+from pipelines.handover import HandOver
+from pipelines.loader import Batch, Loader, Read
+from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardSet
 from tests.helpers.compare import assert_same_run, records, status
 from tests.helpers.launch import at, launch
 
+CPU = torch.device("cpu")
 META = torch.device("meta")
 N = 6
 INDUCTOR = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_DETERMINISTIC")
@@ -68,7 +75,7 @@ def trainer(name: str, accumulate: int) -> Trainer:
     )
     made = Trainer.__new__(Trainer)
     made.config = config
-    here = World.single(torch.device("cpu"))
+    here = World.single(CPU)
     made.model = build.model(config, here, 3, compiled=False)
     made.model.to(META)
     made.net = made.model
@@ -133,6 +140,117 @@ def test_what_waits_is_noticed(fused_on_meta: None) -> None:
     assert copies.found == [("cpu to meta", (N,), False), ("cpu to meta", (7,), True)]
     with pytest.raises(RuntimeError, match="meta"):
         float(torch.ones((), device=META))
+
+
+# On a GPU that is pretended -------------------------------------------------------------------------------------------
+
+
+class Streams:
+    """In the place of torch's streams of a GPU: notes what is asked of them, by name, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.at, self.made = "net", 0
+        for name in ("stream", "set_stream", "set_device", "current_stream", "default_stream", "Stream"):
+            getattr(torch.cuda, name)  # there is such a thing
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: self.said.append(f"used by {stream.name}"))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self.pinned(tensor))
+        empty_like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda t, *, device, pin_memory: empty_like(t, device=device))
+
+    def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.said.append(f"pinned at {self.at}")
+        return tensor
+
+    def Stream(self, device: torch.device) -> Stream:
+        self.made += 1
+        return Stream(self, "side")
+
+    def current_stream(self, device: torch.device) -> Stream:
+        return Stream(self, self.at)
+
+    def default_stream(self, device: torch.device) -> Stream:
+        return Stream(self, "net")
+
+    def set_device(self, device: torch.device) -> None:
+        self.said.append(f"GPU {device.index}")
+
+    def set_stream(self, stream: Stream) -> None:
+        self.at = stream.name
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.at = self.at, stream.name
+        yield
+        self.at = before
+
+
+class Stream(NamedTuple):
+    streams: Streams
+    name: str
+
+    def wait_stream(self, other: Stream) -> None:
+        self.streams.said.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> Any:
+        self.streams.said.append(f"event at {self.name}")
+        return SimpleNamespace(synchronize=lambda: self.streams.said.append("host waits"))
+
+
+def test_the_vote_comes_back_beside_the_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stream that waits for the sum; the host waits when it reads, for that stream's event alone."""
+    streams, values = Streams(monkeypatch), torch.arange(7, dtype=torch.float64)
+    monkeypatch.setattr(torch.cuda, "Event", SimpleNamespace)
+    vote._side_stream.cache_clear()
+    work = SimpleNamespace(wait=lambda: streams.said.append(f"sum waited for at {streams.at}"))
+    pending = vote._returning(values, cast(Any, work))
+    asked = ["side waits for net", "sum waited for at side", "used by side", "event at side"]
+    assert streams.said == asked
+    assert pending.read() == vote.Vote(*range(7))
+    assert streams.said == [*asked, "host waits"]
+    vote._returning(values, None)
+    assert streams.made == 1
+    vote._side_stream.cache_clear()
+
+
+def test_a_loader_hands_over_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DALI holds is copied, what comes from the host is pinned, and the net's stream is told who uses it."""
+    streams = Streams(monkeypatch)
+    hand_over = HandOver(CPU, np.ones(3, np.float32))
+    hand_over._stream = torch.cuda.Stream(CPU)
+    hand_over.place = CPU
+    hand_over.enter_thread()
+    shown, labels = torch.rand(2, 5, 5, 3), torch.arange(2)
+    inputs, handed = hand_over([shown], labels)
+    assert torch.equal(inputs, shown.permute(0, 3, 1, 2))
+    assert inputs.data_ptr() != shown.data_ptr()
+    assert handed is not labels
+    assert streams.at == "side"
+    assert streams.said == ["GPU None", "event at side", "host waits", "used by net", "used by net"]
+    hand_over.place = META  # another device than that of the tensors
+    hand_over([shown], labels)
+    assert streams.said[5:7] == ["pinned at side", "pinned at side"]
+    assert streams.made == 1
+
+
+def test_a_loaders_thread_begins_with_its_gpu(shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is read or decoded: whatever comes first on GPU 0 leaves a context there."""
+    entered: list[tuple[str, int]] = []
+    reads: list[int] = []
+    shards = ShardSet(shard_sets / "train")
+    monkeypatch.setattr(
+        HandOver, "enter_thread", lambda _: entered.append((threading.current_thread().name, len(reads)))
+    )
+
+    def read(sample: int) -> Any:
+        reads.append(sample)
+        return shards.read(sample)
+
+    plan = TrainingPlan(shards, Augment(72, 67), shards.manifest)
+    for _ in Loader(plan, shards.manifest, batch=64, reading=Read(read=read)).epoch():
+        pass
+    assert entered == [("loader", 0)]
 
 
 # The optimizer, and torch's generator -------------------------------------------------------------------------------
@@ -215,7 +333,7 @@ def test_full_precision_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_decoder_of_a_gpu_is_fixed_where_bits_are(shard_sets: Path) -> None:
-    world, sets = World.single(torch.device("cpu")), {"train": str(shard_sets / "train"), "resize": 72, "crop": 67}
+    world, sets = World.single(CPU), {"train": str(shard_sets / "train"), "resize": 72, "crop": 67}
     for deterministic, key, expected in ((True, 0.9, 1.0), (False, 0.9, 0.9), (False, 0.25, 0.25)):
         train = TrainConfig(global_batch=8, deterministic=deterministic)
         config = Config(data=DataConfig(**sets, hw_decoder_load=key), train=train)
@@ -270,7 +388,7 @@ def test_a_compiler_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch, m
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(process.NoCompiler, match="the reason" if "reason" in message else "RuntimeError"):
-        process.try_compiler(torch.device("cpu"))
+        process.try_compiler(CPU)
 
 
 # With the real trainer ------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dist_train.ranks.vote import Vote
 
-
 CPU = torch.device("cpu")
 
 
