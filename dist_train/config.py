@@ -43,9 +43,9 @@ class DataConfig(Augment):
     """Device on which DALI decodes; auto: the model's."""
     threads: int = least(0, 0)
     """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks of the node."""
-    hw_decoder_load: float = within(0, 1, 0.9, closed=True)
-    """On a GPU, the part of a batch that its JPEG decoder takes; the rest is CUDA's, which rounds otherwise. With
-    train.deterministic it is 1, by which an image's pixels do not depend on the others of its batch."""
+    hw_decoder_load: float = within(0, 1, 0.65, closed=True)
+    """On a GPU, the part of a batch that its JPEG decoder takes; the rest is CUDA's, which rounds otherwise. 0.65 is
+    DALI's default. With train.deterministic it is 1: then an image's pixels do not depend on the others of its batch."""
     readers: int = least(1, 32)
     """Threads per rank that read files ahead."""
     ahead: int = least(1, 4)

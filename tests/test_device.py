@@ -334,7 +334,7 @@ def test_full_precision_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_decoder_of_a_gpu_is_fixed_where_bits_are(shard_sets: Path) -> None:
     world, sets = World.single(CPU), {"train": str(shard_sets / "train"), "resize": 72, "crop": 67}
-    for deterministic, key, expected in ((True, 0.9, 1.0), (False, 0.9, 0.9), (False, 0.25, 0.25)):
+    for deterministic, key, expected in ((True, 0.65, 1.0), (False, 0.65, 0.65), (False, 0.25, 0.25)):
         train = TrainConfig(global_batch=8, deterministic=deterministic)
         config = Config(data=DataConfig(**sets, hw_decoder_load=key), train=train)
         loader = build.train_loader(config, world, ShardSet(shard_sets / "train"))
