@@ -1,0 +1,96 @@
+"""Pieces of the step on the device: masks, and gradients that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_train import optim
+from dist_train.config import OptimConfig
+from dist_train.models.dropout import Dropout, mask_keys
+from tests.helpers.gpu import DEVICE, MARKS
+
+pytestmark = MARKS
+
+
+def test_the_masks_of_dropout_are_the_cpus() -> None:
+    keys, dropout = mask_keys(0, 3, np.arange(64)), Dropout(0.5, layer=6)
+    on_cpu = dropout(torch.ones(64, 4096), keys)
+    assert on_cpu.mean() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(dropout(torch.ones(64, 4096, device=DEVICE), keys.to(DEVICE)).cpu(), on_cpu)
+
+
+class Descent:
+    """A layer, the product's optimizer for it, and what the paper's formula makes of the same gradients (section 5)."""
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(4, 3).to(DEVICE)
+        self.config = OptimConfig()
+        self.optimizer, self.scaler = optim.build(self.config, self.layer), scaler
+        self.expected = [(p.detach().cpu().double(), torch.zeros(p.shape).double()) for p in self.layer.parameters()]
+
+    def step(self, poison: float | None = None) -> Tensor:
+        """One step on the squared outputs for some inputs, or on a gradient of which one number is not finite, which
+        is to change nothing. Returns what `update` does."""
+        self.optimizer.zero_grad()
+        inputs = torch.randn(5, 4).to(DEVICE)
+        self.scaler.scale(self.layer(inputs).square().mean()).backward()
+        if poison is None:
+            self.expected = [self.descend(*pair) for pair in zip(self.layer.parameters(), self.expected, strict=True)]
+        else:
+            self.layer.weight.grad[1, 2] = poison
+        with memory_of_nans():
+            return optim.update(self.optimizer, self.scaler)
+
+    def descend(self, parameter: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        weight, velocity = state
+        gradient = parameter.grad.cpu().double() / self.scaler.get_scale()
+        velocity = self.config.momentum * velocity + gradient + self.config.weight_decay * weight
+        return weight - self.config.lr * velocity, velocity
+
+    def check(self) -> None:
+        for parameter, (weight, _) in zip(self.layer.parameters(), self.expected, strict=True):
+            torch.testing.assert_close(parameter.detach().cpu().double(), weight, rtol=1e-5, atol=1e-7)
+
+
+@contextmanager
+def memory_of_nans() -> Iterator[None]:
+    """Memory that is taken, and not written to, holds NaN, not what happens to be there."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def filling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `memory_of_nans` needs; a trainer in this process may have switched it off."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing(poison: float) -> None:
+    """At the second step: neither the weights nor, as the third one shows, the momentum."""
+    descent = Descent(torch.amp.GradScaler(DEVICE, enabled=False))
+    for value, refused in ((None, 0), (poison, 1), (None, 0)):
+        assert descent.step(value) == refused
+        descent.check()
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_an_overflow_under_a_scaler_changes_nothing_but_the_scale(first: int) -> None:
+    """fp16, whose scale of 65536 may overflow at once: the momentum, of which there is none then, begins with zero."""
+    descent = Descent(torch.amp.GradScaler(DEVICE))
+    for i in range(5):
+        scale = descent.scaler.get_scale()
+        descent.step(torch.inf if i == first else None)
+        assert descent.scaler.get_scale() == (scale / 2 if i == first else scale)
+        descent.check()
