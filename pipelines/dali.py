@@ -158,9 +158,17 @@ def _asking(source: Callable[[], Feed], fields: Sequence[str], *, held: int) -> 
     return ask
 
 
+class DecodeError(RuntimeError):
+    """A pipeline has failed, most likely at a sample that it cannot decode. It cannot be run again."""
+
+
 def collect(pipeline: Pipeline) -> list[Tensor]:
-    """Run a pipeline: its outputs, complete, in the memory that DALI uses again on a GPU."""
-    return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in pipeline.run()]
+    """Run a pipeline: its outputs, complete, in the memory that DALI uses again on a GPU. Raises DecodeError."""
+    try:
+        outputs = pipeline.run()
+    except RuntimeError as error:
+        raise DecodeError(str(error)) from error
+    return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
 
 
 def scale(inputs: Inputs, statistics: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

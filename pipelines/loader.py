@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import framed
-from pipelines.dali import DEPTH, Decode, Feed, collect, graph, scale
+from pipelines.dali import DEPTH, Decode, DecodeError, Feed, collect, graph, scale
 from pipelines.handover import HandOver
 from pipelines.manifest import Manifest
 from pipelines.misc import ceil_div
@@ -179,7 +179,7 @@ class Loader:
                     while step < self.steps and not stop.is_set():
                         ready.put(self._batch(pipeline, epoch, step, keys))
                         step += 1
-                except RuntimeError:  # DALI's: a sample cannot be decoded. The pipeline is lost; begin this step anew
+                except DecodeError:  # the pipeline is lost; begin this step anew
                     if not self._find_bad(epoch, range(step, min(step + SUSPECTS, self.steps))):
                         raise
                 finally:

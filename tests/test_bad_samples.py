@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.augment import Augment
 from pipelines.dali import Decode
+from pipelines.handover import HandOver
 from pipelines.loader import Loader, Read
 from pipelines.manifest import ShardError
 from pipelines.pack import Options, pack
@@ -114,3 +116,20 @@ def test_nothing_left_to_show(shard_sets: Path) -> None:
     loader = Loader(FixedPlan(shards, Augment(72, 67)), shards.manifest, batch=63, reading=Read(read=read))
     with pytest.raises(ShardError, match=r"no sample of .* can be decoded"):
         next(loader.epoch())
+
+
+def test_an_error_that_is_not_decodings_blames_no_sample(shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that has no memory left for a batch, say."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(HandOver, "__call__", full)
+    shards = ShardSet(shard_sets / "train")
+    plan = TrainingPlan(shards, Augment(72, 67), shards.manifest)
+    loader = Loader(plan, shards.manifest, batch=24, decode=Decode(threads=1))
+    searched: list[range] = []
+    monkeypatch.setattr(loader, "_find_bad", lambda _, steps: searched.append(steps))
+    with pytest.raises(torch.OutOfMemoryError):
+        next(loader.epoch())
+    assert not searched

@@ -14,7 +14,6 @@ from torch import Tensor
 from tests.helpers.compare import records, status
 from tests.helpers.gpu import (
     DEVICE,
-    EXACT_PRODUCTS,
     HOW,
     MARKS,
     assert_close,
@@ -79,7 +78,7 @@ def evaluated(run: Path, *, ranks: int = 1, device: str = DEVICE) -> dict[str, A
     """The report of `python -m dist_train evaluate`."""
     file = run / f"{device}-{ranks}.json"
     words = ("evaluate", str(run), "--crops=five", "--batch=10", f"--json={file}", f"--device={device}")
-    result = finish(spawn(python("dist_train", *words, ranks=ranks), how=HOW, env=EXACT_PRODUCTS))
+    result = finish(spawn(python("dist_train", *words, ranks=ranks), how=HOW))
     assert result.returncode == 0, result.stderr
     report: dict[str, Any] = json.loads(file.read_text())
     assert (report["images"], report["left_out"]) == (63, 0)
