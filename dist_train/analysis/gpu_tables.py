@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -71,7 +72,9 @@ def _tests(result: Result) -> Iterator[str]:
         return
     yield ", ".join(f"{len(result[outcome])} {outcome}" for outcome in ("passed", "failed", "skipped"))
     for outcome in ("failed", "skipped"):
-        yield from (f"{outcome} {name}: {why}" for name, why in result[outcome].items())
+        for why in sorted(set(result[outcome].values())):
+            names = [name for name, reason in result[outcome].items() if reason == why]
+            yield from textwrap.wrap(f"{outcome}, {why}: {', '.join(names)}", 118, subsequent_indent="    ")
 
 
 def _speed(result: Result) -> Iterator[str]:
@@ -95,7 +98,9 @@ def _speed(result: Result) -> Iterator[str]:
         yield f"all-reduce of the gradients: {rate['algorithm']:.3g} GB/s, {rate['bus']:.3g} GB/s on the bus"
     for name, processes in result.get("processes_by_gpu", {}).items():
         counts = [len(pids) for pids in processes.values()]
-        yield f"processes on each GPU: {', '.join(map(str, counts))}: {name}"
+        if set(counts) != {1}:
+            yield f"not one process a GPU, but {', '.join(map(str, counts))}: {name}"
+    yield from (f"not measured, for want of time: {name}" for name in result.get("late", []))
 
 
 TABLES = {"machine": _machine, "decoder": _decoder, "pooling": _pooling, "speed": _speed}  # the others are tests

@@ -77,4 +77,5 @@ def gpu_report(parser: Parser) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="training set to decode; without: generated images")
     parser.add_argument("--inside", help=SUPPRESS)  # the part that this process is
-    parser.add_argument("--result", type=Path, help=SUPPRESS)  # and where it leaves what it finds
+    parser.add_argument("--seconds", type=float, help=SUPPRESS)  # that it has
+    parser.add_argument("--result", type=Path, help=SUPPRESS)  # where it leaves what it finds
