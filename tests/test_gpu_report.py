@@ -29,7 +29,6 @@ from dist_train.analysis.gpu_report import Part, Report
 from dist_train.analysis.gpu_site import Site
 from dist_train.analysis.gpu_speed import Places, Timing, all_reduce_rate, costs_of_determinism, timings
 from dist_train.cli import parse
-from dist_train.config import Config, as_dict
 from pipelines.augment import Augment
 from pipelines.dali import Decode
 from pipelines.shards import ShardSet
@@ -341,11 +340,8 @@ def test_tests_that_are_all_skipped_or_not_there(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("gpus", [0, 1, 8])
 def test_every_speed_is_a_command_line_of_the_trainer(gpus: int) -> None:
-    known = as_dict(Config())
     for timing in timings(gpus):
-        words = [word for word in timing.words if word.partition("=")[0][2:] in known]
-        assert set(timing.words) - set(words) <= {f"--data.hw_decoder_load={x}" for x in (0.0, 0.65, 0.9, 1.0)}
-        config, _ = parse(words)
+        config, _ = parse(timing.words)
         assert config.train.global_batch >= timing.ranks
         assert config.train.deterministic == ("deterministic" in timing.name or "decoded on" in timing.name)
     names = [timing.name for timing in timings(gpus)]
