@@ -40,10 +40,13 @@ def _padded(row: Sequence[str], widths: Sequence[int], right: Collection[int]) -
 
 def _machine(result: Result) -> Iterator[str]:
     checks = result.get("checks", [])
-    yield from _columns([(check["level"], check["name"], check["found"]) for check in checks])
-    yield from (f"{check['name']}: {check['remedy']}" for check in checks if check["remedy"])
-    if result.get("topology"):
-        yield from ("", *result["topology"].expandtabs().splitlines())
+    lines = _columns([(check["level"], check["name"], check["found"]) for check in checks])
+    for line, check in zip(lines, checks, strict=True):
+        yield line
+        if check["remedy"]:
+            yield f"      -> {check['remedy']}"
+    if matrix := result.get("topology", "").partition("Legend:")[0].strip("\n"):
+        yield from ("", *matrix.expandtabs().rstrip().splitlines())
 
 
 def _decoder(result: Result) -> Iterator[str]:
@@ -61,7 +64,9 @@ def _pooling(result: Result) -> Iterator[str]:
         (name, f"{found['gradients']} different in {found['times']}", "torch warns" if found["torch_warns"] else "")
         for name, found in result.items()
     ]
-    yield from _columns([("gradients", "", ""), *rows] if rows else [])
+    if rows:
+        yield "gradients of overlapping max pooling"
+        yield from _columns(rows)
 
 
 def _tests(result: Result) -> Iterator[str]:
