@@ -31,6 +31,8 @@ OLDEST_DRIVER = {12: 525, 13: 580}  # that runs a CUDA of this number (release n
 # 1.5 of nvJPEG's documentation).
 JPEG_ENGINES = ("8.0", "8.9", "9.", "10.", "11.", "12.")
 FEW_CPUS = 4  # a GPU
+WITHOUT_CUDA = "it is built without CUDA"  # said of torch
+REMEDY = "Install a newer driver or the CUDA 12 build: make EXTRA=cuda12."
 
 
 class Check(NamedTuple):
@@ -96,7 +98,7 @@ def usable() -> tuple[int, str]:
         # By itself device_count asks a library of the driver's, which also counts GPUs that this CUDA cannot use.
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count or not said:
-        return count, "" if torch.version.cuda else "it is built without CUDA"
+        return count, "" if torch.version.cuda else WITHOUT_CUDA
     return count, str(said[-1].message).splitlines()[0]
 
 
@@ -148,7 +150,9 @@ def gpus(files: Sequence[str], seen: int, why: str, known: Sequence[Card], silen
         return Check("GPUs", "ok", "hidden by CUDA_VISIBLE_DEVICES; nets are trained on the CPU")
     if not seen:
         found = f"torch cannot use the {len(known) or len(files)} of this machine: {why or 'it does not say why'}"
-        return Check("GPUs", "fail", found, "Install a newer driver or the CUDA 12 build: make EXTRA=cuda12.")
+        return Check(
+            "GPUs", "fail", found, REMEDY if why != WITHOUT_CUDA else "Install a torch that is built with CUDA."
+        )
     if silence:
         return Check("GPUs", "warn", f"torch can use {seen}, but {silence}", "Let this user run nvidia-smi.")
     kinds = Counter((card.name, card.memory_mib, card.capability) for card in known)
@@ -164,7 +168,7 @@ def enough(version: str, cuda: str, *, works: bool) -> Check:
     if works or int(version.partition(".")[0]) >= oldest:
         return Check("driver", "ok", f"{version}, under CUDA {cuda or 'of none'}")
     found = f"{version} is too old for torch's CUDA {cuda}, which needs r{oldest} or newer"
-    return Check("driver", "fail", found, "Install a newer driver or the CUDA 12 build: make EXTRA=cuda12.")
+    return Check("driver", "fail", found, REMEDY)
 
 
 def jpeg_decoder(known: Sequence[Card]) -> Check:

@@ -132,6 +132,8 @@ def test_gpus_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
         check = machine.gpus(files, 0, TOO_OLD, known, silence)
         assert (check.level, check.found) == ("fail", f"torch cannot use the 8 of this machine: {TOO_OLD}")
         assert "a newer driver or the CUDA 12 build" in check.remedy
+    check = machine.gpus(files, 0, "it is built without CUDA", cards(EIGHT), "")
+    assert check.remedy == "Install a torch that is built with CUDA."
     for hidden in ("", "-1", "NoDevFiles"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert machine.gpus(files, 0, "", cards(EIGHT), "").level == "ok", "the user has wanted it"

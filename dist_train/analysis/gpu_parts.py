@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import warnings
 from pathlib import Path
 
@@ -26,9 +27,10 @@ CLOSE = {"max": 4.0, "mean": 0.3}  # levels: as far apart as two ways of roundin
 TIMES = 20  # that a gradient is computed
 
 
-def start(name: str, result: Path, data: Path | None) -> int:
+def start(name: str, result: Path, data: Path | None, seconds: float) -> int:
     """Be one part, and leave what it finds in a file. Returns the exit code, which says nothing of what is found."""
-    PARTS[name](Findings(result), Site(result.parent, data, machine.usable()[0]))
+    deadline = time.monotonic() + seconds
+    PARTS[name](Findings(result), Site(result.parent, data, machine.usable()[0], deadline))
     return 0
 
 

@@ -32,7 +32,8 @@ REFUSED = 2.0  # seconds; with less than that left, a part is not begun
 
 
 class Part(NamedTuple):
-    """One that is to run: for so long, by a command to which `--result=FILE` is added. Or one that cannot, and why."""
+    """One that is to run: for so long, by a command to which `--result=FILE --seconds=S` is added. Or one that cannot,
+    and why."""
 
     name: str
     seconds: float
@@ -45,7 +46,7 @@ def start(args: Namespace) -> int:
     if args.inside:
         from dist_train.analysis import gpu_parts
 
-        return gpu_parts.start(args.inside, args.result, args.data)
+        return gpu_parts.start(args.inside, args.result, args.data, args.seconds)
     names = chosen(args.parts)
     files = [Path(f"{args.out}.{kind}") for kind in ("json", "txt")]
     if args.data:
@@ -152,7 +153,7 @@ class Report:
         seconds = min(planned.seconds, left)
         output, said = file.with_suffix(".output"), file.with_suffix(".said")
         code = commands.run(
-            [*planned.command, f"--result={file}"],
+            [*planned.command, f"--result={file}", f"--seconds={seconds:.1f}"],
             seconds,
             output,
             said=said,

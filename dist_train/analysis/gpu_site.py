@@ -25,11 +25,13 @@ class Site(NamedTuple):
         folder: for files, the same for all parts.
         data: a training set; None: images are drawn.
         gpus: that torch can use.
+        deadline: of the part, on the monotonic clock.
     """
 
     folder: Path
     data: Path | None
     gpus: int
+    deadline: float = float("inf")
 
     @property
     def augment(self) -> Augment:

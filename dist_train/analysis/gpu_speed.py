@@ -95,7 +95,12 @@ def speed(findings: Findings, site: Site) -> None:
             "ok", "without a GPU: small nets and images, 2 ranks on gloo, nothing compiled, no hw_decoder_load"
         )
     profiles: dict[str, dict[str, Any]] = {}
+    longest, late = 0.0, list[str]()
     for timing in timings(site.gpus):
+        began = time.monotonic()
+        if began + 1.5 * longest > site.deadline:
+            late.append(timing.name)
+            continue
         findings.tell(timing.name)
         profile = _measured(timing, words, findings, site)
         findings.keep(timing.name, profile, under="runs")
@@ -103,8 +108,16 @@ def speed(findings: Findings, site: Site) -> None:
             findings.say("failed", f"{timing.name}: {profile['failed']}")
         else:
             profiles[timing.name] = profile
-        for name, value in derived(profiles).items():
-            findings.keep(name, value)
+        longest = max(longest, time.monotonic() - began)
+        if rate := all_reduce_rate(profiles):
+            findings.keep("all_reduce_gb_per_s", rate)
+        if site.gpus and (costs := costs_of_determinism(profiles)):  # on the CPU there are none
+            findings.keep("deterministic_costs_percent", costs)
+    if late:
+        findings.keep("late", late)
+        findings.say("warn", f"{len(late)} runs did not fit into the time of this part: raise --minutes")
+    if site.gpus and "processes_by_gpu" not in findings.result:
+        findings.say("ok", "nvidia-smi showed no process, as in many containers: who uses GPU 0 is not known")
 
 
 def _measured(timing: Timing, words: Sequence[str], findings: Findings, site: Site) -> dict[str, Any]:
@@ -158,16 +171,20 @@ class Places:
         return sorted(pid for pid, gpu in self.seen if gpu == 0 and pid in elsewhere)
 
 
-def derived(profiles: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What follows from the profiles: all-reduce in GB/s, and what determinism costs in percent of a step's time."""
-    found: dict[str, Any] = {}
-    reduced = next((p["all_reduce"] | {"ranks": p["world_size"]} for p in profiles.values() if p["all_reduce"]), None)
-    if reduced:
-        rate, ranks = reduced["mb"] / reduced["ms"], reduced["ranks"]
-        # Each rank sends and receives 2 (n - 1) / n of it (nccl-tests, doc/PERFORMANCE.md).
-        found["all_reduce_gb_per_s"] = {"algorithm": rate, "bus": rate * 2 * (ranks - 1) / ranks}
+def all_reduce_rate(profiles: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """GB/s of the gradients' sum in the first of the profiles that has one, and of what that moves over a link."""
+    for profile in profiles.values():
+        if reduced := profile["all_reduce"]:
+            rate, ranks = reduced["mb"] / reduced["ms"], profile["world_size"]
+            # Each rank sends and receives 2 (n - 1) / n of it (nccl-tests, doc/PERFORMANCE.md).
+            return {"algorithm": rate, "bus": rate * 2 * (ranks - 1) / ranks}
+    return {}
+
+
+def costs_of_determinism(profiles: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Percent of a step's time, by the name of the deterministic run, where there is the other one as well."""
     costs = {}
     for name, exact in profiles.items():
         if (free := profiles.get(name.removesuffix(", deterministic"))) and free is not exact:
             costs[name] = 100 * (exact["step"]["step_ms"] / free["step"]["step_ms"] - 1)
-    return found | ({"deterministic_costs_percent": costs} if costs else {})
+    return costs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -39,10 +40,13 @@ def _padded(row: Sequence[str], widths: Sequence[int], right: Collection[int]) -
 
 def _machine(result: Result) -> Iterator[str]:
     checks = result.get("checks", [])
-    yield from _columns([(check["level"], check["name"], check["found"]) for check in checks])
-    yield from (f"{check['name']}: {check['remedy']}" for check in checks if check["remedy"])
-    if result.get("topology"):
-        yield from ("", *result["topology"].expandtabs().splitlines())
+    lines = _columns([(check["level"], check["name"], check["found"]) for check in checks])
+    for line, check in zip(lines, checks, strict=True):
+        yield line
+        if check["remedy"]:
+            yield f"      -> {check['remedy']}"
+    if matrix := result.get("topology", "").partition("Legend:")[0].strip("\n"):
+        yield from ("", *matrix.expandtabs().rstrip().splitlines())
 
 
 def _decoder(result: Result) -> Iterator[str]:
@@ -60,7 +64,9 @@ def _pooling(result: Result) -> Iterator[str]:
         (name, f"{found['gradients']} different in {found['times']}", "torch warns" if found["torch_warns"] else "")
         for name, found in result.items()
     ]
-    yield from _columns([("gradients", "", ""), *rows] if rows else [])
+    if rows:
+        yield "gradients of overlapping max pooling"
+        yield from _columns(rows)
 
 
 def _tests(result: Result) -> Iterator[str]:
@@ -71,7 +77,9 @@ def _tests(result: Result) -> Iterator[str]:
         return
     yield ", ".join(f"{len(result[outcome])} {outcome}" for outcome in ("passed", "failed", "skipped"))
     for outcome in ("failed", "skipped"):
-        yield from (f"{outcome} {name}: {why}" for name, why in result[outcome].items())
+        for why in sorted(set(result[outcome].values())):
+            names = [name for name, reason in result[outcome].items() if reason == why]
+            yield from textwrap.wrap(f"{outcome}, {why}: {', '.join(names)}", 118, subsequent_indent="    ")
 
 
 def _speed(result: Result) -> Iterator[str]:
@@ -95,7 +103,9 @@ def _speed(result: Result) -> Iterator[str]:
         yield f"all-reduce of the gradients: {rate['algorithm']:.3g} GB/s, {rate['bus']:.3g} GB/s on the bus"
     for name, processes in result.get("processes_by_gpu", {}).items():
         counts = [len(pids) for pids in processes.values()]
-        yield f"processes on each GPU: {', '.join(map(str, counts))}: {name}"
+        if set(counts) != {1}:
+            yield f"not one process a GPU, but {', '.join(map(str, counts))}: {name}"
+    yield from (f"not measured, for want of time: {name}" for name in result.get("late", []))
 
 
 TABLES = {"machine": _machine, "decoder": _decoder, "pooling": _pooling, "speed": _speed}  # the others are tests
