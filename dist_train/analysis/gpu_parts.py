@@ -111,6 +111,6 @@ PARTS = {
     "pooling": pooling,
     "tests": gpu_tests.others,
     "resume": gpu_tests.resume,
-    "speed": gpu_speed.speed,
     "drills": gpu_tests.drills,
+    "speed": gpu_speed.speed,
 }
