@@ -92,7 +92,7 @@ def precision(config: Config, world: World) -> str:
         return config.train.precision
     if world.device.type == "cpu":
         return "off"
-    if torch.cuda.is_bf16_supported():
+    if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "fp16" if world.mesh is None else "off"
 

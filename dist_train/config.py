@@ -45,7 +45,7 @@ class DataConfig(Augment):
     """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks of the node."""
     hw_decoder_load: float = within(0, 1, 0.65, closed=True)
     """On a GPU, the part of a batch that its JPEG decoder takes (0.65 is DALI's default); the rest is CUDA's, which
-    rounds otherwise. train.deterministic makes it 1, so that an image's pixels do not hang on the rest of its batch."""
+    rounds otherwise. train.deterministic makes it 1, so that an image has the same decoder in any batch."""
     readers: int = least(1, 32)
     """Threads per rank that read files ahead."""
     ahead: int = least(1, 4)

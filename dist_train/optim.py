@@ -23,10 +23,17 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
     )
-    if config.momentum:  # fused, torch makes it of uninitialised memory, which a first step that is skipped leaves so
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    _fill_momentum(optimizer)
     return optimizer
+
+
+def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros where there is no velocity yet. Fused, torch would take uninitialised memory for it at the first step, and
+    a first step that is skipped would leave that there."""
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def update(
@@ -54,6 +61,7 @@ def update(
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take over moments, not options: learning rate, momentum and decay are the configuration's."""
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    _fill_momentum(optimizer)  # it may have been trained without
 
 
 @dataclass

@@ -6,6 +6,8 @@ import ctypes
 import hashlib
 import os
 import platform
+import socket
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled
     """Settle them, before the model is built."""
     # On the CPU our own nets give the same bits without torch's flag; of nets that are not ours nobody knows it.
     flag = config.train.deterministic and not (world.device.type == "cpu" and config.model.name in models.OURS)
-    prepare_compiler(world.threads, deterministic=flag)
+    prepare_compiler(world, deterministic=flag)
     _set_deterministic(flag, benchmark=not config.train.deterministic)
     how = "by torch's flag" if flag else "by construction" if config.train.deterministic else "no"
     return Settled(_compiled(config, world, say), how, keep_freed_memory(world.device), _accelerator(world))
@@ -84,21 +86,26 @@ def try_compiler(device: torch.device) -> None:
         raise NoCompiler(next(line for line in reversed(said) if line.strip()).strip()[:120]) from error
 
 
-def prepare_compiler(threads: int, *, deterministic: bool) -> None:
-    """Settle what torch's compiler, Inductor, reads when it is imported, as torch does when its flag is set; what the
-    user has set stays.
+def prepare_compiler(world: World, *, deterministic: bool) -> None:
+    """Settle what torch's compiler, Inductor, reads when it is imported or used; places and threads that the user has
+    set stay.
 
     What it compiled is kept in the user's cache directory, where a run that is put on another node finds it again, and
-    not in the run's: it is code, which the next start loads and runs.
+    not in the run's: it is code, which the next start loads and runs. Triton's own files, which it renames and removes
+    as if nobody else did, are there by node and rank (pytorch issue 173679); Inductor's bring its kernels along.
     """
-    if deterministic:  # it chooses without measuring
+    if deterministic:  # it chooses without measuring (newer torch does by its flag for deterministic operators)
         os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        with suppress(OSError, RuntimeError):  # a home that is not there, or cannot be written: torch's place, in /tmp
-            cache = compiler_cache()
-            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(world.threads))
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    with suppress(OSError, RuntimeError):  # no home, or none that can be written: torch's own place, in /tmp
+        cache = compiler_cache()
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        own = cache / f"triton-{socket.gethostname()}-{world.local_rank}"
+        os.environ.setdefault("TRITON_CACHE_DIR", str(own))
 
 
 def compiler_cache() -> Path:

@@ -55,7 +55,7 @@ class Decode:
         threads: DALI's decoding threads; 0: the CPUs of this process.
         inputs: mean_subtracted as the paper, minus_one_to_one, or standardized (divided by the standard deviation too).
         hw_decoder_load: on the GPU, the part of a batch that its JPEG decoder takes, the rest is CUDA's, which rounds
-            otherwise. 1 (all that it can) and 0 leave an image with its decoder, whatever batch it is in.
+            otherwise. With 1 (all that it can) and with 0 an image goes to the same engine whatever batch it is in.
         wanted: the device that the inputs go to; None: where they are decoded.
     """
 

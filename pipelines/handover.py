@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ class HandOver:
     def __init__(self, place: torch.device, std: NDArray[np.float32]) -> None:
         self.place = place
         self._factor = torch.from_numpy(1 / std).to(place)
-        self._stream = torch.cuda.Stream(place) if place.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = _stream(place) if place.type == "cuda" else None
 
     def enter_thread(self) -> None:
         """Let what the calling thread does be done by the GPU, and by the stream. A thread begins with GPU 0, where it
@@ -54,5 +55,11 @@ class HandOver:
     def _inputs(self, tensors: list[Tensor], shown: int) -> list[Tensor]:
         pixels, numbers = tensors[0], tensors[shown:]
         if shown == 2:  # what crop_mirror_normalize does
-            pixels = (pixels.float() - tensors[1][:, None, None]) * self._factor
+            pixels = pixels.float().sub_(tensors[1][:, None, None]).mul_(self._factor)
         return [pixels.permute(0, 3, 1, 2), *numbers]
+
+
+@cache
+def _stream(place: torch.device) -> torch.cuda.Stream:
+    """The same for all loaders of a device: torch keeps the memory of each stream apart."""
+    return torch.cuda.Stream(place)  # type: ignore[no-untyped-call]

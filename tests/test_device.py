@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from dist_train.ranks import vote
 from dist_train.ranks.world import World, join
 from dist_train.rundir.state import Progress
 from dist_train.train import Trainer
+from pipelines import handover
 from pipelines.augment import Augment
 from pipelines.handover import HandOver
 from pipelines.loader import Batch, Loader, Read
@@ -43,7 +45,12 @@ from tests.helpers.launch import at, launch
 CPU = torch.device("cpu")
 META = torch.device("meta")
 N = 6
-INDUCTOR = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_DETERMINISTIC")
+INDUCTOR = (
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHINDUCTOR_COMPILE_THREADS",
+    "TORCHINDUCTOR_DETERMINISTIC",
+    "TRITON_CACHE_DIR",
+)
 
 
 class Copies(TorchDispatchMode):
@@ -217,9 +224,10 @@ def test_the_vote_comes_back_beside_the_net(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_loader_hands_over_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """What DALI holds is copied, what comes from the host is pinned, and the net's stream is told who uses it."""
     streams = Streams(monkeypatch)
-    hand_over = HandOver(CPU, np.ones(3, np.float32))
-    hand_over._stream = torch.cuda.Stream(CPU)
-    hand_over.place = CPU
+    hand_over, another = (HandOver(CPU, np.ones(3, np.float32)) for _ in range(2))
+    handover._stream.cache_clear()
+    hand_over._stream = handover._stream(CPU)
+    another._stream = handover._stream(CPU)
     hand_over.enter_thread()
     shown, labels = torch.rand(2, 5, 5, 3), torch.arange(2)
     inputs, handed = hand_over([shown], labels)
@@ -231,7 +239,9 @@ def test_a_loader_hands_over_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> N
     hand_over.place = META  # another device than that of the tensors
     hand_over([shown], labels)
     assert streams.said[5:7] == ["pinned at side", "pinned at side"]
+    assert another._stream is hand_over._stream
     assert streams.made == 1
+    handover._stream.cache_clear()
 
 
 def test_a_loaders_thread_begins_with_its_gpu(shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +300,22 @@ def test_a_first_step_that_is_skipped_leaves_no_garbage(filled_memory: None) -> 
     skipped = learnt(zeros=True, skip=0)
     assert all(bool(t.isfinite().all()) for t in skipped)
     assert all(bool(t.isfinite().all()) for t in learnt(zeros=True, skip=2))
+
+
+def test_momentum_of_a_run_that_had_none_begins_with_zeros() -> None:
+    layer = nn.Linear(4, 3)
+    before = optim.build(OptimConfig(momentum=0), layer)
+    layer.weight.grad, layer.bias.grad = torch.ones(3, 4), torch.ones(3)
+    before.step()
+    now = optim.build(OptimConfig(), layer)
+    optim.load_moments(now, before.state_dict())
+    assert [s["momentum_buffer"].abs().max() for s in now.state.values()] == [0, 0]
+
+
+def test_a_card_that_only_emulates_bf16_takes_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says that a T4 supports it, and is slow."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert build.precision(Config(), World.single(torch.device("cuda", 0))) == "fp16"
 
 
 def test_only_nets_that_may_draw_numbers_are_seeded(monkeypatch: pytest.MonkeyPatch, fused_on_meta: None) -> None:
@@ -361,23 +387,41 @@ def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyP
     for name in INDUCTOR:
         monkeypatch.setenv(name, "")  # so that it is as before after the test
         monkeypatch.delenv(name)
+    place, threads, deterministic, triton = INDUCTOR
+    world = World(5, 8, 1, 4, CPU)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    process.prepare_compiler(3, deterministic=False)
-    cache = Path(os.environ[INDUCTOR[0]])
+    process.prepare_compiler(world, deterministic=False)
+    cache = Path(os.environ[place])
     assert cache.is_dir()
     assert cache.parent == tmp_path / "dist_train"
     assert cache.stat().st_mode & 0o077 == 0
-    assert os.environ[INDUCTOR[1]] == "3"
-    assert INDUCTOR[2] not in os.environ
-    for name, value in zip(INDUCTOR, ("mine", "5", "0"), strict=True):
+    assert list(cache.iterdir()) == []
+    assert Path(os.environ[triton]) == cache / f"triton-{socket.gethostname()}-1"
+    assert os.environ[threads] == str(world.threads)
+    assert deterministic not in os.environ
+    mine = dict(zip(INDUCTOR, ("mine", "5", "0", "here"), strict=True))
+    for name, value in mine.items():
         monkeypatch.setenv(name, value)
-    process.prepare_compiler(3, deterministic=True)
-    assert [os.environ[name] for name in INDUCTOR] == ["mine", "5", "0"]
+    process.prepare_compiler(world, deterministic=True)
+    assert {name: os.environ[name] for name in INDUCTOR} == mine
+
+
+@pytest.mark.parametrize("home", ["/proc/no/such", "full"])
+def test_a_cache_that_cannot_be_written_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
+) -> None:
+    def full(**_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     for name in INDUCTOR:
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such")
-    process.prepare_compiler(3, deterministic=True)
-    assert INDUCTOR[0] not in os.environ  # torch's own place
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path) if home == "full" else home)
+    if home == "full":
+        monkeypatch.setattr(process.tempfile, "TemporaryFile", full)
+    process.prepare_compiler(World.single(CPU), deterministic=True)
+    assert INDUCTOR[0] not in os.environ
+    assert INDUCTOR[3] not in os.environ
     assert os.environ[INDUCTOR[2]] == "1"
 
 

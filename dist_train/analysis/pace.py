@@ -36,7 +36,9 @@ from pipelines.shards import ShardSet
 
 SECONDS = 5.0  # that a measurement may take
 MOST = 2000  # steps of a measurement, however short one is; the fewest are one
-WARM_UP = 2  # steps: what is compiled, allocated or tried out by the first ones is not measured
+# Steps that are not measured: what the first ones compile, allocate or try out. On a GPU DDP waits for the device in
+# its first ten, to measure itself (and in every hundredth).
+WARM_UP = {"cpu": 2, "cuda": 12}
 COMPUTED = 5  # forward and backward passes without the other ranks, at most
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
 
@@ -114,7 +116,7 @@ class Pace:
         """
         batch = self._first_batch()
         warm = self._steps(repeat(batch), 1)
-        paced = self._steps(repeat(batch), WARM_UP - 1)
+        paced = self._steps(repeat(batch), WARM_UP[self._world.device.type] - 1)
         self.warm_up_seconds = warm.seconds + paced.seconds
         row: dict[str, Any] = {"rank": self._world.rank, "host": socket.gethostname(), "loader": None, "both": None}
         row["step"] = step = self._steps(repeat(batch), steps or self._enough(paced.step_seconds))
@@ -215,7 +217,7 @@ class Pace:
 
     def _with_data(self, many: int) -> Stretch:
         with closing(self._batches()) as batches:
-            self._steps(batches, WARM_UP)
+            self._steps(batches, WARM_UP["cpu"])
             return self._steps(batches, many)
 
     def _computing(self, batch: Batch, many: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -155,8 +156,10 @@ def join(device: str) -> World:
         torch.cuda.set_device(place)
         # float32 means float32, in matrix products (torch's default) and in convolutions (TF32 by default). Mixed
         # precision is what is quick.
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        with warnings.catch_warnings():  # torch 2.9 warns that there is a newer way, which the compiler cannot read
+            warnings.simplefilter("ignore")
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
     else:
         torch.set_num_threads(max(1, cpus() // local_size))
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"

@@ -86,7 +86,7 @@ def restore(
         run.say("it was saved by a program that rounded otherwise: from here on the bits may differ from that one's")
     resumed.changed = {k: v for k, v in settled.items() if then.get(k, "") != v}
     if "accelerator" in resumed.changed:
-        was, now = (where.get("accelerator") or "no GPU" for where in (then, settled))
+        was, now = (where.get("accelerator", "an unknown device") or "no GPU" for where in (then, settled))
         run.say(f"it was saved with {was}, and this is {now}: from here on the bits may differ")
     resumed.changed |= _changed(found.meta["config"], as_dict(config))
     return resumed

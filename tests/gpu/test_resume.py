@@ -36,14 +36,16 @@ def end(data: Path, run: Path, *extra: str, ranks: int) -> None:
 
 @on_gpus(1, 2, 4, 8)
 def test_resume_compiled(shard_sets: Path, learning: tuple[str, ...], tmp_path: Path, ranks: int) -> None:
-    """bf16, compiled (not in a rehearsal): cut inside an epoch and during validation, against a run never cut."""
+    """bf16, compiled (not in a rehearsal): cut inside an epoch, with one rank in validation too, against a run never
+    cut."""
     extra = (*learning, "--train.precision=bf16", f"--train.compile={'off' if REHEARSED else 'on'}")
     whole, run = tmp_path / "whole", tmp_path / "cut"
     end(shard_sets, whole, *extra, ranks=ranks)
     cut(shard_sets, run, *extra, ranks=ranks, moment="step", n=4)
     assert newest(run)["state"]["step"] < STEPS
-    cut(shard_sets, run, *extra, ranks=ranks, moment="validation", n=1)
-    assert STEPS <= newest(run)["state"]["step"] < STEPS + 4
+    if ranks == 1:  # each start costs the time of the report, a dozen seconds
+        cut(shard_sets, run, *extra, ranks=ranks, moment="validation", n=1)
+        assert STEPS <= newest(run)["state"]["step"] < STEPS + 4
     end(shard_sets, run, *extra, ranks=ranks)
     assert_same_run(run, whole)
 
