@@ -150,6 +150,7 @@ def _try(why: str, device: torch.device) -> None:
         raise NoCompiler(why)
 
 
+@pytest.mark.integration
 def test_a_compiler_that_is_missing_is_named() -> None:
     code = "import torch; from dist_train.process import try_compiler; try_compiler(torch.device('cpu'))"
     env = {**os.environ, "CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}

@@ -191,6 +191,7 @@ def test_a_damaged_run_does_not_hide_the_others(outsider: User, file: str) -> No
     assert any(line.startswith("damaged ") and f"{file} is damaged" in line for line in lines)
 
 
+@pytest.mark.integration
 def test_a_local_run_stops_and_comes_back(outsider: User) -> None:
     """The same job in processes of this machine."""
     words = ("--local", "--gpus-per-node=2", "--time=30", "--run.name=local", "--train.device=cpu")
