@@ -45,7 +45,7 @@ experiments: $(VENV)/ready  ## the paper's own comparisons, and why re-implement
 bench: $(VENV)/ready  ## what things cost, as ratios within one run; PHOTOS=DIR for real photographs, ARGS="step net" for some tables
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-gpu-report: $(VENV)/ready  ## what only a machine with GPUs shows, in ten minutes: gpu-report.json and .txt, to attach to an issue
+gpu-report: $(VENV)/ready  ## what only a machine with GPUs shows: what fits into ten minutes, the most telling first; ARGS='--minutes 30' for all
 	$(BIN)/python -m dist_train gpu-report $(ARGS)
 
 .PHONY: demo quick test test-slurm test-rest test-gpu lint drills bench experiments gpu-report

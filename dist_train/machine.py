@@ -32,7 +32,9 @@ OLDEST_DRIVER = {12: 525, 13: 580}  # that runs a CUDA of this number (release n
 JPEG_ENGINES = ("8.0", "8.9", "9.", "10.", "11.", "12.")
 FEW_CPUS = 4  # a GPU
 WITHOUT_CUDA = "it is built without CUDA"  # said of torch
-REMEDY = "Install a newer driver or the CUDA 12 build: make EXTRA=cuda12."
+# PyTorch's own index has builds for CUDA 12.6, of torch 2.9 to 2.14; pip prefers 2.14.1+cu126 to 2.14.1.
+REMEDY = """Install a newer driver, or install anew with the builds for CUDA 12:
+rm -rf .venv && PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 make .venv/ready EXTRA=cuda12"""
 
 
 class Check(NamedTuple):
@@ -40,7 +42,7 @@ class Check(NamedTuple):
 
     Attributes:
         found: in one line.
-        remedy: one sentence; "" if it is ok.
+        remedy: one sentence, with a command on a line of its own if it has one; "" if it is ok.
     """
 
     name: str
@@ -49,11 +51,17 @@ class Check(NamedTuple):
     remedy: str = ""
 
 
-def checks() -> list[Check]:
-    """All of them. It takes seconds: torch is imported, and nvidia-smi is asked."""
+def checks(temporary: Path | None = None) -> list[Check]:
+    """All of them. It takes seconds: torch is imported, and nvidia-smi is asked.
+
+    Args:
+        temporary: the folder whose disk is looked at; None: that of temporary files.
+    """
+    disk = temporary or Path(tempfile.gettempdir())
     files, (seen, why), listed = driver.device_files(), usable(), driver.nvidia_smi(driver.CARDS, driver.CSV)
     known = driver.cards(listed.text)
-    found = [_safely("software", software), _safely("GPUs", lambda: gpus(files, seen, why, known, listed.why))]
+    found = [_safely("system", system), _safely("software", software)]
+    found += [_safely("GPUs", lambda: gpus(files, seen, why, known, listed.why))]
     if files or seen or known:
         found += [
             _safely("driver", lambda: enough(driver.version(), _of_torch().get("CUDA", ""), works=seen > 0)),
@@ -68,7 +76,7 @@ def checks() -> list[Check]:
         *found,
         _safely("compiler", lambda: compiler(_c_compiler(), header=header.exists())),
         _safely("shared memory", lambda: space("shared memory", Path("/dev/shm"), 1, "--shm-size for a container")),
-        _safely("disk", lambda: space("disk", Path(tempfile.gettempdir()), 5, "TMPDIR")),
+        _safely("disk", lambda: space("disk", disk, 5, "TMPDIR")),
     ]
 
 
@@ -129,6 +137,25 @@ def _of_torch() -> dict[str, str]:
         major, rest = divmod(number, 10000 if number >= 90000 else 1000)
         found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"
     return found
+
+
+def system() -> Check:
+    """Kernel, Linux, CPUs and memory."""
+    name = ""
+    with suppress(OSError):
+        name = platform.freedesktop_os_release().get("PRETTY_NAME", "")
+    kernel = f"{platform.system()} {platform.release()}"
+    model = processor(Path("/proc/cpuinfo").read_text()) or platform.machine()
+    mine, all_of_them = cpus(), os.cpu_count() or 0
+    count = f"{mine} CPU{'' if mine == 1 else 's'}" + (f" of {all_of_them}" if mine != all_of_them else "")
+    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:,.1f} GB of memory"
+    return Check("system", "ok", ", ".join(filter(None, [kernel, name, model, count, memory])))
+
+
+def processor(text: str) -> str:
+    """The model in /proc/cpuinfo; "" if it does not say, as for ARM."""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def software() -> Check:

@@ -12,21 +12,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image, JpegImagePlugin
 
 from dist_train import driver, machine
 from dist_train.__main__ import main
-from dist_train.analysis import commands, gpu_parts, gpu_speed, gpu_tests
+from dist_train.analysis import commands, gpu_parts, gpu_speed, gpu_tables, gpu_tests
 from dist_train.analysis.findings import Findings
-from dist_train.analysis.gpu_report import Part, Report
-from dist_train.analysis.gpu_site import Site
+from dist_train.analysis.gpu_report import Part, Report, code, prefix_of
+from dist_train.analysis.gpu_site import Site, halves_chroma
 from dist_train.analysis.gpu_speed import Places, Timing, all_reduce_rate, costs_of_determinism, timings
 from dist_train.cli import parse
 from pipelines.augment import Augment
@@ -42,6 +45,7 @@ def short() -> Iterator[Path]:
         yield Path(folder)
 
 
+CODE = {"version": "0.1.0", "commit": "", "changed": None}
 PARTS = ["machine", "decoder", "pooling", "tests", "resume", "drills", "speed"]
 # What a part is to the report: a command that writes into the file after --result=.
 FOUND = """
@@ -67,7 +71,7 @@ def part(name: str, body: str, seconds: float = 60) -> Part:
 def report(tmp_path: Path, *parts: Part, minutes: float = 10) -> tuple[int, dict[str, Any], str]:
     """Exit code, JSON and text of a report of these parts."""
     files = [tmp_path / "r.json", tmp_path / "r.txt"]
-    made = Report(files, minutes, {"command": "python -m dist_train gpu-report", "gpus": 0})
+    made = Report(files, minutes, {"command": "python -m dist_train gpu-report", "code": CODE, "gpus": 0})
     code = made.run(parts)
     return code, json.loads(files[0].read_text()), files[1].read_text()
 
@@ -126,14 +130,18 @@ def test_no_part_stops_another(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name, p in parts.items():
         assert any(line.split()[0] == name and p["reason"] in line for line in lines if line), name
     assert "| some words" in text
+    assert "may quote paths of this machine" in text
     said = capsys.readouterr().err
     assert "1/8 fine: half way\n" in said
     assert "2/8 broken: failed, " in said
 
 
 def test_what_is_left_out_is_no_failure(tmp_path: Path) -> None:
-    code, found, _ = report(tmp_path, part("a", "found('left out', 'no GPU')"), part("b", "found('warn', 'hm')"))
+    body = "found('warn', 'hm', a=1 / 3, b=[2000000 / 3], c={'d': 10**9 + 1})"
+    code, found, text = report(tmp_path, part("a", "found('left out', 'no GPU')"), part("b", body))
     assert code == 0, found
+    assert found["parts"]["b"]["result"] == {"a": 0.333333, "b": [666667], "c": {"d": 1000000001}}
+    assert "may quote paths" not in text
 
 
 def test_time_that_is_over(tmp_path: Path) -> None:
@@ -143,7 +151,7 @@ def test_time_that_is_over(tmp_path: Path) -> None:
     )
     assert code == 1
     a, b = found["parts"].values()
-    assert (a["state"], b["state"]) == ("cut off", "cut off")
+    assert (a["state"], b["state"]) == ("cut off", "left out")
     assert a["reason"].startswith("the 0.04")
     assert "before its turn" in b["reason"]
     assert b["result"] == {}
@@ -192,6 +200,7 @@ def test_errors_are_one_sentence(
     (tmp_path / "d.json").mkdir()
     for words, message in [
         (["sped"], "unknown part sped: did you mean speed?"),
+        (["zzz"], f"unknown part zzz: the parts are {', '.join(PARTS)}"),
         (["--minutes=0"], "argument --minutes: 0 is below 1"),
         (["--out=no/r"], "no/r.json cannot be written (there is no folder no): choose another place with --out"),
         (["--out=d"], "d.json cannot be written (it is no file): choose another place with --out"),
@@ -225,16 +234,90 @@ def test_what_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["gpu-report", "pooling", "machine", "decoder"]) == 0
     text = capsys.readouterr().out
-    assert text == (tmp_path / "gpu-report.txt").read_text()
-    found = json.loads((tmp_path / "gpu-report.json").read_text())
+    name = "gpu-report-machine-decoder-pooling"
+    assert sorted(os.listdir(tmp_path)) == [f"{name}.json", f"{name}.txt"], "a report of all parts is not overwritten"
+    assert text == (tmp_path / f"{name}.txt").read_text()
+    found = json.loads((tmp_path / f"{name}.json").read_text())
     assert list(found["parts"]) == ["machine", "decoder", "pooling"], "in their order"
     assert found["command"] == "python -m dist_train gpu-report pooling machine decoder --minutes=10"
     results = [p["result"] for p in found["parts"].values()]
     assert results[0]["versions"]["torch"] == torch.__version__
-    assert results[1]["same_bits_in_batches_of"] == {"CPU": {"1": True, "17": True}}
-    assert results[1]["levels_from_the_cpu"] == {"CPU": {"max": 0, "mean": 0}}
+    disk = next(check["found"] for check in results[0]["checks"] if check["name"] == "disk")
+    assert disk.endswith(f" GB free in {tempfile.gettempdir()}"), "not in a folder that is gone"
+    assert results[1]["same_bits_in_batches_of"] == {"CPU": {"1": True, "17": True, "64 only 4:2:0": True}}
+    assert "levels_from_the_cpu" not in results[1]
     assert [row["gradients"] for row in results[2].values()] == [1, 1]
     assert "its decoder was left out" in text
+    assert "all 20 the same" in text
+    assert max(map(len, text.splitlines())) <= gpu_tables.WIDTH
+    assert found["code"] == code()
+
+
+@pytest.mark.parametrize(
+    ("out", "parts", "prefix"),
+    [
+        (None, PARTS, "gpu-report"),
+        (None, ["speed"], "gpu-report-speed"),
+        (None, ["machine", "speed"], "gpu-report-machine-speed"),
+        ("a/b.txt", PARTS, "a/b"),
+        ("b.json", ["speed"], "b"),
+        ("v1.2", PARTS, "v1.2"),
+    ],
+)
+def test_names_of_the_files(out: str | None, parts: list[str], prefix: str) -> None:
+    assert prefix_of(Path(out) if out else None, parts) == Path(prefix)
+
+
+def test_which_code_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, a clone that is as it was committed, one that is not, and one without git."""
+    (tmp_path / "dist_train-1.2.dist-info").mkdir()
+    assert code(tmp_path) == {"version": "1.2", "commit": "", "changed": None}
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "dist_train"\nversion = "0.3.1"\n')
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True, timeout=60)
+    (tmp_path / "gpu-report.json").touch()  # git does not know it
+    found = code(tmp_path)
+    assert (found["version"], len(found["commit"]), found["changed"]) == ("0.3.1", 40, False)
+    with open(tmp_path / "pyproject.toml", "a") as file:
+        file.write("# changed\n")
+    assert code(tmp_path) == found | {"changed": True}
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert code(tmp_path) == {"version": "0.3.1", "commit": "", "changed": None}
+
+
+def test_a_report_as_text() -> None:
+    """Of one GPU, in lines that fit; long reasons go on in their column."""
+    apart = {"hw_decoder_load 1": {"max": 2, "mean": 0.1}, "hw_decoder_load 0.65": {"max": 3, "mean": 0.2}}
+    same = {"hw_decoder_load 1": {"1": True, "17": True}, "hw_decoder_load 0.65": {"1": True, "17": False}}
+    remedy = {"level": "fail", "name": "driver", "found": "old " * 60, "remedy": machine.REMEDY}
+    tests = {"passed": ["a"], "failed": {}, "skipped": {f"test_{i}": "needs 4 GPUs, and there is 1" for i in range(30)}}
+    results = {
+        "machine": {"checks": [remedy]},
+        "decoder": {"images": 512, "levels_from_the_cpu": apart, "same_bits_in_batches_of": same},
+        "pooling": {"a": {"times": 20, "gradients": 3, "torch_warns": False}},
+        "tests": tests,
+        "speed": {"all_reduce_gb_per_s": {"algorithm": 122.0, "bus": 213.5}},
+    }
+    parts = {
+        name: {"state": "ok", "reason": "a long reason " * 20, "seconds": 1, "result": result}
+        for name, result in results.items()
+    }
+    told = {"code": CODE | {"commit": "e" * 40, "changed": True}, "command": "it", "date": "today"}
+    text = gpu_tables.describe({**told, "gpus": 1, "minutes": 1.0, "parts": parts})
+    lines = text.splitlines()
+    assert lines[:3] == [
+        f"GPU report of dist_train 0.1.0, commit {'e' * 40} and changes",
+        "today, 1 GPU, 1 minute",
+        "it",
+    ]
+    assert max(map(len, lines)) <= gpu_tables.WIDTH
+    assert f"{11 * ' '}{machine.REMEDY.splitlines()[1]}" in lines, "a command is one line"
+    assert "  skipped (needs 4 GPUs, and there is 1): test_0, test_1" in text
+    assert "3 different results in 20" in text
+    assert "algbw 122 GB/s, busbw 214 GB/s" in text
+    row = next(line for line in lines if "hw_decoder_load 0.65" in line)
+    assert row.split()[2:] == ["3.0", "0.200", "1", "17"], "17 is under other bits"
 
 
 def test_pixels_that_depend_on_the_batch_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +332,26 @@ def test_pixels_that_depend_on_the_batch_are_a_failure(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_parts, "Loader", Odd)
     gpu_parts.decoder(Findings(tmp_path / "f"), site)
     assert kept(tmp_path)["state"] == "failed"
-    assert kept(tmp_path)["result"]["same_bits_in_batches_of"] == {"CPU": {"1": True, "17": False}}
+    assert "depend on which batch it is in" in kept(tmp_path)["reason"]
+    same = kept(tmp_path)["result"]["same_bits_in_batches_of"]
+    assert same == {"CPU": {"1": True, "17": False, "64 only 4:2:0": True}}
+
+
+def test_pixels_that_depend_on_their_neighbours_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a batch of one subsampling were decoded in another way than a mixed one."""
+
+    class Odd(gpu_parts.Loader):
+        def epoch(self, *args: Any, **options: Any) -> Any:
+            alike = len(self.plan) == 64
+            for batch in super().epoch(*args, **options):
+                yield batch._replace(inputs=batch.inputs + alike)
+
+    monkeypatch.setattr(gpu_parts, "Loader", Odd)
+    gpu_parts.decoder(Findings(tmp_path / "f"), Site(tmp_path, None, 0))
+    found = kept(tmp_path)
+    assert found["state"] == "failed"
+    same = found["result"]["same_bits_in_batches_of"]
+    assert same == {"CPU": {"1": True, "17": True, "64 only 4:2:0": False}}
 
 
 def test_the_decoders_of_a_gpu(shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +374,7 @@ def test_the_decoders_of_a_gpu(shard_sets: Path, tmp_path: Path, monkeypatch: py
     gpu_parts.decoder(Findings(tmp_path / "f"), Site(tmp_path, shard_sets / "val", 1))
     found = kept(tmp_path)
     assert found["state"] == "warn"
-    assert found["reason"] == "hw_decoder_load 0 is up to 9 levels from the CPU's, 9.00 on average"
+    assert found["reason"].endswith("hw_decoder_load 0 is up to 9 levels from the CPU's, 9.00 on average")
     loads = ["hw_decoder_load 1", "hw_decoder_load 0", "hw_decoder_load 0.65", "hw_decoder_load 0.9"]
     assert list(found["result"]["levels_from_the_cpu"]) == loads
     same = found["result"]["same_bits_in_batches_of"]
@@ -308,6 +410,19 @@ def test_the_generated_images(tmp_path: Path) -> None:
     assert shards.sides == (72, 72)
     data = {shards.read(i).tobytes() for i in range(len(shards))}
     assert len(data) == len(shards) == 256
+    assert all(map(halves_chroma, data)), "as in nearly all sets that were packed"
+
+
+def test_the_generated_images_of_different_kinds(tmp_path: Path) -> None:
+    """Grey ones and full colour have come through; none has to be resized, and the set is made once."""
+    shards = ShardSet(Site(tmp_path, None, 0).mixed())
+    assert shards.sides == (72, 72)
+    images = [Image.open(BytesIO(shards.read(i).tobytes())) for i in range(len(shards))]
+    kinds = Counter((image.mode, JpegImagePlugin.get_sampling(image)) for image in images)
+    assert kinds == {("RGB", 2): 64, ("RGB", 0): 32, ("L", -1): 32}
+    assert [halves_chroma(shards.read(i).tobytes()) for i in range(4)] == [True, True, False, False]
+    assert Site(tmp_path, None, 0).mixed() == shards.directory
+    assert Site(tmp_path, tmp_path / "x", 0).mixed() == tmp_path / "x"
 
 
 TESTS = """
@@ -326,11 +441,14 @@ def test_what_pytest_found(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--junitxml=r.xml", "-p", "no:cacheprovider"]
     subprocess.run([*words, "test_it.py"], cwd=tmp_path, stdout=subprocess.DEVNULL, check=False, timeout=60)
-    gpu_tests.judge((tmp_path / "r.xml").read_text(), Findings(tmp_path / "f"))
+    findings = Findings(tmp_path / "f")
+    findings.keep("test_fine", "passed", under="tests")  # as it was told
+    gpu_tests.judge((tmp_path / "r.xml").read_text(), findings)
     found = kept(tmp_path)
     assert found["state"] == "failed"
-    assert found["reason"] == "1 skipped: needs 8 GPUs; 2 of 3 failed: test_wrong, test_broken"
+    assert found["reason"] == "1 skipped; 2 of 3 failed: test_wrong, test_broken"
     assert found["result"]["passed"] == ["test_fine"]
+    assert "tests" not in found["result"], "each stands there once"
     assert "of no use" in found["result"]["failed"]["test_wrong"]
     assert "OSError: gone" in found["result"]["failed"]["test_broken"]
     assert found["result"]["skipped"] == {"test_eight": "needs 8 GPUs"}
@@ -339,7 +457,7 @@ def test_what_pytest_found(tmp_path: Path) -> None:
 def test_tests_that_are_all_skipped_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     xml = '<testsuites><testsuite><testcase name="a"><skipped message="no GPU"/></testcase></testsuite></testsuites>'
     gpu_tests.judge(xml, Findings(tmp_path / "f"))
-    assert (kept(tmp_path)["state"], kept(tmp_path)["reason"]) == ("left out", "1 skipped: no GPU")
+    assert (kept(tmp_path)["state"], kept(tmp_path)["reason"]) == ("left out", "1 skipped")
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     gpu_tests.drills(Findings(tmp_path / "f"), Site(tmp_path, None, 0))
     assert kept(tmp_path)["state"] == "left out"
@@ -355,10 +473,10 @@ def test_every_speed_is_a_command_line_of_the_trainer(gpus: int) -> None:
     names = [timing.name for timing in timings(gpus)]
     assert len(set(names)) == len(names)
     if gpus:
-        assert names[0] == "128 a rank, compiled, deterministic"
+        assert names[0] == "128 images a rank, compiled, deterministic"
         for batch in (16, 128, 512):
             for how in ("compiled", "eager"):
-                assert {f"{batch} a rank, {how}", f"{batch} a rank, {how}, deterministic"} <= set(names)
+                assert {f"{batch} images a rank, {how}", f"{batch} images a rank, {how}, deterministic"} <= set(names)
 
 
 @pytest.mark.integration
@@ -399,7 +517,10 @@ def test_speeds_for_which_there_is_no_time(tmp_path: Path, monkeypatch: pytest.M
     gpu_speed.speed(Findings(tmp_path / "f"), Site(tmp_path, tmp_path, 0, now + 140))
     found = kept(tmp_path)
     assert (found["state"], len(found["result"]["runs"])) == ("warn", 2)
-    assert found["result"]["late"] == ["12 a rank, decoded on the CPU"]
+    assert found["result"]["late"] == ["12 images a rank, decoded on the CPU"]
+    assert "not to be compared" in found["reason"]
+    gpu_speed.speed(Findings(tmp_path / "f"), Site(tmp_path, tmp_path, 0, now + 20))
+    assert (kept(tmp_path)["state"], len(kept(tmp_path)["result"]["late"])) == ("warn", 3), "not even the first one"
 
 
 def test_what_follows_from_the_profiles() -> None:

@@ -121,7 +121,7 @@ def test_drivers(version: str, cuda: str, works: bool, level: str) -> None:
     assert check.level == level
     if level == "fail":
         assert "too old for torch's CUDA" in check.found
-        assert check.remedy == "Install a newer driver or the CUDA 12 build: make EXTRA=cuda12."
+        assert check.remedy == machine.REMEDY
 
 
 def test_gpus_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,8 @@ def test_gpus_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     for known, silence in ((cards(EIGHT), ""), ([], "nvidia-smi cannot be started (No such file or directory)")):
         check = machine.gpus(files, 0, TOO_OLD, known, silence)
         assert (check.level, check.found) == ("fail", f"torch cannot use the 8 of this machine: {TOO_OLD}")
-        assert "a newer driver or the CUDA 12 build" in check.remedy
+        assert "a newer driver" in check.remedy
+        assert "make .venv/ready EXTRA=cuda12" in check.remedy, "which is what installs"
     check = machine.gpus(files, 0, "it is built without CUDA", cards(EIGHT), "")
     assert check.remedy == "Install a torch that is built with CUDA."
     for hidden in ("", "-1", "NoDevFiles"):
@@ -204,10 +205,21 @@ def test_all_of_them_here(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {check.name: check for check in machine.checks()}
     assert found["software"].level == "warn"
     assert found["software"].found == "cannot be found out (of no use)"
-    assert {"GPUs", "compiler", "shared memory", "disk"} <= set(found)
+    assert {"system", "GPUs", "compiler", "shared memory", "disk"} <= set(found)
     for check in found.values():
         assert (check.level == "ok") == (check.remedy == ""), check
         assert "\n" not in check.found
+
+
+def test_the_system(tmp_path: Path) -> None:
+    """Without any GPU, too; and the folder whose disk is looked at can be chosen."""
+    found = {check.name: check.found for check in machine.checks(tmp_path)}
+    assert os.uname().release in found["system"]
+    assert f"{len(os.sched_getaffinity(0))} CPU" in found["system"]
+    assert found["system"].endswith(" GB of memory")
+    assert found["disk"].endswith(f" GB free in {tmp_path}")
+    assert machine.processor("processor\t: 0\nmodel\t: 2\nmodel name\t: AMD EPYC 9554\n") == "AMD EPYC 9554"
+    assert machine.processor("processor\t: 0\nCPU implementer\t: 0x41\n") == ""
 
 
 def test_versions_are_those_that_are_installed() -> None:
@@ -224,7 +236,7 @@ def test_a_broken_gpu_breaks_no_check(smi: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(driver, "device_files", lambda: ["/dev/nvidia0"])
     monkeypatch.setattr(driver, "version", lambda: "")
     levels = {check.name: check.level for check in machine.checks()}
-    assert list(levels)[1:8] == ["GPUs", "driver", "JPEG decoder", "MIG", "topology", "GPU 0", "CPUs"]
+    assert list(levels)[2:9] == ["GPUs", "driver", "JPEG decoder", "MIG", "topology", "GPU 0", "CPUs"]
     assert levels["GPUs"] == "fail"
     assert levels["driver"] == "warn"
 

@@ -6,9 +6,13 @@ that a part does stops another one.
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
+import re
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,11 +25,12 @@ from typing import Any, NamedTuple
 
 from dist_train.analysis import commands, gpu_tables
 from dist_train.analysis.options import GPU_MINUTES, GPU_PARTS
-from pipelines.cli import INTERRUPTED, interrupted, nearest
+from pipelines.cli import INTERRUPTED, interrupted
 from pipelines.errors import UsageError
 from pipelines.files import read_json, write_atomically
 from pipelines.shards import ShardSet
 
+ROOT = Path(__file__).resolve().parents[2]  # a clone, or the folder that packages are installed in
 FORMAT = 1
 BAD = ("failed", "cut off")
 REFUSED = 2.0  # seconds; with less than that left, a part is not begun
@@ -48,7 +53,8 @@ def start(args: Namespace) -> int:
 
         return gpu_parts.start(args.inside, args.result, args.data, args.seconds)
     names = chosen(args.parts)
-    files = [Path(f"{args.out}.{kind}") for kind in ("json", "txt")]
+    prefix = prefix_of(args.out, names)
+    files = [Path(f"{prefix}.{kind}") for kind in ("json", "txt")]
     if args.data:
         ShardSet(args.data)
     from dist_train import driver, machine
@@ -66,24 +72,60 @@ def start(args: Namespace) -> int:
         Part(name, longer * GPU_PARTS[name], [*words, f"--inside={name}"], hopeless if name != "machine" else "")
         for name in names
     ]
-    report = Report(files, args.minutes, {"command": _typed(args), "gpus": count})
+    report = Report(files, args.minutes, {"code": code(), "command": _typed(args), "gpus": count})
     with _signals_as_ctrl_c():
-        code = report.run(parts)
+        ended = report.run(parts)
     print(report.text())
     print(f"{files[0]} and {files[1].name} are written: attach both to an issue", file=sys.stderr)
-    return interrupted() if code == INTERRUPTED else code
+    return interrupted() if ended == INTERRUPTED else ended
 
 
 def chosen(names: Sequence[str]) -> list[str]:
     """These parts, or all, in their order. Raises UsageError."""
     for name in names:
         if name not in GPU_PARTS:
-            raise UsageError(f"unknown part {name}: did you mean {nearest(name, GPU_PARTS)}?")
+            near = difflib.get_close_matches(name, GPU_PARTS, 1)
+            remedy = f"did you mean {near[0]}?" if near else f"the parts are {', '.join(GPU_PARTS)}"
+            raise UsageError(f"unknown part {name}: {remedy}")
     return [name for name in GPU_PARTS if name in names or not names]
 
 
+def prefix_of(out: Path | None, names: Sequence[str]) -> Path:
+    """Of both files. Without `out`, a report of some parts has another one than a report of all."""
+    if out:
+        return out.with_suffix("") if out.suffix in (".json", ".txt") else out
+    return Path("-".join(["gpu-report", *(names if len(names) < len(GPU_PARTS) else ())]))
+
+
+def code(root: Path = ROOT) -> dict[str, Any]:
+    """Which code this is: its version and, in a clone, the commit and whether files of it were changed since ("changed"
+    is None where git does not say). What cannot be found out is ""."""
+    project, installed = root / "pyproject.toml", list(root.glob("dist_train-*.dist-info"))
+    if project.exists():
+        found = re.search(r'^version = "(.+)"$', project.read_text(), re.MULTILINE)
+        version = found[1] if found else ""
+    else:
+        version = installed[0].name.removesuffix(".dist-info").partition("-")[2] if installed else ""
+    commit = _git(root, "rev-parse", "HEAD") or ""
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"version": version, "commit": commit, "changed": None if changes is None else changes != ""}
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git answers; None if it does not, or if that is no clone of ours."""
+    if not (root / ".git").exists():  # git would take a repository that the folder lies in
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        variables = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(
+            command, env=variables, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    return None
+
+
 def _typed(args: Namespace) -> str:
-    options = [f"--minutes={args.minutes:g}", *([f"--data={args.data}"] if args.data else [])]
+    options = [f"--minutes={args.minutes:g}", *(f"--{k}={v}" for k in ("out", "data") if (v := getattr(args, k)))]
     return shlex.join(["python", "-m", "dist_train", "gpu-report", *args.parts, *options])
 
 
@@ -148,7 +190,7 @@ class Report:
             return _found("failed", planned.hopeless)
         left = 60 * self._minutes - (time.monotonic() - self._began)
         if left < REFUSED:
-            return _found("cut off", f"the {self._minutes:g} minutes were over before its turn: raise --minutes")
+            return _found("left out", f"the {self._minutes:g} minutes were over before its turn: raise --minutes")
         self._say(head)
         seconds = min(planned.seconds, left)
         output, said = file.with_suffix(".output"), file.with_suffix(".said")
@@ -182,11 +224,21 @@ class Report:
         write_atomically(text, (self.text() + "\n").encode())
 
     def _whole(self) -> dict[str, Any]:
-        return {**self._facts, "minutes": round((time.monotonic() - self._began) / 60, 1), "parts": self.parts}
+        minutes = round((time.monotonic() - self._began) / 60, 1)
+        return {**self._facts, "minutes": minutes, "parts": rounded(self.parts)}
 
     def _say(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
         print(f"{minutes:2}:{seconds:02}  {text}", file=sys.stderr, flush=True)
+
+
+def rounded(value: Any) -> Any:
+    """The same with 6 significant digits, wherever there is a float in it."""
+    if isinstance(value, dict):
+        return {name: rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _found(state: str, reason: str) -> dict[str, Any]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import webdataset
+from PIL import Image, JpegImagePlugin
 
 from pipelines.augment import Augment
 from pipelines.misc import cpus
-from pipelines.pack import Options, pack
-from pipelines.shards import ShardSet
+from pipelines.pack import Options, index, pack
 from pipelines.sources import Item
 
 LARGEST = 512  # images of a rank's batch
+KINDS = (("RGB", "4:2:0"), ("RGB", "4:2:0"), ("RGB", "4:4:4"), ("L", "4:4:4"))  # mode and subsampling of drawn images
 
 
 class Site(NamedTuple):
@@ -47,9 +49,29 @@ class Site(NamedTuple):
         pack(source, self.folder / "images", options, split="train", workers=cpus())
         return self.folder / "images"
 
-    def opened(self) -> ShardSet:
-        """The same, opened."""
-        return ShardSet(self.images())
+    def mixed(self) -> Path:
+        """A shard set of images with different chroma subsampling, made if need be; `data` has what it has."""
+        if self.data:
+            return self.data
+        directory, side = self.folder / "mixed", self.augment.resize
+        if not directory.exists():
+            directory.mkdir()
+            source = Photographs(512 if self.gpus else 128, (side * 4 // 3, side))
+            # Not packed: that would make RGB of the grey ones.
+            with open(directory / "shard-000000.tar", "wb") as file, webdataset.TarWriter(file, mtime=0) as tar:
+                for i, (name, reference, label) in enumerate(source.items):
+                    jpeg = BytesIO()
+                    mode, subsampling = KINDS[i % len(KINDS)]
+                    source.load(reference).convert(mode).save(jpeg, "JPEG", quality=90, subsampling=subsampling)
+                    tar.write({"__key__": f"{name:0>6}", "jpg": jpeg.getvalue(), "cls": str(label).encode()})
+            index(directory, classes=source.classes, split="train", workers=1)
+        return directory
+
+
+def halves_chroma(data: bytes) -> bool:
+    """Whether these are the bytes of a JPEG that keeps colour in half the resolution, both ways: 4:2:0."""
+    image = Image.open(BytesIO(data))
+    return image.format == "JPEG" and JpegImagePlugin.get_sampling(image) == 2
 
 
 @dataclass

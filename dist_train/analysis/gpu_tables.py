@@ -8,29 +8,53 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 Result = dict[str, Any]
+WIDTH = 120
+INDENT = "  "  # of what a part has found
 
 
 def describe(report: dict[str, Any]) -> str:
-    """A head, a line for each part, and what each has found."""
-    gpus, parts = report["gpus"], report["parts"]
-    head = f"GPU report of dist_train, {report['date']}, {gpus or 'no'} GPU{'' if gpus == 1 else 's'}"
-    lines = [f"{head}, {report['minutes']:g} minutes", report["command"], ""]
-    lines += _columns(
-        [(name, p["state"], f"{p['seconds']:.0f} s", p["reason"]) for name, p in parts.items()], right=[2]
-    )
+    """A head, a line for each part, and what each has found. Lines of words are not wider than WIDTH."""
+    parts = report["parts"]
+    how_long = f"{_counted(report['gpus'] or 'no', 'GPU')}, {_counted(format(report['minutes'], 'g'), 'minute')}"
+    lines = [f"GPU report of dist_train{_code(report['code'])}", f"{report['date']}, {how_long}", report["command"]]
+    if any("output" in found for found in parts.values()):
+        lines += ["Before you attach it: what failed parts wrote may quote paths of this machine."]
+    rows = [(name, p["state"], f"{p['seconds']:.0f} s", p["reason"]) for name, p in parts.items()]
+    lines += ["", *_columns(rows, right=[2])]
     for name, found in parts.items():
         table = list(TABLES.get(name, _tests)(found["result"]))
         if "output" in found:
             table += ["The end of what it wrote:", *(f"| {line}" for line in found["output"])]
         if table:
-            lines += ["", name, *(f"  {line}".rstrip() for line in table)]
+            lines += ["", name, *(f"{INDENT}{line}".rstrip() for row in table for line in row.splitlines() or [""])]
     return "\n".join(lines)
 
 
+def _counted(number: object, thing: str) -> str:
+    return f"{number} {thing}{'' if str(number) == '1' else 's'}"
+
+
+def _code(code: dict[str, Any]) -> str:
+    changed = " and changes" if code["changed"] else ""
+    return f" {code['version']}".rstrip() + (f", commit {code['commit']}{changed}" if code["commit"] else "")
+
+
+def _wrapped(text: str, beside: int = 0, further: str = "") -> list[str]:
+    """Lines that fit beside so many columns; further ones begin with `further`."""
+    width = WIDTH - len(INDENT) - beside
+    return textwrap.wrap(text, width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False) or [""]
+
+
 def _columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Rows as lines, in columns, of which some are put to the right."""
+    """Rows in columns, of which some are put to the right; the last one may make several lines of a row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(_padded(row, widths, right)).rstrip() for row in rows]
+    beside = sum(widths[:-1]) + 2 * len(widths[:-1])
+    texts = []
+    for row in rows:
+        first, *more = _wrapped(row[-1], beside)
+        line = "  ".join(_padded([*row[:-1], first], widths, right)).rstrip()
+        texts.append("\n".join([line, *(" " * beside + rest for rest in more)]))
+    return texts
 
 
 def _padded(row: Sequence[str], widths: Sequence[int], right: Collection[int]) -> Iterator[str]:
@@ -40,30 +64,42 @@ def _padded(row: Sequence[str], widths: Sequence[int], right: Collection[int]) -
 
 def _machine(result: Result) -> Iterator[str]:
     checks = result.get("checks", [])
-    lines = _columns([(check["level"], check["name"], check["found"]) for check in checks])
-    for line, check in zip(lines, checks, strict=True):
-        yield line
-        if check["remedy"]:
-            yield f"      -> {check['remedy']}"
+    rows = _columns([(check["level"], check["name"], check["found"]) for check in checks])
+    for row, check in zip(rows, checks, strict=True):
+        yield row
+        for i, line in enumerate(check["remedy"].splitlines()):
+            yield f"      {'  ' if i else '->'} {line}"
     if matrix := result.get("topology", "").partition("Legend:")[0].strip("\n"):
         yield from ("", *matrix.expandtabs().rstrip().splitlines())
 
 
 def _decoder(result: Result) -> Iterator[str]:
     if "images" in result:
-        yield f"{result['images']} images: how many levels from the CPU's inputs, and whether bits depend on the batch"
-    same, rows = result.get("same_bits_in_batches_of", {}), []
-    for name, far in result.get("levels_from_the_cpu", {}).items():
-        bits = ", ".join(f"{batch}: {'yes' if equal else 'no'}" for batch, equal in same.get(name, {}).items())
-        rows.append((name, f"{far['max']:.1f}", f"{far['mean']:.3f}", bits))
-    yield from _columns([("", "max", "mean", "the same bits in batches of"), *rows] if rows else [], right=[1, 2])
+        yield f"{result['images']} images, whose bits must not depend on which batch they are in"
+    same = result.get("same_bits_in_batches_of", {})
+    if apart := result.get("levels_from_the_cpu", {}):
+        rows = [
+            (name, f"{far['max']:.1f}", f"{far['mean']:.3f}", *_bits(same.get(name, {}))) for name, far in apart.items()
+        ]
+        names = ("levels from the CPU's:", "max", "mean", "same bits in batches of", "other bits")
+        yield from _columns([names, *rows], right=[1, 2])
+    elif same:
+        bits = [(name, *_bits(equal)) for name, equal in same.items()]
+        yield from _columns([("", "same bits in batches of", "other bits"), *bits])
+
+
+def _bits(same: dict[str, bool]) -> tuple[str, str]:
+    """The batches in which they are the same, and the others."""
+    equal, other = (", ".join(batch for batch in same if same[batch] == kind) for kind in (True, False))
+    return equal, other or ("none" if same else "")
 
 
 def _pooling(result: Result) -> Iterator[str]:
-    rows = [
-        (name, f"{found['gradients']} different in {found['times']}", "torch warns" if found["torch_warns"] else "")
-        for name, found in result.items()
-    ]
+    rows = []
+    for name, found in result.items():
+        times, many = found["times"], found["gradients"]
+        same = f"all {times} the same" if many == 1 else f"{many} different results in {times}"
+        rows.append((name, same, "torch warns" if found["torch_warns"] else ""))
     if rows:
         yield "gradients of overlapping max pooling"
         yield from _columns(rows)
@@ -79,7 +115,7 @@ def _tests(result: Result) -> Iterator[str]:
     for outcome in ("failed", "skipped"):
         for why in sorted(set(result[outcome].values())):
             names = [name for name, reason in result[outcome].items() if reason == why]
-            yield from textwrap.wrap(f"{outcome}, {why}: {', '.join(names)}", 118, subsequent_indent="    ")
+            yield from _wrapped(f"{outcome} ({why}): {', '.join(names)}", further="    ")
 
 
 def _speed(result: Result) -> Iterator[str]:
@@ -100,7 +136,7 @@ def _speed(result: Result) -> Iterator[str]:
     for name, percent in result.get("deterministic_costs_percent", {}).items():
         yield f"train.deterministic costs {percent:.1f} % of the time of a step: {name}"
     if rate := result.get("all_reduce_gb_per_s"):
-        yield f"all-reduce of the gradients: {rate['algorithm']:.3g} GB/s, {rate['bus']:.3g} GB/s on the bus"
+        yield f"all-reduce of the gradients: algbw {rate['algorithm']:.3g} GB/s, busbw {rate['bus']:.3g} GB/s"
     for name, processes in result.get("processes_by_gpu", {}).items():
         counts = [len(pids) for pids in processes.values()]
         if set(counts) != {1}:

@@ -10,7 +10,7 @@ from pipelines.cli import Parser, natural, positive
 CROPS = {"one": 1, "five": 5, "ten": 10}  # fixed views that `evaluate` averages
 # The parts of `gpu-report` in their order, and the seconds that each may take; all together, GPU_MINUTES. The last one
 # takes what the others leave, and does the most telling first.
-GPU_PARTS = {"machine": 60, "decoder": 90, "pooling": 60, "tests": 180, "resume": 240, "drills": 150, "speed": 600}
+GPU_PARTS = {"machine": 60, "decoder": 90, "pooling": 60, "tests": 240, "resume": 300, "drills": 180, "speed": 600}
 GPU_MINUTES = 10
 
 
@@ -71,10 +71,13 @@ def gpu_report(parser: Parser) -> None:
         type=positive,
         default=GPU_MINUTES,
         metavar="M",
-        help="for all parts; with more, each may take longer",
+        help="minutes for all parts together: what does not fit is left out, the most telling comes first; 30 for all",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("gpu-report"), metavar="PREFIX", help="of the files PREFIX.json and PREFIX.txt"
+        "--out",
+        type=Path,
+        metavar="PREFIX",
+        help="of the files PREFIX.json and PREFIX.txt; without: gpu-report, and the names of the parts if some only",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="training set to decode; without: generated images")
     parser.add_argument("--inside", help=SUPPRESS)  # the part that this process is

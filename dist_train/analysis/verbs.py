@@ -62,7 +62,8 @@ VERBS = {
         passes_on=UNDOTTED,
     ),
     "gpu-report": Verb(
-        "what only a machine with GPUs shows, in ten minutes, as two files to attach to an issue",
+        "what only a machine with GPUs shows, in two files for an issue: what fits into ten minutes, the most telling "
+        "first; --minutes 30 for all",
         options.gpu_report,
         _gpu_report,
     ),
