@@ -182,8 +182,9 @@ def test_ctrl_c_keeps_what_is_known(number: int, short: Path, tmp_path: Path, mo
     assert result.returncode == 130, result.stderr
     assert result.stderr.splitlines()[-1] == "interrupted"
     assert not any(map(alive, workers))
-    found = json.loads((tmp_path / "r.json").read_text())["parts"]
-    states = {name: (p["state"], p["reason"].partition(";")[0]) for name, p in found.items()}
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["command"] == "python -m dist_train gpu-report machine speed --minutes=10 --out=r"
+    states = {name: (p["state"], p["reason"].partition(";")[0]) for name, p in found["parts"].items()}
     assert states == {
         "machine": ("ok", ""),
         "speed": ("cut off", "interrupted"),
@@ -358,10 +359,13 @@ def test_the_decoders_of_a_gpu(shard_sets: Path, tmp_path: Path, monkeypatch: py
     """Played by the CPU's: only for the load of deterministic runs must pixels not depend on the batch, and what is far
     from the CPU's is said."""
 
+    threads = set[int]()
+
     class Played(gpu_parts.Loader):
         def __init__(self, *args: Any, decode: Decode, **options: Any) -> None:
             super().__init__(*args, decode=Decode("cpu"), **options)
             self.played = decode
+            threads.add(decode.threads)
 
         def epoch(self, *args: Any, **options: Any) -> Any:
             far = 9.0 if self.played.hw_decoder_load == 0 and self.played.device == "gpu" else 0.0
@@ -370,11 +374,13 @@ def test_the_decoders_of_a_gpu(shard_sets: Path, tmp_path: Path, monkeypatch: py
                 yield batch._replace(inputs=batch.inputs + far + depends)
 
     monkeypatch.setattr(gpu_parts, "Loader", Played)
+    monkeypatch.setattr(gpu_parts, "cpus", lambda: 224)
     monkeypatch.setattr(Site, "augment", Augment(72, 67))
     gpu_parts.decoder(Findings(tmp_path / "f"), Site(tmp_path, shard_sets / "val", 1))
     found = kept(tmp_path)
     assert found["state"] == "warn"
     assert found["reason"].endswith("hw_decoder_load 0 is up to 9 levels from the CPU's, 9.00 on average")
+    assert threads == {16}
     loads = ["hw_decoder_load 1", "hw_decoder_load 0", "hw_decoder_load 0.65", "hw_decoder_load 0.9"]
     assert list(found["result"]["levels_from_the_cpu"]) == loads
     same = found["result"]["same_bits_in_batches_of"]
