@@ -151,7 +151,7 @@ def test_time_that_is_over(tmp_path: Path) -> None:
     )
     assert code == 1
     a, b = found["parts"].values()
-    assert (a["state"], b["state"]) == ("cut off", "left out")
+    assert (a["state"], b["state"]) == ("cut off", "cut off")
     assert a["reason"].startswith("the 0.04")
     assert "before its turn" in b["reason"]
     assert b["result"] == {}

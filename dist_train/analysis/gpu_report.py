@@ -190,7 +190,7 @@ class Report:
             return _found("failed", planned.hopeless)
         left = 60 * self._minutes - (time.monotonic() - self._began)
         if left < REFUSED:
-            return _found("left out", f"the {self._minutes:g} minutes were over before its turn: raise --minutes")
+            return _found("cut off", f"the {self._minutes:g} minutes were over before its turn: raise --minutes")
         self._say(head)
         seconds = min(planned.seconds, left)
         output, said = file.with_suffix(".output"), file.with_suffix(".said")
