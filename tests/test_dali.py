@@ -498,7 +498,8 @@ def test_bytes_that_go_to_a_gpu_become_the_same_inputs(mixed: Path, inputs: Any)
     floats = make(mixed, decode=Decode(threads=2, inputs=inputs))
     decode = Decode(threads=2, inputs=inputs, wanted=torch.device("meta"))  # a device that is not the CPU
     assert decode.gives_bytes
-    assert {batch.inputs.device.type for batch in make(mixed, decode=decode).epoch()} == {"meta"}
+    for batch in make(mixed, decode=decode).epoch():
+        assert {tensor.device.type for tensor in (batch.inputs, batch.labels, batch.keys)} == {"meta"}
     std = scale(inputs, floats.shards.manifest)[1]
     feeds = make(mixed, decode=decode).feeds(0, range(floats.steps))
     pipeline = graph(lambda: next(feeds), batch=11, crop=67, resize=True, std=std.tolist(), decode=decode)

@@ -40,7 +40,7 @@ from pipelines.loader import Batch, Loader, Read
 from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardSet
 from tests.helpers.compare import assert_same_run, records, status
-from tests.helpers.launch import at, launch
+from tests.helpers.launch import STEPS, at, launch
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -163,8 +163,18 @@ class Streams:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: self.said.append(f"used by {stream.name}"))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self.pinned(tensor))
-        empty_like = torch.empty_like
-        monkeypatch.setattr(torch, "empty_like", lambda t, *, device, pin_memory: empty_like(t, device=device))
+        empty_like, copy = torch.empty_like, torch.Tensor.copy_
+
+        def empty(like: torch.Tensor, *, device: str, pin_memory: bool) -> torch.Tensor:
+            self.said.append(f"pinned {pin_memory}")
+            return empty_like(like, device=device)
+
+        def copied(to: torch.Tensor, values: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+            self.said.append(f"copied at {self.at}, late {non_blocking}")
+            return copy(to, values)
+
+        monkeypatch.setattr(torch, "empty_like", empty)
+        monkeypatch.setattr(torch.Tensor, "copy_", copied)
 
     def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         self.said.append(f"pinned at {self.at}")
@@ -212,12 +222,34 @@ def test_the_vote_comes_back_beside_the_net(monkeypatch: pytest.MonkeyPatch) -> 
     vote._side_stream.cache_clear()
     work = SimpleNamespace(wait=lambda: streams.said.append(f"sum waited for at {streams.at}"))
     pending = vote._returning(values, cast(Any, work))
-    asked = ["side waits for net", "sum waited for at side", "used by side", "event at side"]
+    asked = ["side waits for net", "sum waited for at side"]
+    asked += ["pinned True", "copied at side, late True", "used by side", "event at side"]
     assert streams.said == asked
     assert pending.read() == vote.Vote(*range(7))
     assert streams.said == [*asked, "host waits"]
     vote._returning(values, None)
     assert streams.made == 1
+    vote._side_stream.cache_clear()
+
+
+def test_a_vote_is_cast_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is one that comes back beside the net."""
+    streams, made = Streams(monkeypatch), torch.tensor
+
+    class OnHost(torch.Tensor):
+        def to(self, *args: Any, **options: Any) -> torch.Tensor:
+            streams.said.append(f"to {args[0]}, late {options['non_blocking']}")
+            return self.as_subclass(torch.Tensor)
+
+    def tensor(values: Any, *, pin_memory: bool, **options: Any) -> torch.Tensor:
+        streams.said.append(f"made, pinned {pin_memory}")
+        return made(values, **options).as_subclass(OnHost)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    vote._side_stream.cache_clear()
+    world = SimpleNamespace(device=torch.device("cuda", 0), reduce=lambda _: None)
+    vote.Vote.cast(cast(World, world), stop=True)
+    assert streams.said[:3] == ["made, pinned True", "to cuda:0, late True", "side waits for net"]
     vote._side_stream.cache_clear()
 
 
@@ -237,7 +269,9 @@ def test_a_loader_hands_over_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> N
     assert streams.at == "side"
     assert streams.said == ["GPU None", "event at side", "host waits", "used by net", "used by net"]
     hand_over.place = META  # another device than that of the tensors
-    hand_over([shown], labels)
+    with Copies() as copies:
+        hand_over([shown], labels)
+    assert [late for _, _, late in copies.found] == [True, True]
     assert streams.said[5:7] == ["pinned at side", "pinned at side"]
     assert another._stream is hand_over._stream
     assert streams.made == 1
@@ -345,6 +379,7 @@ def test_our_nets_draw_no_numbers() -> None:
 def test_full_precision_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.precision off` is float32 in convolutions too, where torch would take TF32."""
     assert torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
     monkeypatch.setattr("dist_train.ranks.world.pick_device", lambda *_: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
@@ -356,6 +391,7 @@ def test_full_precision_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_decoder_of_a_gpu_is_fixed_where_bits_are(shard_sets: Path) -> None:
@@ -365,6 +401,10 @@ def test_the_decoder_of_a_gpu_is_fixed_where_bits_are(shard_sets: Path) -> None:
         config = Config(data=DataConfig(**sets, hw_decoder_load=key), train=train)
         loader = build.train_loader(config, world, ShardSet(shard_sets / "train"))
         assert loader.decode.hw_decoder_load == expected
+        assert loader.decode.wanted == CPU
+    elsewhere = build.train_loader(config, World.single(META), ShardSet(shard_sets / "train"))
+    assert elsewhere.decode.wanted == META
+    assert elsewhere.decode.gives_bytes
     fine = Config(data=DataConfig(hw_decoder_load=1.0), train=TrainConfig(deterministic=False))
     assert fine.data.hw_decoder_load == 1.0
     with pytest.raises(ConfigError, match=r"must lie in \[0, 1\]"):
@@ -379,6 +419,10 @@ def test_a_small_share_is_told() -> None:
     assert "a GPU gets 16 images" in data.small_share(paper, 8, "cuda")
     assert not data.small_share(paper, 4, "cuda")
     assert "a GPU gets 16 images" in data.small_share(replace(paper, train=TrainConfig(accumulate=2)), 4, "cuda")
+    assert "gets 31 " in data.small_share(Config(train=TrainConfig(global_batch=31)), 1, "cuda")
+    assert not data.small_share(Config(train=TrainConfig(global_batch=32)), 1, "cuda")
+    pairs = Config(model=ModelConfig(name="alexnet_two_tower"), train=TrainConfig(tower_parallel=True))
+    assert not data.small_share(pairs, 8, "cuda")
     assert not data.small_share(paper, 8, "cpu")
     assert not data.small_share(eight, 8, "cuda")
 
@@ -449,8 +493,11 @@ def test_ddp_around_the_net_of_one_rank(shard_sets: Path, tmp_path: Path) -> Non
         assert_same_run(runs[1], runs[0])
     launch(shard_sets, runs[2], *wrapped, ranks=0, fault=at("step", 4, "SIGTERM"))
     assert status(runs[2])["state"] == "stopped"
+    newest_step = status(runs[2])["step"]
     result = launch(shard_sets, runs[2], *wrapped, ranks=0, module="tests.test_device")
     assert "the net is in DistributedDataParallel" in result.stdout
+    assert result.stdout.count("keys as they are meant") == 2 * STEPS - newest_step
+    assert result.stderr.count("a GPU gets 8 images of a batch") == 1
     assert_same_run(runs[2], runs[0])
 
 
@@ -471,6 +518,39 @@ def test_another_gpu_is_told(shard_sets: Path, tmp_path: Path) -> None:
     assert other.stderr.count(told) == 1
     assert "accelerator" not in other.stderr
     assert records(tmp_path, "changed")[-1]["accelerator"] == ""
+    newest = max((tmp_path / "checkpoints").glob("step-*")) / "meta.json"
+    meta = json.loads(newest.read_text())
+    del meta["process"]["accelerator"]  # as of an older program
+    newest.write_text(json.dumps(meta))
+    older = launch(shard_sets, tmp_path, "--train.epochs=4", ranks=0)
+    assert "the bits may differ" not in older.stderr
+    assert "accelerator" not in records(tmp_path, "changed")[-1]
+
+
+def test_what_holds_on_one_rank_alone_is_not_what_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler works on this rank, and not on another; another has another card."""
+    world = World(0, 2, 0, 2, torch.device("cuda", 0))
+    said: list[str] = []
+
+    def together(_: World, work: Any, *, failure: type[Exception], **options: Any) -> None:
+        raise failure("not on rank 1")
+
+    def gather(into: list[str], mine: str) -> None:
+        into[:] = ["H100", mine]
+
+    monkeypatch.setattr(World, "together", together)
+    monkeypatch.setattr(process, "try_compiler", lambda _: None)
+    monkeypatch.setattr(process.machine, "accelerator", lambda _: "A100")
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    for name in INDUCTOR:
+        monkeypatch.setenv(name, os.environ.get(name, "x"))
+    try:
+        settled = process.prepare(Config(), world, said.append)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not settled.compiled
+    assert "not on rank 1" in said[0]
+    assert settled.accelerator == "A100; H100"
 
 
 @pytest.mark.integration
@@ -501,8 +581,15 @@ def test_a_start_on_another_node_compiles_nothing_anew(
 
 
 def main() -> int:
-    """The trainer, which says whether its net is in DDP."""
-    distribute = build.distribute
+    """The trainer, which says whether its net is in DDP and its keys are those of the step, and takes itself to be on a
+    GPU when it speaks of shares."""
+    distribute, step, share = build.distribute, Trainer.train_step, data.small_share
+
+    def keyed(trainer: Trainer, batch: Batch, lr: float) -> Any:
+        positions = batch.start + np.arange(len(batch.labels))
+        meant = mask_keys(trainer.config.train.seed, trainer.progress.step, positions)
+        print("keys as they are meant" if torch.equal(batch.keys, meant) else "other keys")
+        return step(trainer, batch, lr)
 
     def told(*args: Any, **options: Any) -> nn.Module:
         net = distribute(*args, **options)
@@ -510,7 +597,8 @@ def main() -> int:
             print("the net is in DistributedDataParallel")
         return net
 
-    build.distribute = told
+    build.distribute, Trainer.train_step = told, keyed  # type: ignore[method-assign]
+    data.small_share = lambda config, ranks, _: share(config, ranks, "cuda")
     return __main__.main()
 
 

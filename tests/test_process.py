@@ -170,9 +170,11 @@ def watched_step(shard_sets: Path, run: Path, *extra: str, **options: Any) -> li
 
 @pytest.mark.integration
 def test_the_collectives_of_a_step(shard_sets: Path, tmp_path: Path) -> None:
-    """Gradients and the vote are summed, and nothing is broadcast; the statistics of BatchNorm still are."""
-    for step in watched_step(shard_sets, tmp_path / "ours"):
-        assert step["collectives"] == {"all_reduce": step["buckets"] + 1}
+    """Gradients and the vote are summed, once for all pieces, and nothing is broadcast; the statistics of BatchNorm
+    still are."""
+    for pieces in (1, 3):
+        for step in watched_step(shard_sets, tmp_path / f"ours{pieces}", f"--train.accumulate={pieces}"):
+            assert step["collectives"] == {"all_reduce": step["buckets"] + 1}
     torchvision = ("--model.name=torchvision:shufflenet_v2_x0_5", "--optim.lr=1e-6")
     for step in watched_step(shard_sets, tmp_path / "theirs", *torchvision):
         assert step["collectives"]["broadcast"] > 0
