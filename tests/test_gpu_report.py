@@ -144,6 +144,7 @@ def test_what_is_left_out_is_no_failure(tmp_path: Path) -> None:
     assert "may quote paths" not in text
 
 
+@pytest.mark.integration
 def test_time_that_is_over(tmp_path: Path) -> None:
     """The limit of a part ends with the report's; what has no turn then is said to have had none."""
     code, found, _ = report(

@@ -378,6 +378,7 @@ def session(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.integration
 def test_a_killed_pack_continues_with_the_same_bytes(large_images: Path, unharmed: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     command = [sys.executable, "-m", "pipelines", "pack", "imagefolder", str(large_images), str(out)]
@@ -404,6 +405,7 @@ def test_a_killed_pack_continues_with_the_same_bytes(large_images: Path, unharme
     assert len(kept) >= len(finished) - 2  # at most a shard a worker was done again
 
 
+@pytest.mark.integration
 def test_an_interrupted_pack_says_that_the_same_command_continues(
     large_images: Path, unharmed: Path, tmp_path: Path
 ) -> None:
@@ -416,7 +418,6 @@ def test_an_interrupted_pack_says_that_the_same_command_continues(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `make test &` ignores it
     )
     until(lambda: list(out.glob(".pack/*.json")))
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, to the workers too

@@ -91,6 +91,7 @@ print(faults[-1] - faults[1])
 """
 
 
+@pytest.mark.integration
 def test_freed_memory_is_kept() -> None:
     """Blocks of 28 MB, freed and taken again: the kernel gives their 6,836 pages a few times, not each time."""
     if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):

@@ -274,6 +274,7 @@ def test_a_loss_that_is_not_finite_is_refused(begin: Callable[..., Pace]) -> Non
         pace.measure(2)
 
 
+@pytest.mark.integration
 def test_a_slow_loader_makes_it_no_longer(
     begin: Callable[..., Pace], shard_sets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

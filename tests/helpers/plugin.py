@@ -1,13 +1,20 @@
-"""For pytest: a failing test shows how each rank of its runs ended."""
+"""For pytest: a failing test shows how each rank of its runs ended, and Ctrl-C is heard wherever tests are started."""
 
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.helpers import launch
+
+
+def pytest_configure() -> None:
+    """A shell's `make test &` has SIGINT ignored, by all that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
