@@ -176,7 +176,8 @@ def gpus(files: Sequence[str], seen: int, why: str, known: Sequence[Card], silen
     if not seen and driver.hidden():
         return Check("GPUs", "ok", "hidden by CUDA_VISIBLE_DEVICES; nets are trained on the CPU")
     if not seen:
-        found = f"torch cannot use the {len(known) or len(files)} of this machine: {why or 'it does not say why'}"
+        reasons = "; ".join(filter(None, [why, silence])) or "it does not say why"
+        found = f"torch cannot use the {len(known) or len(files)} of this machine: {reasons}"
         return Check(
             "GPUs", "fail", found, REMEDY if why != WITHOUT_CUDA else "Install a torch that is built with CUDA."
         )

@@ -26,7 +26,7 @@ from PIL import Image, JpegImagePlugin
 
 from dist_train import driver, machine
 from dist_train.__main__ import main
-from dist_train.analysis import commands, gpu_parts, gpu_speed, gpu_tables, gpu_tests
+from dist_train.analysis import commands, gpu_parts, gpu_report, gpu_speed, gpu_tables, gpu_tests
 from dist_train.analysis.findings import Findings
 from dist_train.analysis.gpu_report import Part, Report, code, prefix_of
 from dist_train.analysis.gpu_site import Site, halves_chroma
@@ -222,11 +222,19 @@ def test_gpus_that_torch_cannot_use_are_a_failure(
 ) -> None:
     """Not measured as if it were a machine without any."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "usable", lambda: (0, "the driver is too old"))
+    monkeypatch.setattr(gpu_report, "usable", lambda _: (0, "the driver is too old"))
     monkeypatch.setattr(driver, "device_files", lambda: ["/dev/nvidia0"])
     monkeypatch.setattr(driver, "hidden", lambda: False)
     assert main(["gpu-report", "speed"]) == 1
     assert "torch cannot use the GPUs of this machine: the driver is too old" in capsys.readouterr().out
+
+
+@pytest.mark.integration
+def test_a_driver_that_hangs_is_named() -> None:
+    """Nobody waits for it, and what a program that fails says is not lost."""
+    assert gpu_report.usable(3, "import time; time.sleep(600)") == (0, "CUDA has not answered in 3 s")
+    assert gpu_report.usable(60, "raise RuntimeError('no such library')") == (0, "RuntimeError: no such library")
+    assert gpu_report.usable(60, "print(json.dumps([2, 'why']))") == (2, "why")
 
 
 @pytest.mark.integration

@@ -130,7 +130,8 @@ def test_gpus_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     files = [f"/dev/nvidia{i}" for i in range(8)]
     for known, silence in ((cards(EIGHT), ""), ([], "nvidia-smi cannot be started (No such file or directory)")):
         check = machine.gpus(files, 0, TOO_OLD, known, silence)
-        assert (check.level, check.found) == ("fail", f"torch cannot use the 8 of this machine: {TOO_OLD}")
+        said = f"{TOO_OLD}; {silence}" if silence else TOO_OLD
+        assert (check.level, check.found) == ("fail", f"torch cannot use the 8 of this machine: {said}")
         assert "a newer driver" in check.remedy
         assert "make .venv/ready EXTRA=cuda12" in check.remedy, "which is what installs"
     check = machine.gpus(files, 0, "it is built without CUDA", cards(EIGHT), "")

@@ -33,6 +33,7 @@ from pipelines.shards import ShardSet
 ROOT = Path(__file__).resolve().parents[2]  # a clone, or the folder that packages are installed in
 FORMAT = 1
 BAD = ("failed", "cut off")
+ANSWER = 60.0  # seconds in which the driver says how many GPUs there are
 REFUSED = 2.0  # seconds; with less than that left, a part is not begun
 
 
@@ -57,12 +58,12 @@ def start(args: Namespace) -> int:
     files = [Path(f"{prefix}.{kind}") for kind in ("json", "txt")]
     if args.data:
         ShardSet(args.data)
-    from dist_train import driver, machine
+    from dist_train import driver
     from dist_train.analysis.speed import check_place
 
     for file in files:
         check_place(file)
-    count, why = machine.usable()
+    count, why = usable(ANSWER)
     broken = bool(driver.device_files()) and not count and not driver.hidden()
     hopeless = f"torch cannot use the GPUs of this machine: {why}" if broken else ""
     words = [sys.executable, "-m", "dist_train", "gpu-report"]
@@ -75,9 +76,23 @@ def start(args: Namespace) -> int:
     report = Report(files, args.minutes, {"code": code(), "command": _typed(args), "gpus": count})
     with _signals_as_ctrl_c():
         ended = report.run(parts)
-    print(report.text())
+    print(files[1].read_text(), end="")
     print(f"{files[0]} and {files[1].name} are written: attach both to an issue", file=sys.stderr)
     return interrupted() if ended == INTERRUPTED else ended
+
+
+def usable(seconds: float, program: str = "print(json.dumps(machine.usable()))") -> tuple[int, str]:
+    """`machine.usable`, asked in a process of its own: there are drivers that hang."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, said = Path(folder, "output"), Path(folder, "said")
+        command = [sys.executable, "-c", f"import json; from dist_train import machine; {program}"]
+        ended = commands.run(command, seconds, output, said=said)
+        if ended is None:
+            return 0, f"CUDA has not answered in {seconds:.0f} s"
+        if ended:
+            return 0, commands.what_failed(commands.last_lines(output))
+        count, why = json.loads(said.read_text())
+        return count, why
 
 
 def chosen(names: Sequence[str]) -> list[str]:

@@ -126,7 +126,7 @@ class Pace:
             row["both"] = self._with_data(steps or self._enough(step.step_seconds + loader.step_seconds))
         row["peak_host_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
         cuda = self._world.device.type == "cuda"
-        row["peak_device_mb"] = torch.cuda.max_memory_allocated() / 1e6 if cuda else None
+        row["peak_device_mb"] = torch.cuda.max_memory_reserved() / 1e6 if cuda else None
         # After the peaks, which are those of training.
         row["forward_backward_ms"] = None
         if self._world.size > 1:
