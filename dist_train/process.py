@@ -82,8 +82,8 @@ def try_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
     except Exception as error:
-        said = str(error).split("\n") if str(error).strip() else [type(error).__name__]
-        raise NoCompiler(next(line for line in reversed(said) if line.strip()).strip()[:120]) from error
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise NoCompiler(said[-1][:120]) from error
 
 
 def prepare_compiler(world: World, *, deterministic: bool) -> None:

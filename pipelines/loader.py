@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 READY = 2  # batches that wait for the consumer
-Keys = Callable[[int, Ints], Ints]  # (step of the epoch, positions in it) -> a number for each, int64 [n]
 SUSPECTS = DEPTH + 2  # steps, from the one that is collected, in which DALI may have met what it reports now
+Keys = Callable[[int, Ints], Ints]  # (step of the epoch, positions in it) -> a number for each, int64 [n]
 
 
 class Batch(NamedTuple):
