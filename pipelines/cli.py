@@ -85,12 +85,20 @@ class Verb(NamedTuple):
     passes_on: Collection[str] = ()
 
 
-def run_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str], *, speaks: bool = True) -> int:
+def run_verb(
+    prog: str,
+    verbs: Mapping[str, Verb],
+    argv: Sequence[str],
+    *,
+    speaks: bool = True,
+    told: Callable[[int, str], object] = lambda *_: None,
+) -> int:
     """Run the verb that `argv` begins with. Returns the exit code: the verb's, 2 after one sentence on stderr, 130 for
     Ctrl-C.
 
     Args:
         speaks: whether this process prints the sentence; under a launcher one rank does for all.
+        told: hears a code of 2 and the sentence.
     """
     try:
         name = " ".join(argv[:2])  # `submit pack` is a verb, and `submit` is one
@@ -103,16 +111,17 @@ def run_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str], *, speak
         verb.options(parser)
         return verb.start(parser.parse(words, verb.passes_on))
     except (UserError, OSError) as error:
+        told(USAGE, str(error))
         return refuse(error, speaks=speaks)
     except KeyboardInterrupt:
         return interrupted(speaks=speaks)
 
 
-def refuse(error: Exception, *, speaks: bool = True) -> int:
+def refuse(error: Exception | str, code: int = USAGE, *, speaks: bool = True) -> int:
     """Print the one sentence, if this process speaks; the exit code."""
     if speaks:
         print(f"error: {error}", file=sys.stderr)
-    return USAGE
+    return code
 
 
 def interrupted(remedy: str = "", *, speaks: bool = True) -> int:

@@ -21,16 +21,20 @@ class HeldFile(FileIO):
         self.close()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, flush to the disk, rename: after a crash the file is the old one or the new one."""
-    with replacing(path) as file:
+def write_atomically(path: Path, data: bytes, by: str = "") -> None:
+    """Write beside, flush to the disk, rename: after a crash the file is the old one or the new one.
+
+    Args:
+        by: who writes, where several processes may at once.
+    """
+    with replacing(path, by) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, by: str = "") -> Iterator[BinaryIO]:
     """A file beside `path`, for what is written piece by piece; it takes the place of `path` when the body ends."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{by}.tmp")
     with open(temporary, "wb") as file:
         yield file
         file.flush()

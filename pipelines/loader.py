@@ -142,7 +142,7 @@ class Loader:
         Raises ShardError if a tar is not what was indexed.
         """
         stop = Event()
-        ready: queue.Queue[Batch | Exception | None] = queue.Queue(READY)
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READY)
         driver = Thread(
             target=self._drive, args=(epoch, start, keys or _no_keys, ready, stop), name="loader", daemon=True
         )
@@ -154,7 +154,7 @@ class Loader:
                 self.waited += time.perf_counter() - began
                 if item is None:
                     return
-                if isinstance(item, Exception):
+                if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
@@ -165,7 +165,7 @@ class Loader:
             driver.join()
 
     def _drive(
-        self, epoch: int, step: int, keys: Keys, ready: queue.Queue[Batch | Exception | None], stop: Event
+        self, epoch: int, step: int, keys: Keys, ready: queue.Queue[Batch | BaseException | None], stop: Event
     ) -> None:
         """Put the batches from `step` on into `ready`, None after the last one, or the error that ended them."""
         try:
@@ -186,7 +186,7 @@ class Loader:
                 finally:
                     feeds.close()
             ready.put(None)
-        except Exception as error:
+        except BaseException as error:  # whatever it is: who waits for a batch would wait for ever
             ready.put(error)
 
     def _batch(self, pipeline: Pipeline, epoch: int, step: int, keys: Keys) -> Batch:
