@@ -10,19 +10,21 @@ from collections.abc import Sequence
 
 from dist_train import cli
 from dist_train.analysis.verbs import SHARED, VERBS
-from dist_train.ranks import launcher
-from pipelines.cli import run_verb
+from dist_train.ranks import kin, launcher
+from pipelines.cli import refuse, run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; see `dist_train.outcomes`."""
+    kin.bind()
     words = list(sys.argv[1:] if argv is None else argv)
+    if before := launcher.end_before():
+        return launcher.end(refuse(before.sentence, before.code, speaks=launcher.rank() == 0), before.sentence)
     if words and not words[0].startswith("-"):
-        shared = words[0] in SHARED
-        code = run_verb("python -m dist_train", VERBS, words, speaks=launcher.rank() == 0 or not shared)
-        return launcher.exit_code(code) if shared else code
+        speaks = launcher.rank() == 0 or words[0] not in SHARED
+        return launcher.exit_code(run_verb("python -m dist_train", VERBS, words, speaks=speaks, told=launcher.end))
     return cli.train(words)
 
 
 if __name__ == "__main__":
-    launcher.leave(main())
+    launcher.leave_with(main)

@@ -6,14 +6,20 @@ import re
 import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dist_train.config import DEFAULT, UNDOTTED, Config, ConfigError, as_dict
-from dist_train.ranks import launcher
-from pipelines.cli import interrupted, nearest, refuse
+from dist_train.ranks import kin, launcher
+from dist_train.ranks.watch import Watch
+from dist_train.rundir import restarts
+from dist_train.rundir.last_words import LastWords
+from dist_train.rundir.status import Announcement
+from pipelines.cli import interrupted, nearest
+from pipelines.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, str]:
@@ -44,19 +50,40 @@ def overrides_of(line: str, file: Path) -> list[str]:
 def default_name(stem: str) -> str:
     """The name of the YAML file and the time at which the launcher of this process began, which a restart by the
     launcher does not change."""
-    return f"{stem}-{launcher.began():%Y%m%d-%H%M%S}"
+    return f"{stem}-{kin.began():%Y%m%d-%H%M%S}"
+
+
+def run_path(config: Config, name: str) -> Path:
+    """The run directory; `name`: of the run, if the configuration gives none."""
+    return Path(config.run.dir or Path(config.run.root) / (config.run.name or name))
 
 
 def train(argv: Sequence[str]) -> int:
     """Train a net as this command line says. Returns the exit code; exits for --help and --print_config."""
     try:
         config, stem = parse(argv)
-        from dist_train import run  # torch takes seconds, which no misspelt option should cost
+        name = default_name(stem)
+        path = run_path(config, name)
+        announcement = Announcement(path, writes=launcher.rank() == 0)
+        words = LastWords(path, announcement)
+        watch = Watch(config.run.start_timeout, config.run.stop_timeout, words)
     except ConfigError as error:
-        return launcher.exit_code(refuse(error, speaks=launcher.rank() == 0))
+        return launcher.end_refused(error)
     except KeyboardInterrupt:  # from here on a stop signal is the watch's
         return interrupted()
-    return run.start(config, default_name(stem))
+    try:
+        if launcher.rank() == 0:
+            with suppress(OSError):  # the claim will tell
+                restarts.count(path)
+    except UserError as error:
+        announcement.fail(str(error))
+        return launcher.end_refused(error)
+    try:
+        announcement.say("torch is imported")
+        from dist_train import run  # torch takes seconds, which no misspelt option should cost
+    except BaseException as error:
+        words.fail(error)
+    return run.start(config, name, watch, words, announcement)
 
 
 def _parser() -> ArgumentParser:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pipelines.cli import USAGE
 
-DONE, FAILED, DIVERGED, STOPPED = 0, 1, 70, 75  # exit codes of a process without a launcher; and USAGE
+DONE, FAILED, DIVERGED, STOPPED = 0, 1, 70, 75  # exit codes, with USAGE; torchrun hears 0 for STOPPED
 
 
 class Ended(Exception):
@@ -52,9 +52,15 @@ class NotSaved(Ended):
 
 
 class NotBegun(Ended):
-    """The run directory cannot be written, or the run was restarted again and again without progress."""
+    """The run directory cannot be written."""
 
     code, state = USAGE, "failed"
+
+
+class NotHere(Ended):
+    """A run that was restarted finds no device on this node; on another one it may."""
+
+    code, state = FAILED, "failed"
 
 
 class Refused(Ended):

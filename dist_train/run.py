@@ -2,62 +2,83 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dist_train import data
 from dist_train.config import Config, as_dict
 from dist_train.monitor.terminal import Terminal
 from dist_train.monitor.wandb import WandbRun
-from dist_train.outcomes import Done, Ended, NotBegun, Refused
+from dist_train.outcomes import Done, Ended, NotBegun, NotHere, Refused
 from dist_train.pictures.curves import draw_curves
 from dist_train.ranks import launcher
 from dist_train.ranks.watch import Watch
-from dist_train.ranks.world import World, join
+from dist_train.ranks.world import World, flight_record, join
 from dist_train.rundir import record, resume
 from dist_train.rundir.directory import RunDirectory
+from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.resume import Resumed
 from dist_train.rundir.state import Progress
+from dist_train.rundir.status import Announcement
 from dist_train.train import Trainer
-from pipelines.cli import refuse
 from pipelines.errors import UserError
 from pipelines.shards import ShardSet
 
 TOLD_BEFORE = ("numerics", "accelerator")  # whose change `restore` has told
 
 
-def start(config: Config, name: str) -> int:
+def start(config: Config, name: str, watch: Watch, words: LastWords, announcement: Announcement) -> int:
     """Train, from the beginning or from where the run stands, and show how it ended.
 
     Args:
         name: of the run, if the configuration gives none.
+        announcement: of this start, which is waited for.
 
-    Returns the exit code, see `outcomes`. To a launcher non-zero means "restart me", so there only a failure is
-    non-zero, and status.json tells the other ends apart. An error that nobody foresaw is raised.
+    Returns the exit code, see `outcomes` and `launcher.end`. An error that nobody foresaw ends the process.
     """
-    watch = Watch(config.run.start_timeout, config.run.stop_timeout)
     try:
-        world = join(config.train.device)
-    except UserError as error:
-        return launcher.exit_code(refuse(error, speaks=launcher.rank() == 0))
-    try:
-        end = _run(config, name, world, watch)
-        dist.barrier()  # leave together
-    finally:
-        watch.close()
-        dist.destroy_process_group()
-    return launcher.exit_code(end.code)
+        size = launcher.size()
+        announcement.say(f"{size} ranks are waited for" if size > 1 else "the run is looked at")
+        try:
+            world = join(config.train.device)
+        except UserError as error:
+            end = _missing(error, announcement)
+        else:
+            end = _run(config, name, world, watch, words, announcement)
+            if not isinstance(end, Refused | NotBegun):  # which may be one rank's alone
+                world.leave()
+    except BaseException as error:
+        words.fail(error)
+    watch.close()
+    return launcher.end(end.code, str(end))
 
 
-def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
+def _missing(error: UserError, announcement: Announcement) -> Ended:
+    """How a start ends whose rank has no device, or no launcher. By hand that is refused. What has run before can run
+    on another node, so it is a failure there, which brings the job back."""
+    end = NotHere(str(error)) if launcher.restarted() else Refused(str(error))
+    if launcher.rank() == 0 or not launcher.attended():
+        _tell(end, announcement)
+    return end
+
+
+def _tell(end: Ended, announcement: Announcement) -> None:
+    """Say why the run does not begin, in status.json too where nobody is there to read it, or the run has suffered."""
+    print(f"error: {end}", file=sys.stderr)
+    if end.state or not launcher.attended():
+        announcement.fail(str(end), rank=launcher.rank(), node=socket.gethostname(), error=type(end).__name__)
+    else:
+        announcement.retract()
+
+
+def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords, announcement: Announcement) -> Ended:
     """How the run ended, after saying so."""
     try:
-        sets = _open_sets(config, world)
+        sets = _open_sets(config, world, announcement)
         if config.train.tower_parallel:
             world = world.in_pairs()
         config = _placed(config, name, world)
@@ -65,31 +86,31 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
         path = Path(config.run.dir)
         run = RunDirectory(path, terminal.say, keep=config.checkpoint.keep, writes=world.rank == 0)
         wandb = WandbRun(path, config.monitor)
+        compiled = config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda")
+        announcement.say("the net is compiled" if compiled else "the net is built")
         try:  # before anything is claimed
             trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
             resumed = resume.restore(trainer.state, config, world, sets[0], run, asdict(trainer.settled))
         except ValueError as error:  # ours, and torch's for sizes that do not fit
             raise Refused(str(error)) from error
-        _claim(config, world, run, trainer.progress, resumed.bad)
-    except (Refused, NotBegun) as refusal:  # the same on all ranks
+        _claim(config, world, run, resumed.bad)
+    except (Refused, NotBegun) as refusal:  # the same on all ranks, or else the launcher ends the others
         if world.rank == 0:
-            print(f"error: {refusal}", file=sys.stderr)
+            _tell(refusal, announcement)
         return refusal
-    watch.on_exit = lambda why: run.status.set("failed", why)
+    words.claimed(run.path, run.status, world.size)
+    if world.device.type == "cuda":
+        words.record = flight_record
     if world.rank == 0:
         run.record.open(resumed.record_bytes)
         wandb.open(as_dict(config))
         wandb.publish(run.record.size())
-    _announce(
-        run,
-        trainer.progress,
-        resumed,
-        asdict(trainer.settled),
-        f"{world.size} x {world.device.type}, {len(sets[0])} images",
-    )
+        words.close = wandb.close
+    size = f"{world.size} x {world.device.type}, {len(sets[0])} images"
+    _announce(run, trainer.progress, resumed, asdict(trainer.settled), size)
     if advice := data.small_share(config, world.size, world.device.type):
         run.say(advice)
-    end = _end_of(trainer.fit, run)
+    end = _end_of(trainer.fit)
     terminal.end_epoch()
     if not end.state:  # the run is another start's now
         run.say(str(end))
@@ -99,20 +120,22 @@ def _run(config: Config, name: str, world: World, watch: Watch) -> Ended:
     wandb.close()
     run.record.close()
     if world.rank == 0:
-        print(summary(path, end, trainer.progress))
+        _show(path, end, trainer.progress, run.say)
     return end
 
 
-def _open_sets(config: Config, world: World) -> tuple[ShardSet, ShardSet]:
+def _open_sets(config: Config, world: World, announcement: Announcement) -> tuple[ShardSet, ShardSet]:
     """The training and the validation set; rank 0 packs them first if they are not there and the configuration names a
     source. Raises Refused on all ranks."""
     world.together(lambda: data.check_batch(config, world.size))
     if world.share(data.to_pack(config)):
+        announcement.say(f"{config.data.source} is packed")
         world.together(lambda: data.pack_source(config), on=[0])
     # A file system that fails for a moment is no refusal: that may be mended by a restart.
     sets = world.together(lambda: data.open_sets(config), catch=(UserError,))
     assert sets is not None
     world.together(lambda: data.check_tars(sets), on=[0])
+    announcement.say("the run is looked at")
     return sets
 
 
@@ -123,13 +146,11 @@ def _placed(config: Config, name: str, world: World) -> Config:
     return replace(config, run=replace(config.run, name=name, dir=str(path)))
 
 
-def _claim(config: Config, world: World, run: RunDirectory, progress: Progress, bad: list[str]) -> None:
-    """Take the run directory over. Raises NotBegun on all ranks, after status.json says so."""
-    try:
-        world.together(lambda: run.claim(config, progress.step, bad), on=[0], failure=NotBegun)
-    except NotBegun as end:
-        run.status.set(end.state, str(end), step=progress.step, epoch=progress.epoch)
-        raise
+def _claim(config: Config, world: World, run: RunDirectory, bad: list[str]) -> None:
+    """Take the run directory over, for all ranks. Raises NotBegun on all ranks."""
+    world.together(lambda: None)  # a rank that has refused is not here
+    token = world.together(lambda: run.claim(config, bad), on=[0], failure=NotBegun)
+    run.lease.token = world.share(token)
 
 
 def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: dict[str, Any], size: str) -> None:
@@ -140,22 +161,26 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: 
         run.say("changed since the checkpoint: " + ", ".join(told))
     if resumed.changed:
         run.record.append("changed", step=progress.step, **resumed.changed)
-    run.status.set("running", step=progress.step, epoch=progress.epoch)
+    run.status.set("starting", "the first step is under way", step=progress.step, epoch=progress.epoch)
     how = settled["deterministic"]
     deterministic = "not deterministic" if how == "no" else f"deterministic {how}"
     run.say(f"{run.path}: {size}, {deterministic}, epoch {progress.epoch + 1}")
 
 
-def _end_of(training: Callable[[], None], run: RunDirectory) -> Ended:
-    """How training ended. An error that nobody foresaw is written to status.json and raised again."""
+def _end_of(training: Callable[[], None]) -> Ended:
     try:
         training()
     except Ended as end:
         return end
-    except BaseException as error:
-        run.status.set("failed", f"{type(error).__name__}: {error}")
-        raise
     return Done()
+
+
+def _show(path: Path, end: Ended, progress: Progress, say: Callable[[str], None]) -> None:
+    """The run has come to its end whether or not it can be shown."""
+    try:
+        print(summary(path, end, progress), flush=True)
+    except Exception as error:
+        say(f"the summary of {path} cannot be shown ({type(error).__name__}: {error})")
 
 
 def summary(path: Path, end: Ended, progress: Progress) -> str:

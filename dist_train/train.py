@@ -134,6 +134,7 @@ class Trainer:
         """Forward, backward, update; then ask the other ranks, without waiting for the answer."""
         config, world, progress, scaler = self.config, self.world, self.progress, self.state.scaler
         optimizer = self.state.optimizer
+        self.watch.step = progress.step + 1
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
@@ -181,11 +182,12 @@ class Trainer:
 
     def observe(self, pending: Pending | None) -> Vote:
         """Wait for the vote of a step and record it. Raises LeaseLost, Diverged and BadData, on all ranks alike."""
+        self.watch.heartbeat(self.config.run.step_timeout)
         if pending is None:
             return Vote()
         step, batch, progress = pending.step, self.config.train.global_batch, self.progress
-        self.watch.heartbeat(self.config.run.step_timeout)
         vote = pending.vote.read()
+        self.saver.check()
         loss = vote.loss / batch
         if vote.lost:
             raise self.run.lease.loss()

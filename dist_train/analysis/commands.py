@@ -16,6 +16,7 @@ PAUSE = 0.1  # seconds between two looks at a command that runs
 PATIENCE = 10.0  # seconds that killed processes may take to go: those in a driver that hangs do not
 # "error: ..." as we write it, and "ValueError: ..." as Python does, also behind torchrun's "[rank1]: ".
 ERROR = re.compile(r"^(?:\[\w+\]: )?((?:error|[\w.]*(?:Error|Exception|Interrupt|Exit|Refused)): \S.*)$")
+REPORTED = re.compile(r"^  traceback : (?!Signal |To enable traceback)(\S.*)$")  # at its end, of the root cause
 
 
 def run(
@@ -86,6 +87,7 @@ def last_lines(output: Path, many: int = 30) -> list[str]:
 
 
 def what_failed(lines: Sequence[str]) -> str:
-    """The line of them that says most: the last error, or else the last line."""
+    """The line of them that says most: what torchrun reports, or the last error, or else the last line."""
+    reported = [found[1] for found in map(REPORTED.match, lines) if found]
     errors = [found[1] for found in map(ERROR.match, lines) if found]
-    return [*lines[-1:], *errors][-1].strip() if lines else "it wrote nothing"
+    return [*lines[-1:], *errors, *reported][-1].strip() if lines else "it wrote nothing"

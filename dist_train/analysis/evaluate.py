@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dist_train.analysis.options import CROPS
 from dist_train.analysis.predict import predict, summarise
 from dist_train.analysis.trained import RunError, Trained, device_option, open_run
 from dist_train.data import difference
+from dist_train.ranks import launcher
 from dist_train.ranks.world import World, join
-from pipelines.cli import refuse
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 
@@ -30,11 +28,8 @@ def start(args: Namespace) -> int:
     """Print the errors and write them as JSON. Returns the exit code of this rank. Raises UsageError."""
     with device_option():
         world = join(args.device)
-    try:
-        code = _evaluate(args, world)
-        dist.barrier()  # leave together
-    finally:
-        dist.destroy_process_group()
+    code = _evaluate(args, world)
+    world.leave()
     return code
 
 
@@ -48,7 +43,7 @@ def _evaluate(args: Namespace, world: World) -> int:
             print(describe(report))
             _write(report, args)
     except (UserError, OSError) as error:  # on all ranks, but for a file that rank 0 cannot write
-        return refuse(error, speaks=world.rank == 0)
+        return launcher.end_refused(error)
     return 0
 
 

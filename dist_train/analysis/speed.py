@@ -23,9 +23,10 @@ from dist_train import data
 from dist_train.analysis.pace import Pace, Stretch, without_data
 from dist_train.config import Config, as_dict
 from dist_train.outcomes import Ended, Refused
+from dist_train.ranks import launcher
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World, join
-from pipelines.cli import refuse
+from dist_train.rundir.last_words import LastWords
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.shards import ShardSet
@@ -39,22 +40,22 @@ def start(args: Namespace, config: Config) -> int:
     Raises UserError in one process, RuntimeError for what one rank of several met, so that a launcher ends the others,
     and KeyboardInterrupt on all ranks after a stop signal.
     """
-    watch = Watch(config.run.start_timeout, config.run.stop_timeout)
-    world = join(config.train.device)
+    watch = Watch(config.run.start_timeout, config.run.stop_timeout, LastWords())
+    watch.heartbeat(config.run.start_timeout)  # a stop is met by the next vote from here on: there are files to remove
+    code = 0
     try:
+        world = join(config.train.device)
         try:
             _speed(args, config, world, watch)
-            code = 0
         except Ended as end:  # on all ranks
-            code = refuse(end, speaks=world.rank == 0)
+            code = launcher.end_refused(end)
         except (UserError, OSError) as error:
             if world.size == 1:
                 raise
             raise RuntimeError(f"rank {world.rank}: {error}") from error
-        dist.barrier()  # leave together
+        world.leave()
     finally:
         watch.close()
-        dist.destroy_process_group()
     return code
 
 

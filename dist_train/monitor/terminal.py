@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -25,8 +26,9 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line for the user."""
         if self._shows:
-            tqdm.write(text, file=sys.stderr)
-            sys.stderr.flush()
+            with suppress(OSError):  # who reads it may be gone
+                tqdm.write(text, file=sys.stderr)
+                sys.stderr.flush()
 
     def begin_epoch(self, progress: Progress, epochs: int, steps: int) -> None:
         if self._shows and sys.stderr.isatty():

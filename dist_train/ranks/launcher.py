@@ -1,14 +1,33 @@
-"""What torchrun (or submitit) tells a process in its environment. Imports no torch."""
+"""What starts a process, torchrun or a step of Slurm's, and what passes between the two. Imports no torch.
+
+What torchrun says is in the environment; what it is told is the exit code, and a file whose sentence stands in its
+report (https://docs.pytorch.org/docs/stable/elastic/errors.html).
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from datetime import datetime
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from dist_train.outcomes import FAILED
+from dist_train.outcomes import DIVERGED, DONE, FAILED, STOPPED
+from pipelines.cli import INTERRUPTED, USAGE, refuse
+
+FINAL = (USAGE, DIVERGED)  # codes of ends that another try would not change
+
+
+class Said(NamedTuple):
+    """What a rank has told torchrun: its code, why, and whether another try would be in vain."""
+
+    code: int
+    sentence: str
+    final: bool
 
 
 def launched() -> bool:
@@ -16,33 +35,106 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def submitted() -> bool:
+    """Whether submitit did."""
+    return "SUBMITIT_EXECUTOR" in os.environ
+
+
 def rank() -> int:
     """The rank, before there is a process group."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK") or (_number("SLURM_PROCID") if submitted() else 0)
+
+
+def size() -> int:
+    """How many ranks there are, before there is a process group."""
+    return _number("WORLD_SIZE") or 1
 
 
 def restarts() -> int:
     """How often torchrun has restarted the run by itself."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return _number("TORCHELASTIC_RESTART_COUNT")
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm has started the run anew, by itself."""
+    return restarts() > 0 or (submitted() and _number("SLURM_RESTART_COUNT") > 0)
+
+
+def attended() -> bool:
+    """Whether somebody sees what this process prints: not in a job, nor after a restart."""
+    return not (submitted() or restarted())
 
 
 def exit_code(code: int) -> int:
-    """What a process is to return: to torchrun a non-zero code means "restart me", which mends a failure alone."""
-    return 0 if launched() and code != FAILED else code
+    """What this process returns: to torchrun a non-zero code means "start anew", which is not what a stop asks for."""
+    return DONE if launched() and code in (STOPPED, INTERRUPTED) else code
 
 
-def began() -> datetime:
-    """When the launcher of this process began, which its restarts do not change; without one, now."""
-    if not launched():
-        return datetime.now()
-    lines = Path("/proc/stat").read_text().splitlines()
-    boot = next(int(line.split()[1]) for line in lines if line.startswith("btime"))
-    ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
-    return datetime.fromtimestamp(boot + ticks // os.sysconf("SC_CLK_TCK"))
+def end(code: int, sentence: str, *, at: float = 0, final: bool = False) -> int:
+    """Tell torchrun how this rank ends. Returns the exit code.
+
+    Args:
+        at: when, in Unix's seconds, if not now.
+        final: another try is not wanted, although the code says nothing of that.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and exit_code(code) != DONE:
+        about = {"message": sentence, "errorCode": code, "final": final or code in FINAL}
+        about["extraInfo"] = {"timestamp": str(int(at or time.time()))}
+        with suppress(OSError):  # whole or not at all: torchrun cannot read half of one
+            Path(f"{path}.new").write_text(json.dumps({"message": about}))
+            os.replace(f"{path}.new", path)
+    return exit_code(code)
+
+
+def end_before() -> Said | None:
+    """How the last attempt ended, if torchrun has restarted what no restart mends: torchrun knows failures only."""
+    return next((said for said in _told(restarts() - 1) if said.final), None) if restarts() else None
+
+
+def others_said() -> Said | None:
+    """Why another rank of this node has left, but for a stop."""
+    stop = (FAILED, True)
+    return next((said for said in _told(restarts()) if (said.code, said.final) != stop), None)
+
+
+def end_refused(error: Exception) -> int:
+    """Print the one sentence from rank 0, or in a job from each rank into its log, and tell torchrun. Returns the exit
+    code."""
+    return end(refuse(error, speaks=rank() == 0 or submitted()), str(error))
 
 
 def leave(code: int) -> NoReturn:
     """End the process. All is written by now; threads of libraries were seen to abort it while Python unloads them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there is none, nobody reads it, or it is closed
+            stream.flush()
     os._exit(code)
+
+
+def leave_with(main: Callable[[], int]) -> NoReturn:
+    """End the process with what `main` returns, or at once after the traceback of what it raises: Python's own way out
+    waits for threads, and for other ranks."""
+    try:
+        code = main()
+    except SystemExit as exiting:  # of --help
+        code = exiting.code if isinstance(exiting.code, int) else int(bool(exiting.code))
+    except BaseException as error:
+        traceback.print_exc()
+        code = end(FAILED, f"{type(error).__name__}: {error}")
+    leave(code)
+
+
+def _told(attempt: int) -> Iterator[Said]:
+    """By the ranks of this node in one of torchrun's attempts; this one has not said anything yet."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        folder = Path(path).parents[1].with_name(f"attempt_{attempt}")  # attempt_<n>/<local rank>/error.json
+        for file in sorted(folder.glob("*/error.json")):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                said = json.loads(file.read_text())["message"]
+                yield Said(said["errorCode"], said["message"], said["final"])
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else 0  # what cannot be read, `join` complains of

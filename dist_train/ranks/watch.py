@@ -1,79 +1,154 @@
-"""What may end a process from outside: signals and silence."""
+"""What may end a process from outside: signals, silence, and another rank's failure. Imports no torch."""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable
-from threading import Thread
+from pathlib import Path
+from threading import Thread, main_thread
+from types import FrameType
+from typing import Protocol
 
-from dist_train.outcomes import STOPPED
-from dist_train.ranks import launcher
-
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 POLL = 0.2  # seconds between two looks at the clock
 ECHO = 2.0  # seconds within which a second signal is the first one's: Ctrl-C comes from terminal and torchrun
+QUIET = 1.0  # seconds without a heartbeat after which it is asked, as often, whether another rank has failed
+MARGIN = 10.0  # seconds by which faulthandler is slower than the watch
+LONGEST = 1e9  # seconds: more is an error to faulthandler
+ROOT = Path(__file__).parents[2]
+
+
+class Speaker(Protocol):
+    """Who speaks for a process that the watch ends, and ends it; see `rundir.last_words`."""
+
+    def force(self, why: str, *, begun: bool) -> None:
+        """After a stop that is not met by a save.
+
+        Args:
+            begun: whether there would have been something to save.
+        """
+
+    def hang(self, seconds: float, step: int, place: str, stacks: str) -> None:
+        """After so many seconds of silence.
+
+        Args:
+            step: that is under way, from 1; 0 before the first one.
+            place: where the main thread is.
+            stacks: of all threads.
+        """
+
+    def follow(self, *, signalled: bool, begun: bool) -> bool:
+        """If another rank has failed; else goes on, and returns whether another rank has found that all hang.
+
+        Args:
+            signalled: a stop signal has come, which may be the launcher's answer to a rank that was killed.
+            begun: whether there would be something to save.
+        """
 
 
 class Watch:
     """A thread that receives signals and misses heartbeats.
 
     A Python signal handler does not run while the main thread is inside a collective, so the thread reads signals from
-    `signal.set_wakeup_fd`. The first stop signal sets `stop`, which the ranks agree on at a step boundary. A second
-    one, a stop that takes longer than `grace`, or silence of the main thread for `patience` ends the process.
+    `signal.set_wakeup_fd`. The first stop signal sets `stop`, which the ranks agree on at a step boundary; before the
+    first step there is nothing to save, and it ends the process. So does a second signal, a stop that takes longer than
+    `grace`, or silence of the main thread for `patience`. If the thread itself is stopped, by a call that keeps
+    Python's lock, faulthandler ends the process.
 
     Args:
         patience: seconds between two heartbeats, until the first step; `heartbeat` then sets the shorter one.
         grace: seconds from a stop signal to the end of the process.
+        words: ends the process.
 
     Attributes:
         stop: a stop signal has come.
-        on_exit: called with the reason before the watch ends the process.
+        step: that is under way, from 1.
     """
 
-    def __init__(self, patience: float, grace: float) -> None:
-        self.stop = False
-        self.on_exit: Callable[[str], None] = lambda _: None
+    def __init__(self, patience: float, grace: float, words: Speaker) -> None:
+        self.stop, self.step = False, 0
         self.grace = grace
-        self._open = True
-        self.heartbeat(patience)
+        self._words = words
+        self._open, self._begun = True, False
+        self._patience, self._armed = 0.0, 0.0
+        # Not where there is no stderr: its number may be that of any file then.
+        self._shown = 2 if sys.stderr is not None else os.open(os.devnull, os.O_WRONLY)
+        faulthandler.enable(self._shown)  # shows where a signal like SIGSEGV has struck
+        self._hear(patience)
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in STOPS:
-            signal.signal(number, lambda *_: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # that is what nohup does
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         Thread(target=self._run, name="watch", daemon=True).start()
 
     def heartbeat(self, patience: float) -> None:
-        """The main thread is alive, and will be heard again within `patience` seconds."""
-        self._patience, self._heard = patience, time.monotonic()
+        """The main thread is alive, has begun to train, and will be heard again within `patience` seconds."""
+        self._begun = True
+        self._hear(patience)
 
     def close(self) -> None:
         """Training is over: watch no more."""
         self._open = False
+        faulthandler.cancel_dump_traceback_later()
         signal.set_wakeup_fd(-1)
 
+    def _hear(self, patience: float) -> None:
+        before, self._patience, self._heard = self._patience, patience, time.monotonic()
+        if patience != before or self._heard - self._armed > 1:  # now and then: it starts a thread
+            faulthandler.dump_traceback_later(min(patience + MARGIN, LONGEST), exit=True, file=self._shown)
+            self._armed = self._heard
+
     def _run(self) -> None:
-        first: float | None = None
+        first, asked = float("inf"), 0.0
         while self._open:
             ready, _, _ = select.select([self._reader], [], [], POLL)
             now = time.monotonic()
             if ready and any(number in STOPS for number in os.read(self._reader, 64)):
-                if first is None:
+                self._words.follow(signalled=True, begun=self._begun)
+                if not self._begun:
+                    self._words.force("stopped before the first step", begun=False)
+                if first == float("inf"):
                     first, self.stop = now, True
                 elif now - first > ECHO:
-                    self._leave("second stop signal: leaving without a save")
-            if first is not None and now - first > self.grace:
-                self._leave(f"the stop took longer than {self.grace:g} s: leaving; the previous checkpoint stands")
-            if now - self._heard > self._patience:
-                self._leave(f"no progress for {self._patience:g} s: a rank or a file system hangs")
+                    self._words.force("second stop signal: leaving without a save", begun=True)
+            if now - first > self.grace:
+                self._words.force(f"the stop took longer than {self.grace:g} s: leaving without a save", begun=True)
+            hangs = now - self._heard > self._patience
+            if now - max(self._heard, asked) > QUIET:
+                asked = now
+                hangs = self._words.follow(signalled=False, begun=self._begun) or hangs
+            if hangs:
+                self._words.hang(now - self._heard, self.step, place(), stacks())
 
-    def _leave(self, why: str) -> None:
-        try:
-            print(f"rank {launcher.rank()}: {why}", file=sys.stderr, flush=True)
-            self.on_exit(why)
-        finally:
-            os._exit(STOPPED)
+
+def stacks() -> str:
+    """What all threads are doing, innermost call first. No file is read for it, not even of the program."""
+    memory = os.memfd_create("stacks")
+    try:
+        faulthandler.dump_traceback(memory, all_threads=True)
+        return os.pread(memory, 1 << 20, 0).decode(errors="replace")
+    finally:
+        os.close(memory)
+
+
+def place() -> str:
+    """Where the main thread is in the program: `read (dist_train/ranks/vote.py:66)`."""
+    ident = main_thread().ident
+    frame: FrameType | None = sys._current_frames().get(ident) if ident is not None else None
+    while frame is not None and not _ours(frame):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown place"
+    code = frame.f_code
+    return f"{code.co_name} ({os.path.relpath(code.co_filename, ROOT)}:{frame.f_lineno})"
+
+
+def _ours(frame: FrameType) -> bool:
+    path = os.path.relpath(frame.f_code.co_filename, ROOT)
+    return path.split(os.sep)[0] in ("dist_train", "pipelines", "slurm", "tests")

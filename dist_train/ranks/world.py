@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from pipelines.errors import UserError
 from pipelines.misc import cpus
 
 T = TypeVar("T")
+LISTENING = 5.0  # seconds that rank 0 waits for the others to hear why it leaves
 CAUGHT = (UserError, OSError)  # what a user can mend; all else is raised where it happens
 
 
@@ -73,6 +75,12 @@ class World:
     def group(self, dimension: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one in nothing but `dimension`, data or tower; None for all ranks."""
         return None if self.mesh is None else self.mesh.get_group(dimension)
+
+    def leave(self) -> None:
+        """Leave the process group, all ranks together. For the normal way only: to destroy a group can mean to wait for
+        what others have begun in it, behind which an error would never be seen."""
+        dist.barrier()
+        dist.destroy_process_group()
 
     @property
     def threads(self) -> int:
@@ -139,19 +147,29 @@ def pick_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.de
     return torch.device("cuda", local_rank)
 
 
+def flight_record(folder: Path) -> None:
+    """Keep NCCL's record of the last collectives, for `torchfrtrace --prefix nccl-rank- FOLDER`. Raises OSError."""
+    dump = torch._C._distributed_c10d._dump_nccl_trace  # type: ignore[attr-defined]
+    (folder / f"nccl-rank-{dist.get_rank()}").write_bytes(dump())
+
+
 def join(device: str) -> World:
     """Join the process group of torchrun's (or submitit's) environment; a group of one without a launcher.
 
     `device`: as for `pick_device`. Backend: nccl on the GPU, gloo on the CPU. A collective that hangs is ended by
-    `Watch`, long before the group's own time-out. Raises UserError if there is no such device, or if the environment
-    is that of a launcher in parts.
+    `Watch`, long before the group's own time-out. Raises UserError on all ranks if one of them has no such device, and
+    if the environment is that of a launcher in parts.
     """
     try:
         size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     except ValueError as error:
         raise UserError(f"the environment is not a launcher's, use torchrun: {error}") from error
-    place = pick_device(device, local_rank, local_size)
+    complaint = ""
+    try:
+        place = pick_device(device, local_rank, local_size)
+    except UserError as error:
+        place, complaint = torch.device("cpu"), str(error)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         # float32 means float32, in matrix products (torch's default) and in convolutions (TF32 by default). Mixed
@@ -169,8 +187,11 @@ def join(device: str) -> World:
         except ValueError as error:
             raise UserError(f"the environment is not a launcher's, use torchrun: {error}") from error
         store: Store = PrefixStore(_meet(shared, rank, size), shared)
+        complaint = _heard(store, rank, size, complaint)
     else:
         store, rank, size = HashStore(), 0, 1
+    if complaint:
+        raise UserError(complaint)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, place)
 
@@ -197,3 +218,21 @@ def _meet(store: Store, rank: int, size: int) -> str:
                 missing.remove(other)
         time.sleep(0.02)
     return mine
+
+
+def _heard(store: Store, rank: int, size: int, complaint: str) -> str:
+    """What one of the ranks complains of, the same on all: none is left waiting for one that cannot go on."""
+    if complaint:
+        store.set("complaint", complaint)
+    store.add("ready", 1)
+    if rank == 0:
+        while store.add("ready", 0) < size:
+            time.sleep(0.02)
+        store.set("answer", store.get("complaint").decode() if store.check(["complaint"]) else "")
+    answer = str(store.get("answer").decode())
+    store.add("heard", 1)
+    if rank == 0 and answer:  # the store may be this process's
+        until = time.monotonic() + LISTENING
+        while store.add("heard", 0) < size and time.monotonic() < until:
+            time.sleep(0.02)
+    return answer

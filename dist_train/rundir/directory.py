@@ -31,14 +31,15 @@ class RunDirectory:
         self.record = Record(self.lease, say)
         self.store = Store(self.lease, keep)
 
-    def claim(self, config: Config, step: int, bad: list[str]) -> None:
-        """Take the run over, from rank 0, to go on at `step`. Raises OSError if it cannot be written, and NoProgress.
+    def claim(self, config: Config, bad: list[str]) -> str:
+        """Take the run over, from rank 0. Returns the name of this start. Raises OSError if it cannot be written.
 
         Args:
             bad: names of checkpoints that are damaged; they are set aside.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self.lease.acquire()
+        restarts.forget(self.path)
         self.store.clean(bad)
         write_atomically(self.path / "config.yaml", dump(config).encode())
-        restarts.count(self.path, step)
+        return self.lease.token

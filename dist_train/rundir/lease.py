@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import datetime
 from pathlib import Path
 
 from dist_train.outcomes import LeaseLost
@@ -15,23 +16,24 @@ class Lease:
     """One start's right to write a run directory; lost for good when a later start acquires it.
 
     Attributes:
+        token: the name of the start, which all its ranks know; empty before the run is claimed.
         lost: `holds` has found another start's token. All ranks learn of it by the vote at the next step.
     """
 
     def __init__(self, run: Path) -> None:
         self.run, self.lost = run, False
-        self._token = ""
+        self.token = ""
 
     def acquire(self) -> None:
         """Take the run over from whoever has it. Raises OSError."""
-        self._token = uuid.uuid4().hex
-        write_atomically(self.run / FILE, self._token.encode())
+        self.token = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"
+        write_atomically(self.run / FILE, self.token.encode())
 
     def holds(self) -> bool:
         """Whether the run is still this start's: asked before every write and rename. Raises OSError if the directory
         is gone."""
         if not self.lost:
-            self.lost = (self.run / FILE).read_text() != self._token
+            self.lost = (self.run / FILE).read_text() != self.token
         return not self.lost
 
     def loss(self) -> LeaseLost:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.ranks import launcher
+from dist_train.rundir.checkpoint import newest_name
 from pipelines.errors import UserError
 from pipelines.files import read_json, write_atomically
 
@@ -28,16 +29,24 @@ def stuck(places: Sequence[str], now: str) -> bool:
     return len(places) >= LIMIT and all(place == now for place in places[-LIMIT:])
 
 
-def count(run: Path, step: int) -> None:
-    """Note that a start begins at `step`. Raises NoProgress if it is the third restart in a row to begin there.
+def count(run: Path) -> None:
+    """Note that torchrun has restarted the run, before anything of the restart can fail. Raises NoProgress if it is the
+    third one in a row that finds the same checkpoint.
 
-    torchrun's restarts count; a start by hand begins anew. Under Slurm `slurm.job` counts, since there a start may fail
-    before this.
+    Under Slurm `slurm.job` counts. Raises OSError, and UserError for a damaged file.
     """
-    path = run / FILE
+    if not launcher.restarts() or not run.is_dir():
+        return
+    path, newest = run / FILE, newest_name(run)
     before = read_json(path) if path.exists() else {}
-    restarted = launcher.restarts() > 0
-    number = before["count"] + 1 if restarted and before.get("step") == step else int(restarted)
-    write_atomically(path, json.dumps({"step": step, "count": number}).encode())
+    number = before["count"] + 1 if before.get("checkpoint") == newest else 1
+    write_atomically(path, json.dumps({"checkpoint": newest, "count": number}).encode())
     if number >= LIMIT:
-        raise NoProgress(f"{number} automatic restarts began at step {step} without progress: see the log")
+        place = f"at {newest}" if newest else "at the beginning"
+        raise NoProgress(f"{number} automatic restarts began {place} without progress: see the log")
+
+
+def forget(run: Path) -> None:
+    """A start by hand has claimed the run: the count begins anew."""
+    if not launcher.restarts():
+        (run / FILE).unlink(missing_ok=True)

@@ -48,6 +48,12 @@ class Saver:
         every = self._config.steps
         return every > 0 and step % every == 0 and step != self._saved_step
 
+    def check(self) -> None:
+        """Raises what a save met that is not the disk's doing: trying again would not mend it."""
+        error = self._run.store.error
+        if error and not isinstance(error, OSError):
+            raise error
+
     def save(self, *, best: bool = False) -> None:
         """Save the state beside training; rank 0 writes. All ranks call it at the same step."""
         self._saved_at, self._saved_step = time.monotonic(), self._state.progress.step
@@ -71,6 +77,7 @@ class Saver:
         all ranks."""
         run, share = self._run, self._world.share
         run.store.join()
+        self.check()
         if share(bool(run.store.error) and not run.lease.lost):
             self.save()
             run.store.join()

@@ -33,7 +33,7 @@ class Store:
 
     def __init__(self, lease: Lease, keep: int, moment: Callable[[str], None] = lambda _: None) -> None:
         self.directory, self.keep = lease.run / FOLDER, keep
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._lease, self._moment = lease, moment
         self._writer: Thread | None = None
 
@@ -80,7 +80,7 @@ class Store:
                 self._link(name)
             self._prune()
             self.error = None
-        except Exception as error:  # a full disk, a vanished directory: the run decides what to do
+        except BaseException as error:  # a full disk, a vanished directory: the run decides what to do
             self.error = error
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -90,7 +90,12 @@ class Store:
         temporary.mkdir()  # not its parents: a vanished directory is not made anew
         with open(temporary / STATE, "wb") as file:
             hashed = _Hashed(file)
-            torch.save(state, hashed)  # type: ignore[arg-type]
+            try:
+                torch.save(state, hashed)  # type: ignore[arg-type]
+            except RuntimeError:
+                if hashed.error:  # what torch makes of it does not say so
+                    raise hashed.error from None
+                raise
             self._moment("written")
             self._flush(file)
         meta = meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}
@@ -153,11 +158,16 @@ class _Hashed:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None  # of the disk
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.size += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -1,0 +1,203 @@
+"""How a process leaves that cannot go on: at once, and not before it has said why. Imports no torch.
+
+To stderr, to torchrun's report, to errors/<start>/ and to status.json, where the failure that came first stands,
+whichever rank met it: what the others see of it (closed connections, a launcher that ends them) is not the reason.
+Nothing here waits for another rank, and for a file system only some seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from threading import Lock, Thread
+from typing import NoReturn, TypeVar
+
+from dist_train.outcomes import FAILED
+from dist_train.ranks import kin, launcher
+from dist_train.rundir.checkpoint import newest_name
+from dist_train.rundir.errors import Failure, Standstill
+from dist_train.rundir.status import Announcement, Status
+
+T = TypeVar("T")
+LIMIT, EACH = 5.0, 2.0  # seconds that all this, and each piece, may take: a file system may hang
+GATHERING = 2.0  # seconds in which the other ranks say where they stand still
+SHOWING = 1.0  # seconds in which those that are ended by a signal say it
+KILLED = "another rank is gone and has not said why: it was killed, perhaps for want of memory"
+LOST = re.compile(r"(Connection (closed|reset) by peer|Broken pipe)( \[[^\]]*\]:\d+)?")  # gloo's, with the address
+
+
+class LastWords:
+    """Speaks for one rank, and ends its process.
+
+    Args:
+        run: directory of the run, which may not be claimed yet; None without one.
+        announcement: of this start, as long as the run is not claimed.
+
+    Attributes:
+        record: called with errors/<start>/ when the process hangs, for what else there is to keep.
+        close: called last, for what others hold in memory still.
+    """
+
+    def __init__(self, run: Path | None = None, announcement: Announcement | None = None) -> None:
+        self.record: Callable[[Path], None] = lambda _: None
+        self.close: Callable[[], None] = lambda: None
+        self._run, self._announcement = run, announcement
+        self._rank, self._node = launcher.rank(), socket.gethostname()
+        self._size = launcher.size()
+        self._status: Status | None = None
+        self._leaving = Lock()  # never released: what another thread sees of the end is not the reason
+        self._until = 0.0
+        self._looking: Thread | None = None
+
+    def claimed(self, run: Path, status: Status, size: int) -> None:
+        """From here on the run is this start's, which has so many ranks."""
+        self._run, self._status, self._size = run, status, size
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Leave after an error that nobody foresaw; to be called where it was caught."""
+        kind, reason = type(error).__name__, f"{type(error).__name__}: {error}"
+        text = traceback.format_exc()
+        self._begin_to_leave()
+        if self._size > 1 and isinstance(error, RuntimeError) and (found := LOST.search(reason)):
+            kind, reason = self._why_lost(f"{KILLED}, or its node is lost ({found[0]})")
+        self._leave(self._failure(kind, reason), text)
+
+    def force(self, why: str, *, begun: bool) -> None:
+        """Leave without a save, as `ranks.watch` asks for."""
+        self._begin_to_leave()
+        if run := self._run:
+            newest = self._ask(lambda: newest_name(run), "")
+            why += f"; {newest} stands" if newest else "; no checkpoint is there yet"
+        if not self._status and self._announcement:
+            self._ask(self._announcement.retract, None)
+        self._leave(self._failure("Forced" if begun else "Stopped", why), "")
+
+    def hang(self, seconds: float, step: int, place: str, stacks: str) -> None:
+        """Leave after so long a silence, as `ranks.watch` asks for."""
+        self._begin_to_leave()
+        began = time.time()
+        silence, here = f"no progress for {seconds:.0f} s: ", Standstill(self._rank, self._node, step, place)
+        mine = self._failure("Hang", f"{silence}a rank or a file system hangs; {here}")
+        self._print(f"{mine.reason}\n{stacks}")
+        if status := self._status:
+            first = self._ask(lambda: status.errors.enter(mine), mine)
+            self._ask(lambda: status.errors.write(self._rank, f"{here}\n\n{stacks}"), None)
+            time.sleep(self._left(GATHERING))
+            places: list[Standstill] = self._ask(status.errors.places, [])
+            if first == mine and here in places:
+                mine = self._failure("Hang", silence + compared(places, self._size))
+                self._ask(lambda: status.errors.amend(mine), None)
+                self._ask(lambda: status.fail(mine), None)
+                self._ask(lambda: launcher.end(FAILED, self._by(mine), at=began), 0)  # before those that are ended now
+                kin.abort(set(range(self._size)) - {place.rank for place in places})
+            self._ask(lambda: self.record(status.errors.folder), None)
+            time.sleep(self._left(SHOWING))
+        self._leave(mine, "", at=began)
+
+    def follow(self, *, signalled: bool, begun: bool) -> bool:
+        """Leave if another rank has failed, as `ranks.watch` asks for. Returns whether one has found a hang."""
+        found: list[Failure | None] = []
+        failed = self._status.failed if self._status else self._announcement.failed if self._announcement else None
+        if failed and not (self._looking and self._looking.is_alive()):
+            self._looking = _attempt(lambda: found.append(failed()))
+            self._looking.join(1)
+        if found and (first := found[0]) and first.rank != self._rank:
+            if first.kind == "Hang":
+                return True
+            self._begin_to_leave()
+            self._leave(first, "")
+        if signalled and (launcher.others_said() or kin.gone(begun=begun)):
+            self._begin_to_leave()
+            self._leave(self._failure(*self._why_lost(KILLED)), "")
+        return False
+
+    def _why_lost(self, otherwise: str) -> tuple[str, str]:
+        """Kind and reason of a failure that follows from another rank's."""
+        said = self._ask(launcher.others_said, None)
+        return "Refused" if said and said.code in launcher.FINAL else "Lost", said.sentence if said else otherwise
+
+    def _failure(self, kind: str, reason: str) -> Failure:
+        return Failure(self._rank, self._node, kind, reason)
+
+    def _by(self, failure: Failure) -> str:
+        who = f"rank {failure.rank} on {failure.node}: " if self._size > 1 or self._rank else ""
+        return who + failure.reason
+
+    def _leave(self, failure: Failure, text: str, *, at: float = 0) -> NoReturn:
+        """`text`: a traceback, in which the reason stands too. `at`: as for `launcher.end`."""
+        status = self._status
+        first = self._ask(lambda: status.errors.enter(failure), failure) if status else failure
+        if first.rank != self._rank:
+            told = f": see {status.errors.folder}" if status else ""
+            shown = f"rank {self._rank}: leaving, since rank {first.rank} failed first: {first.reason}{told}"
+        else:
+            traced = text if failure.kind not in ("Lost", "Refused") else ""  # what the others see is not the reason
+            shown = traced.rstrip("\n") or f"rank {self._rank}: {failure.reason}"
+        self._print(shown)
+        final = first.kind in ("Forced", "Stopped")  # it was asked for
+        self._ask(lambda: launcher.end(FAILED, self._by(first), at=at, final=final), 0)
+        if status and failure.kind != "Hang":  # of which it has said more already
+            self._ask(partial(status.errors.write, self._rank, f"{shown}\n\n{text}"), None)
+        if first.kind != "Hang" or first.rank == self._rank:  # of which the first rank finds out more
+            self._ask(lambda: self._tell(first), None)
+        self._ask(self.close, None)
+        self._ask(sys.stdout.flush, None)
+        os._exit(FAILED)
+
+    def _begin_to_leave(self) -> None:
+        self._leaving.acquire()
+        self._until = time.monotonic() + LIMIT
+
+    def _left(self, seconds: float) -> float:
+        """So many seconds, or what is left of all."""
+        return max(0.0, min(seconds, self._until - time.monotonic()))
+
+    def _ask(self, work: Callable[[], T], otherwise: T) -> T:
+        """What `work` returns; `otherwise` if it fails, or takes too long."""
+        done: list[T] = []
+        _attempt(lambda: done.append(work())).join(self._left(EACH))
+        return done[0] if done else otherwise
+
+    def _print(self, text: str) -> None:
+        _attempt(lambda: print(text, file=sys.stderr, flush=True)).join(max(0.5, self._left(1)))
+
+    def _tell(self, first: Failure) -> None:
+        if self._status:
+            self._status.fail(first)
+        elif self._announcement and first.kind == "Refused" and launcher.attended():
+            self._announcement.retract()
+        elif self._announcement and first.kind != "Stopped":
+            self._announcement.fail(first.reason, rank=first.rank, node=first.node, error=first.kind)
+
+
+def compared(places: list[Standstill], size: int) -> str:
+    """Which rank the others wait for, by where those stand still that could say it, of `size` ranks."""
+    silent = [str(rank) for rank in range(size) if rank not in {place.rank for place in places}]
+    behind = [place for place in places if place.step == min(place.step for place in places)]
+    if silent:
+        ranks = f"rank {silent[0]} gives" if len(silent) == 1 else f"ranks {', '.join(silent[:8])} give"
+        return f"{ranks} no answer: behind, or stopped; {places[0]}"
+    if len(behind) < len(places):
+        furthest = max(place.step for place in places)
+        return f"{behind[0]}, which is behind: others are at step {furthest}"
+    return f"a rank or a file system hangs; {'; '.join(map(str, places[:8]))}"
+
+
+def _attempt(work: Callable[[], object]) -> Thread:
+    """Do it in a thread of its own, which may hang."""
+
+    def attempt() -> None:
+        with suppress(Exception):  # nothing more can be done about it
+            work()
+
+    thread = Thread(target=attempt, daemon=True)
+    thread.start()
+    return thread
