@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from submitit import JobEnvironment
+from submitit.core.utils import UncompletedJobError
 from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributedEnvironment
 
-from dist_train.outcomes import DIVERGED, STOPPED
-from dist_train.ranks.launcher import leave
+from dist_train.outcomes import DIVERGED, FAILED, STOPPED
+from dist_train.ranks.kin import bind
+from dist_train.ranks.launcher import FINAL, leave
 from dist_train.rundir import restarts, status
 from dist_train.rundir.checkpoint import newest_name
-from pipelines.cli import USAGE
+from dist_train.rundir.last_words import LastWords
+from dist_train.rundir.status import Announcement
 from pipelines.misc import cpus
 from slurm.cluster import entry
-from slurm.submissions import Submission, SubmittedRun
+from slurm.submissions import CRASH, Submission, SubmittedRun
 
 PORTS = range(20000, 32000)  # below those that Linux hands out by itself
 
@@ -37,20 +40,31 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         self.directory = directory
 
     def __call__(self) -> None:
+        here, announcement = JobEnvironment(), Announcement(self.directory, writes=False)
+        _bind(here)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores; the trainer's watch is not there yet
+        try:
+            self._start(here)
+        except UncompletedJobError:  # submitit's handler, before the trainer's: cancelled
+            raise
+        except Exception as error:  # before the trainer could catch it: a node may have lost the program
+            LastWords(self.directory, announcement).fail(error)
+
+    def _start(self, here: JobEnvironment) -> None:
         requeue: Any = signal.getsignal(signal.SIGUSR2)
-        run, here = SubmittedRun(self.directory), JobEnvironment()
+        run = SubmittedRun(self.directory)
         # Neighbouring job numbers give different ports, so that jobs on one node do not meet.
         os.environ["MASTER_PORT"] = str(PORTS[int(here.raw_job_id) % len(PORTS)])
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
         _remove_stale(here)
         if rank == 0 and not _begin(run, here):
             os._exit(DIVERGED)  # like a run that diverged, it must not be tried again
-        from dist_train.cli import train  # not before this start is noted: a node may have lost the program
+        from dist_train.cli import train  # not before this start is noted: it may not be there
 
         code = train(["--config", str(run.config_file), "--run.dir", str(self.directory)])
         if code == STOPPED:
             leave(_come_back(here, rank, requeue, STOPPED))
-        if code in (DIVERGED, USAGE):  # trying again would end in the same way
+        if code in FINAL:  # trying again would end in the same way
             _submission(here).no_requeue.touch()
         if code:
             leave(code)
@@ -69,6 +83,7 @@ class Pack(Checkpointable):  # type: ignore[misc]
         self.source, self.directory, self.options, self.part = source, directory, options, part
 
     def __call__(self) -> None:
+        _bind(JobEnvironment())
         from pipelines.pack import Options, pack, pack_share
         from pipelines.sources import ImageFolder
 
@@ -79,6 +94,13 @@ class Pack(Checkpointable):  # type: ignore[misc]
             pack_share(*task, self.part, split=split, workers=workers)
         else:
             pack(*task, split=split, workers=workers)
+
+
+def _bind(here: JobEnvironment) -> None:
+    """End with what has started this process; at once if that is gone already."""
+    bind()
+    if here.cluster == "local" and os.getppid() != int(here.job_id):
+        leave(FAILED)
 
 
 def _submission(here: JobEnvironment) -> Submission:
@@ -99,17 +121,23 @@ def _remove_stale(here: JobEnvironment) -> None:
 def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
     """Records this start. Returns False, and says why in status.json, if the last three starts made no progress."""
     history, newest, submission = run.history(), newest_name(run.directory), _submission(here)
+    found = status.known(run.directory)
+    where = {key: found[key] for key in ("step", "epoch") if key in found}
+    failed = str(found["reason"]) if found.get("state") == "failed" else ""
+    if crash := run.crash(found):
+        failed = crash
+        status.write(run.directory, "failed", crash, **where, **{CRASH: True})
+    submission.crash.unlink(missing_ok=True)
     last = max((i for i, line in enumerate(history) if "submitted" in line), default=-1)
     starts = history[last + 1 :]
     if restarts.stuck([start["checkpoint"] for start in starts], newest):
         nodes = ", ".join(sorted({node for start in starts[-restarts.LIMIT :] for node in start["nodes"]}))
+        nodes += f"; the last one failed: {failed}" if failed else ""
         reason = (
             f"no progress in {restarts.LIMIT} starts (on {nodes}): read the log, mend it, then "
             f"`python -m slurm requeue`"
         )
         print(f"error: {reason}", file=sys.stderr)
-        found = status.read(run.directory)
-        where = {key: found[key] for key in ("step", "epoch") if key in found}
         status.write(run.directory, "failed", reason, **where)
         submission.no_requeue.touch()
         return False

@@ -6,22 +6,26 @@
 <folder>/<job>_<rank>_log.out    log of one rank over all restarts; `folder` is <run>/slurm, or the sweep's
 <folder>/<job>.started           this start reached the trainer: a crash is worth another try
 <folder>/<job>.over              never put this job back into the queue
+<folder>/<job>.crash             how the last start ended, as its batch script saw it
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dist_train.rundir import status
 from pipelines.errors import UserError, first_line
 from pipelines.files import read_json, read_jsonl, read_text, write_atomically
 
 ROOT = Path("runs")
+CRASH = "crash"  # in status.json, where a start has put there how the one before it failed
 
 
 class SlurmError(UserError):
@@ -54,6 +58,12 @@ class Submission:
     def no_requeue(self) -> Path:
         """Mark that forbids a requeue."""
         return Path(self.folder) / f"{self.job}.over"  # the name that the teardown of queued jobs knows
+
+    @property
+    def crash(self) -> Path:
+        """What the batch script noted when a start failed: the time, for how many seconds it had run at most, its
+        exit code, the last error in the logs."""
+        return Path(self.folder) / f"{self.job}.crash"
 
     def log(self, rank: int) -> Path:
         """Log file of one rank."""
@@ -103,6 +113,24 @@ class SubmittedRun:
         submission = self.submission()
         assert submission
         return submission
+
+    def crash(self, told: Mapping[str, Any]) -> str:
+        """How the last start failed, where it could not say so itself: the environment was not there, or all its
+        processes were killed. Empty where it could, or has not failed.
+
+        Args:
+            told: what status.json says.
+        """
+        try:
+            end, seconds, code, error = self.last.crash.read_text(errors="replace").rstrip("\n").split(" ", 3)
+            ended, began = float(end), float(end) - float(seconds)
+        except (OSError, ValueError):  # nothing is there, or half of it
+            return ""
+        heartbeat = told.get("heartbeat", 0)
+        said = told.get("state") in status.OVER and CRASH not in told  # else it is of the start before that one
+        if heartbeat > ended or (heartbeat >= began and said):
+            return ""
+        return f"exit code {code}: {error or 'see the log'}"
 
     def submitted(self, submission: Submission) -> None:
         """Keep a new submission. It gets its own three starts to make progress."""

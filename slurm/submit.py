@@ -28,11 +28,24 @@ from slurm.submissions import SlurmError, Submission, SubmittedRun
 
 TEARDOWN = """\
 code=$?
-job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
-# A crash of a start that had reached the trainer, and that Slurm is not ending already: back into the queue.
-if [ $code -ne 0 ] && rm {folder}/"$job".started 2>/dev/null && [ ! -e {folder}/"$job".over ] &&
-    [ -n "$(squeue --noheader --jobs="$job" --states=RUNNING)" ]; then
-  scontrol requeue "$job"
+lasted=$((SECONDS + 2))  # at most
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+cd FOLDER || exit $code
+if [ $code -ne 0 ]; then
+  rm "$job".started 2>/dev/null && reached=1
+  # A crash, and not an end that Slurm is bringing about already, nor one that was asked for; 2 is a refusal.
+  if [ -n "$(squeue --noheader --jobs="$job" --states=RUNNING)" ] &&
+      { [ ! -e "$job".over ] || [ $code -eq 2 ]; }; then
+    # The last error of each rank; what a stop signal ends before the first step is none.
+    said=$(find . -name "${job}_*_log.out" -newermt "-$lasted seconds" -exec awk '
+      /Starting with JobEnvironment/ { said[FILENAME] = "" }
+      /Error(:|$)|error:|stopped before the first step/ && !/Exited with|CANCELLED/ { said[FILENAME] = $0 }
+      END { for (file in said) print said[file] }' {} + | grep .)
+    error=$(grep -v -e 'stopped before the first step' -e 'Terminated$' <<< "$said" | tail -n 1)
+    [ -n "$error" ] || [ -z "$said" ] && echo "$(date +%s.%N) $lasted $code $error" > "$job".crash
+    # Back into the queue, if it had reached the trainer.
+    [ -n "$reached" ] && [ ! -e "$job".over ] && scontrol requeue "$job"
+  fi
 fi
 exit $code"""
 
@@ -104,7 +117,7 @@ def parameters(options: Namespace, name: str, folder: Path) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "srun_args": srun + ([f"--cpus-per-task={cpus}"] if cpus else []),  # since 22.05 srun does not inherit it
         "additional_parameters": {"requeue": True},  # after a lost node; many sites default to no
-        "teardown": TEARDOWN.format(folder=shlex.quote(str(folder))).splitlines(),
+        "teardown": TEARDOWN.replace("FOLDER", shlex.quote(str(folder))).splitlines(),
     }
     named = ("partition", "account", "qos", "constraint", "exclude", "mem", "comment")
     wanted |= {key: getattr(options, key) for key in named}

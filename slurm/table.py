@@ -28,7 +28,6 @@ HEAD = (
     "RESTARTS",
     "TIME LEFT",
 )
-SILENT = 60.0  # seconds; a run writes its heartbeat every 10
 TAIL = 1 << 16  # bytes of the record that are read from its end
 
 
@@ -53,6 +52,8 @@ def status_table(runs: list[SubmittedRun]) -> str:
 def row(run: SubmittedRun, queue: dict[str, Entry], now: float) -> tuple[str, ...]:
     """The cells under HEAD."""
     now_at, place = status.read(run.directory), queue.get(run.last.job)
+    if crash := run.crash(now_at):
+        now_at |= {"state": "failed", "reason": crash}
     state, heartbeat = _state(now_at, place, now)
     rate, error = _newest_numbers(run.directory / record.FILE)
     starts = sum("start" in line for line in run.history())
@@ -116,16 +117,15 @@ def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str,
         return "not started", "-"
     state, age = str(found["state"]), now - found.get("heartbeat", now)
     heartbeat = f"{duration(age)} ago"
-    if state == "running":
+    told = f"{state}: {found['reason']}" if found.get("reason") else state
+    if state in ("starting", "running"):
         if place and place.state == "PENDING":
-            return "interrupted", heartbeat  # without a word: a lost node, a crash
-        if age > SILENT:
-            return f"silent for {duration(age)}", "-"
+            return "interrupted", heartbeat  # without a word: a lost node
+        if age > status.SILENT:
+            return f"silent for {duration(age)}" + (f" ({told})" if state == "starting" else ""), "-"
         if not (place and place.active):
-            return "running, but not in the queue", heartbeat
-    elif state in ("failed", "diverged") and found.get("reason"):
-        state = f"{state}: {found['reason']}"
-    return state, heartbeat
+            return f"{state}, but not in the queue", heartbeat
+    return (state if state in ("running", "stopped") else told), heartbeat
 
 
 def _in_queue(place: Entry | None) -> str:
