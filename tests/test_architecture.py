@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -18,7 +19,7 @@ ARROWS = """
     __main__  analysis cli ranks pipelines
     analysis  cli train build process monitor pictures probe rundir ranks models data config machine driver \
               outcomes pipelines
-    cli       run ranks config pipelines
+    cli       run rundir ranks config pipelines
     run       train data monitor pictures rundir ranks config outcomes pipelines
     train     build process validate monitor rundir ranks models optim probe config outcomes pipelines
     monitor   validate rundir config pipelines
@@ -40,7 +41,7 @@ ARROWS = """
 """
 ALLOWED = {room: set(targets) for room, *targets in map(str.split, ARROWS.strip().splitlines())}
 # What slurm takes of these two rooms: modules that import no torch.
-FOR_SLURM = {"ranks": {"launcher"}, "rundir": {"checkpoint", "record", "restarts", "status"}}
+FOR_SLURM = {"ranks": {"kin", "launcher"}, "rundir": {"checkpoint", "last_words", "record", "restarts", "status"}}
 
 # Words that mean one thing: where each may be a name. A part is a packing task's share of the shards.
 WORDS = {"alone": set[str](), "choose": set[str](), "part": {"slurm/job.py"}}
@@ -258,3 +259,16 @@ def test_the_trainer_is_small_and_goes_nowhere() -> None:
                     if "Trainer" in said or argument.arg == "trainer":
                         offenders.append(f"{module.at(node)}: {node.name} takes it")
     assert not offenders, "\n".join(offenders)
+
+
+def test_the_tests_that_the_readme_names_exist() -> None:
+    """Each promise stands beside the test that holds it."""
+    missing = []
+    for line in (ROOT / "README.md").read_text().splitlines():
+        file = ""
+        for named in re.findall(r"`((?:slurm/)?test_\w+\.py)?(?:::(test_\w+)(?:\.\.\.)?)?`", line):
+            file = named[0] or file
+            path = ROOT / "tests" / file
+            if file and not (path.is_file() and named[1] in path.read_text()):
+                missing.append("::".join(named))
+    assert not missing

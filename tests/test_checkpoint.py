@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from dist_train.rundir.checkpoint import find
 from dist_train.rundir.lease import Lease
-from dist_train.rundir.restarts import NoProgress, count
+from dist_train.rundir.restarts import NoProgress, count, forget
 from dist_train.rundir.store import Store
 
 
@@ -172,16 +172,34 @@ def test_a_stale_process_renames_nothing(tmp_path: Path) -> None:
 
 
 def test_three_automatic_restarts_without_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin(step: int, restarted: Any) -> None:
+    def begin(restarted: int) -> None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarted))
-        count(tmp_path, step)
+        count(tmp_path)
+        forget(tmp_path)
 
-    begin(5, 0)
-    begin(5, 1)
-    begin(5, 2)
-    begin(6, 3)  # progress
-    begin(6, 4)
-    with pytest.raises(NoProgress, match="3 automatic restarts began at step 6"):
-        begin(6, 5)
-    begin(6, 0)  # by hand: a new count
-    begin(6, 1)
+    begin(0)
+    begin(1)
+    begin(2)
+    (tmp_path / "checkpoints" / "step-00000006").mkdir(parents=True)  # progress
+    begin(3)
+    begin(4)
+    with pytest.raises(NoProgress, match="3 automatic restarts began at step-00000006"):
+        begin(5)
+    begin(0)  # by hand: a new count
+    begin(1)
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """In the midst of a state, at each of its parts: what torch makes of it does not hide the reason."""
+    checkpoints, before = store(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {"w": torch.zeros(50_000), "names": [str(i) for i in range(5000)], "m": torch.zeros(50_000)}
+    for size in (100, 30_000, 150_000, 250_000, 400_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            checkpoints.save(state, {"step": 1, "epoch": 0, "validated": False}, best=False)
+            checkpoints.join()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert isinstance(checkpoints.error, OSError), size
+        assert not list(checkpoints.directory.iterdir())
+    save(checkpoints, 2)

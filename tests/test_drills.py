@@ -7,22 +7,18 @@ is the remedy, and compares with a run that was never disturbed: weights, optimi
 from __future__ import annotations
 
 import json
-import random
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.compare import assert_same_run, newest, records, status
-from tests.helpers.launch import STEPS, Run, alive, at, children, finish, launch, start
+from tests.helpers.compare import records, status
+from tests.helpers.drills import EVERY, TABLE, all_gone, same, table, undisturbed, until
+from tests.helpers.launch import STEPS, Run, at, finish, launch, start
 
+__all__ = ["table", "undisturbed"]  # fixtures
 pytestmark = pytest.mark.integration
-
-EVERY = "--checkpoint.steps=4"
-TABLE: list[tuple[str, str, str]] = []
 
 
 @dataclass(frozen=True)
@@ -55,20 +51,20 @@ DRILLS = [
     Drill("SIGTERM to torchrun", at("step", 6, "launcher SIGTERM", 1), "stopped"),
     Drill("SIGTERM during validation", at("validation", 1, "SIGTERM", 1), "stopped"),
     Drill("SIGTERM during a save", at("save:written", 1, "SIGTERM"), "stopped", slow=True),
-    Drill("SIGTERM twice", at("step", 6, "SIGTERM SIGTERM", 1), says="second stop signal"),
+    Drill("SIGTERM twice", at("step", 6, "SIGTERM SIGTERM", 1), "failed", says="second stop signal: leaving without"),
     Drill(
         "a save that hangs",
         at("save:written", 2, "hang"),
         "failed",
-        extra=("--run.step_timeout=6",),
-        says="no progress for 6 s",
+        extra=("--run.step_timeout=4",),
+        says="no progress for 4 s",
     ),
     Drill(
         "SIGSTOP of one rank",
         at("step", 7, "pause", 1),
         "failed",
-        extra=("--run.step_timeout=6",),
-        says="no progress",
+        extra=("--run.step_timeout=4",),
+        says="rank 1 gives no answer",
         slow=True,
     ),
     Drill("full disk at one save", at("save:written", 1, "disk full"), "done", again=False, says="No space left"),
@@ -76,21 +72,6 @@ DRILLS = [
         "full disk for the record, once", at("record", 5, "disk full"), "done", again=False, says="cannot be written"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shard_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = launch(shard_sets, run, EVERY)
-    assert result.returncode == 0, result.stderr
-    return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table() -> Iterator[None]:
-    yield
-    if TABLE:
-        print("\n" + "\n".join(f"{name:<46} {outcome:<44} {lost:>10}" for name, outcome, lost in TABLE))
 
 
 def time_lost(run: Path) -> str:
@@ -105,22 +86,20 @@ def time_lost(run: Path) -> str:
     return f"{min(beyond) - struck:.1f} s" if beyond else "-"
 
 
-def same(run: Path, undisturbed: Path) -> None:
-    assert_same_run(run, undisturbed)
-    assert not list((run / "checkpoints").glob(".*"))
-    assert len(list((run / "checkpoints").glob("step-*"))) <= 3
-
-
 @pytest.mark.parametrize(
     "drill",
     [pytest.param(d, id=d.name, marks=[pytest.mark.slow] * d.slow) for d in DRILLS],
 )
 def test_drill(drill: Drill, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = launch(shard_sets, run, EVERY, *drill.extra, agent=drill.agent, fault=drill.fault)
+    # If they are forked, ranks that stop for torchrun wait for each other, and a silent one is not known by its number.
+    how = "exec" if drill.fault["do"] in ("launcher SIGTERM", "pause") else "fork"
+    first = launch(shard_sets, run, EVERY, *drill.extra, agent=drill.agent, fault=drill.fault, how=how)
     assert list(run.glob("fault-*")), f"the fault did not strike\n{first.stderr}"
     assert status(run)["state"] in {"dead": ("running", "failed")}.get(drill.ends, (drill.ends,)), first.stderr
     assert drill.says in first.stderr
+    well = drill.ends in ("done", "stopped") and "launcher" not in drill.fault["do"]  # SIGTERM gets torchrun a code
+    assert (first.returncode == 0) == well, first.returncode
     if drill.ends == "stopped" and "launcher" not in drill.fault["do"]:  # torchrun itself prints one
         assert "Traceback" not in first.stderr
     outcome = drill.ends
@@ -137,7 +116,9 @@ def test_nan_in_one_rank_stops_all_and_harms_nothing(shard_sets: Path, undisturb
     run = tmp_path / "run"
     fault = at("step", 7, "nan", 1)
     result = launch(shard_sets, run, EVERY, "--checkpoint.keep=9", fault=fault, agent="--max-restarts=3")
-    assert result.returncode == 0, "a restart would not mend it"
+    assert result.returncode == 1, "torchrun's own, whatever its ranks say"
+    assert "gradient is not finite at step 7" in report(result.stderr)
+    assert result.stderr.count("epoch 1 step 1:") == 1, "a restart would not mend it, and begins nothing"
     end = status(run)
     assert end["state"] == "diverged"
     for word in ("gradient is not finite at step 7", "epoch 1", "lr 0.01", "shard-0"):
@@ -190,19 +171,23 @@ def test_no_endless_restarts(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fault = at("step", 2, "kill", 1, always=True)
     result = launch(shard_sets, run, EVERY, fault=fault, agent="--max-restarts=9")
-    assert result.returncode == 0
-    assert "3 automatic restarts began at step 0 without progress" in status(run)["reason"]
+    assert result.returncode == 1
+    assert "3 automatic restarts began at the beginning without progress" in status(run)["reason"]
+    assert "3 automatic restarts began at the beginning without progress" in report(result.stderr)
+    assert result.stderr.count("2 x cpu, 240 images") == 3, "the first start and two restarts"
     assert status(run)["state"] == "failed"
     TABLE.append(("a crash at every start", "failed after three restarts", "-"))
 
 
+def report(stderr: str) -> str:
+    """torchrun's own, at the end."""
+    return stderr.partition("ChildFailedError")[2]
+
+
 def under_way(shard_sets: Path, run: Path) -> Run:
     """A slow run that has made its first checkpoint."""
-    process = start(shard_sets, run, EVERY, fault={}, env={"STEP_SECONDS": "1"}, how="exec")
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step-00000004").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    process = start(shard_sets, run, EVERY, fault={}, env={"STEP_SECONDS": "1"})
+    until((run / "checkpoints" / "step-00000004").exists)
     return process
 
 
@@ -220,20 +205,19 @@ def test_double_start(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> No
 
 
 def test_an_orphan_leaves(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The launcher is killed; its workers go on as orphans until a new start takes over."""
+    """The launcher is killed; its workers go with it, and without a save: that is no stop that anybody asked for."""
     run = tmp_path / "run"
     early = under_way(shard_sets, run)
-    orphans = children(early.pid)
+    assert len(early.processes()) >= 3
     early.kill()
+    took = all_gone(early)
+    finish(early)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
     late = launch(shard_sets, run, EVERY)
     assert late.returncode == 0, late.stderr
-    finish(early)
-    deadline = time.monotonic() + 60
-    while any(alive(pid) for pid in orphans):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    assert "continuing from step-00000004" in late.stderr
     same(run, undisturbed)
-    TABLE.append(("orphans of a killed launcher", "they leave", "-"))
+    TABLE.append(("orphans of a killed launcher", f"they leave in {took:.1f} s, continued, same bits", "-"))
 
 
 def test_saving_does_not_stop_the_steps(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -275,25 +259,3 @@ def test_settings_that_may_change_are_logged(shard_sets: Path, undisturbed: Path
     assert "optim.lr = 0.005" in result.stderr
     assert records(run, "changed") == [{"kind": "changed", "step": STEPS, "optim.lr": 0.005, "train.epochs": 2}]
     assert records(run, "step")[-1]["lr"] == 0.005
-
-
-@pytest.mark.slow
-def test_soak(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Fifteen cuts at random moments, in one run after another, each by SIGKILL of one rank or of all."""
-    rng = random.Random(0)
-    cuts = 0
-    for i in range(100):
-        run = tmp_path / str(i)
-        for _ in range(20):
-            fault = at("step", rng.randint(1, 9), rng.choice(["kill", "kill all"]), rng.randint(0, 1), always=True)
-            before = newest(run)["state"]["step"] if list(run.glob("checkpoints/step-*")) else 0
-            result = launch(shard_sets, run, EVERY, fault=fault)
-            if result.returncode == 0:
-                break
-            cuts += 1
-            assert newest(run)["state"]["step"] >= before if before else True
-        else:
-            assert launch(shard_sets, run, EVERY).returncode == 0
-        same(run, undisturbed)
-        if cuts >= 15:
-            return

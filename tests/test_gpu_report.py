@@ -511,8 +511,8 @@ def test_a_speed_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.M
     found = kept(tmp_path)
     runs = found["result"]["runs"]
     assert found["state"] == "failed"
-    assert "refused: error: train.global_batch 1 is smaller than ranks (2)" in found["reason"]
-    assert runs["misspelt"]["failed"].startswith("error: unknown configuration key train.compil")
+    assert "refused: train.global_batch 1 is smaller than ranks (2)" in found["reason"]
+    assert runs["misspelt"]["failed"].startswith("unknown configuration key train.compil")
     assert runs["good"]["step"]["images_per_s"] > 0
     assert runs["good"]["loader"]["images_per_s"] > 0
     assert found["result"]["all_reduce_gb_per_s"]["algorithm"] > 0
@@ -586,6 +586,13 @@ def test_the_line_that_says_what_failed() -> None:
     assert commands.what_failed(lines) == "RuntimeError: rank 1: gone"
     lines = ["error: train.global_batch 1 is too small", "torch...ChildFailedError: ", "bye"]
     assert commands.what_failed(lines) == "error: train.global_batch 1 is too small"
+    lines = [
+        "torch...ChildFailedError: ",
+        "  traceback : Signal 15 (SIGTERM)",
+        "---",
+        "  traceback : batch is too small",
+    ]
+    assert commands.what_failed(lines) == "batch is too small"
     assert commands.what_failed(["a", " last words "]) == "last words"
     assert commands.what_failed([]) == "it wrote nothing"
 

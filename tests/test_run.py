@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from PIL import Image
 from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
 from tests.helpers.compare import newest, records, status
-from tests.helpers.launch import STEPS, launch
+from tests.helpers.launch import STEPS, command, finish, launch, spawn
 
 pytestmark = pytest.mark.integration
 
@@ -166,9 +169,55 @@ def test_data_that_are_not_what_was_indexed(shard_sets: Path, tmp_path: Path) ->
             assert "is not the tar that was indexed" in status(run)["reason"]
 
 
-def test_usage_errors_under_torchrun_are_not_retried(shard_sets: Path, tmp_path: Path) -> None:
-    """More ranks than samples in a batch: one sentence from rank 0, no agent report, no restart."""
-    result = launch(shard_sets, tmp_path / "r", "--train.global_batch=1", agent="--max-restarts=3", how="exec")
-    assert result.returncode == 0
-    assert result.stderr.count("error: train.global_batch 1 is smaller than ranks (2)") == 1
-    assert "Traceback" not in result.stderr
+def test_wrong_command_lines_under_torchrun(shard_sets: Path, tmp_path: Path) -> None:
+    """One sentence from rank 0, which also stands at the end of torchrun's report, a code that stops a script, and no
+    run directory. What torchrun restarts ends the same way, at once."""
+    none = tmp_path / "none"
+    nowhere = (f"--data.train={none}/train", f"--data.val={none}/val")
+    for words, sentence in [
+        (("--optim.lrr=1",), "unknown configuration key optim.lrr: did you mean optim.lr?"),
+        (("--model.name=alexnt",), "model.name 'alexnt' is unknown: did you mean 'alexnet'?"),
+        (("--config=nosuch.yaml",), "File does not exist"),
+        (("--data.source=nosuchset", *nowhere), "torchvision has no data set 'nosuchset'"),
+        (("--train.global_batch=1",), "train.global_batch 1 is smaller than ranks (2)"),
+    ]:
+        result = launch(shard_sets, tmp_path / "r", *words, how="exec" if words == ("--optim.lrr=1",) else None)
+        assert result.returncode == 1, words
+        said, _, report = result.stderr.rpartition("ChildFailedError")
+        assert said.count("error: ") <= 1, "rank 0 may be ended before it says it, since the others have"
+        assert not said.count("error: ") or sentence in said
+        assert sentence in "".join(report.splitlines()[-6:])
+        assert "exitcode  : 2 " in report
+        assert not (tmp_path / "r").exists()
+    again = launch(shard_sets, tmp_path / "r", "--train.global_batch=1", agent="--max-restarts=3", how="exec")
+    assert again.returncode == 1
+    assert 1 < again.stderr.count("train.global_batch 1 is smaller") <= 6, "4 attempts, and the report on 1 or 2 ranks"
+
+
+def test_what_one_rank_refuses_all_hear(shard_sets: Path, tmp_path: Path) -> None:
+    """One that has no device, and one that finds no checkpoint: its sentence, and nobody waits for it."""
+    script = tmp_path / "rank.sh"
+    for mine, sentence in (
+        ("--train.device=cuda", "train.device is cuda, but this node has "),
+        ("--model.init_from=/nosuch", "model.init_from is /nosuch, which is neither a run nor a checkpoint of one"),
+    ):
+        script.write_text(f'[ $RANK = 1 ] && set -- "$@" {mine}\nexec {sys.executable} -m dist_train "$@"\n')
+        words = command(shard_sets, tmp_path / "r", agent="--no-python")
+        at = words.index("--no-python") + 1
+        result = finish(spawn([*words[:at], "bash", str(script), *words[at + 2 :]], how="exec"), 60)
+        assert result.returncode == 1
+        said, _, report = result.stderr.rpartition("ChildFailedError")
+        assert sentence in said
+        assert report.count(sentence) == 2, report
+        assert not (tmp_path / "r").exists()
+
+
+def test_nobody_reads_what_it_prints(shard_sets: Path, tmp_path: Path) -> None:
+    """As behind `| head -1`: the run goes on to its end, and that is its exit code."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = command(shard_sets, tmp_path / "r", "--train.epochs=1", ranks=0)
+    done = subprocess.run(words, stdout=writer, stderr=writer, timeout=60, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+    assert status(tmp_path / "r")["state"] == "done"

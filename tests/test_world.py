@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from dist_train.__main__ import main
-from dist_train.outcomes import NotBegun, Refused
+from dist_train.outcomes import STOPPED, NotBegun, Refused
+from dist_train.ranks import kin, launcher
 from dist_train.ranks.world import World, join
 from pipelines.errors import UserError
 
@@ -53,12 +55,28 @@ def test_half_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         join("cpu")
 
 
-def test_what_torchrun_hears(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a verb whose work the ranks share, that a restart would not mend it; of others their own code."""
+def test_what_torchrun_hears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code, and the sentence in its error file. What it restarts, and cannot end otherwise, ends so again."""
+    for attempt in (0, 1):
+        (tmp_path / f"attempt_{attempt}" / "0").mkdir(parents=True)
+    monkeypatch.setattr(kin, "bind", lambda: None)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert main(["evaluate", "nosuch", "--crop", "one"]) == 0
-    assert main(["figures", "nosuch"]) == 2
-    assert capsys.readouterr().err.count("error: ") == 2
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / "0" / "error.json"))
+    assert main(["evaluate", "nosuch", "--crop", "one"]) == 2
+    said = capsys.readouterr().err
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "attempt_0" / "0" / "error.json"))
+    assert said == f"error: {failure.message['message']}\n"  # type: ignore[index]
+    assert "unknown option --crop: did you mean --crops?" in said
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_1" / "0" / "error.json"))
+    assert main(["evaluate", "a", "run", "this time"]) == 2
+    assert capsys.readouterr().err == said
+    assert launcher.exit_code(STOPPED) == 0
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert launcher.exit_code(STOPPED) == STOPPED
 
 
 @pytest.mark.integration

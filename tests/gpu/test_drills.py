@@ -46,34 +46,34 @@ def test_drill_sigkill_of_one_rank(
 
 @on_gpus(1, 2)
 def test_drill_a_rank_that_hangs(shard_sets: Path, tmp_path: Path, ranks: int) -> None:
-    """The others wait in a collective, and each process ends itself."""
+    """The others wait in a collective, and each process ends itself. What NCCL has recorded is kept."""
     limit = f"--run.step_timeout={6 if REHEARSED else 20}"
     result = run_on_gpus(shard_sets, tmp_path, limit, ranks=ranks, fault=at("step", 7, "hang", ranks - 1))
     assert (tmp_path / f"fault-{ranks - 1}").exists(), result.stderr
     assert result.returncode != 0
     assert "no progress for" in result.stderr
     assert status(tmp_path)["state"] == "failed"
+    kept = {path.name for path in tmp_path.glob("errors/*/*")}
+    assert kept >= {f"rank-{rank}.txt" for rank in range(ranks)}
+    assert REHEARSED or kept >= {f"nccl-rank-{rank}" for rank in range(ranks)}
 
 
 @on_gpus(1, 2)
 def test_drill_an_exception_in_one_rank(shard_sets: Path, tmp_path: Path, ranks: int) -> None:
-    """It is shown within 30 seconds, and then nobody is left: torchrun gives the others 30 seconds.
-
-    Believed to fail on NCCL as long as the process group is destroyed on this way, too: that waits for the kernels of
-    collectives that the others never join, and the traceback is printed behind it.
-    """
+    """It is shown, and ten seconds later nobody is left, although NCCL's kernels wait for a rank that is gone."""
     torchrun = start_on_gpus(shard_sets, tmp_path, ranks=ranks, fault=at("step", 7, "shard error", ranks - 1))
     try:
         wait_for(lambda: len(children(torchrun.pid)) == ranks, TIMEOUT)
         workers = children(torchrun.pid)
         wait_for((tmp_path / f"fault-{ranks - 1}").exists, TIMEOUT)
-        wait_for(lambda: "ShardError: the tar is not the one" in torchrun.said("stderr"), 30)
-        assert finish(torchrun, timeout=90).returncode != 0
+        wait_for(lambda: not any(alive(pid) for pid in workers), 10)
+        assert finish(torchrun, timeout=30).returncode != 0
     finally:
         with suppress(subprocess.TimeoutExpired):
             finish(torchrun, timeout=0.1)
-    assert "Traceback" in torchrun.said("stderr")
-    assert not any(alive(pid) for pid in workers)
+    assert "ShardError: the tar is not the one" in torchrun.said("stderr").partition("ChildFailedError")[0]
+    end = status(tmp_path)
+    assert (end["rank"], end["error"]) == (ranks - 1, "ShardError")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

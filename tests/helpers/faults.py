@@ -1,13 +1,16 @@
 """The trainer with one fault in it: `python -m tests.helpers.faults ...` is `python -m dist_train ...` and $FAULT.
 
-FAULT is JSON: {"at": moment, "n": at which occurrence, "rank": of which rank (-1: of all), "do": what}. Moments: step
-(before a step), validation (at a batch of it), save:written, save:flushed, save:renaming, save:renamed, save:pruning,
-record (before the run directory is written). What can be done: `Faults.strike`. It is done once in the life of a run
-directory, which keeps a mark `fault-<rank>`; with "always" in every start, from the n-th occurrence on.
+FAULT is JSON: {"at": moment, "n": at which occurrence, "rank": of which rank (-1: of all), "do": what}. Moments:
+meeting (before the ranks meet), step (before a step), loader (before a step's batch is put together), validation (at a
+batch of it), save:written, save:flushed, save:renaming, save:renamed, save:pruning, record (before the run directory is
+written). What can be done: `Faults.do`. It is done once in the life of a run directory, which keeps a mark
+`fault-<rank>`; with "always" in every start, from the n-th occurrence on. With "destroy": "blocks",
+`destroy_process_group` waits for ever, as NCCL's does while others are in a collective that this rank never joins.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -18,11 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from dist_train import __main__, train, validate
-from dist_train.ranks import launcher
+from dist_train.ranks import launcher, world
 from dist_train.rundir import directory, lease, store
+from pipelines.loader import Loader
 from pipelines.manifest import ShardError
 
 
@@ -53,6 +57,11 @@ class Faults:
             self.strike(self.fault["do"])
 
     def strike(self, what: str) -> None:
+        """Do it; several things, with commas between them, one after the other."""
+        for part in what.split(", "):
+            self.do(part)
+
+    def do(self, what: str) -> None:
         me = os.getpid()
         if what == "kill":
             os.kill(me, signal.SIGKILL)
@@ -69,6 +78,17 @@ class Faults:
                 time.sleep(2.5 if len(what.split()) > 1 else 0)
         elif what == "hang":
             time.sleep(3600)
+        elif what == "loop":
+            while True:
+                pass
+        elif what == "keep the lock":  # Python's, in a C call
+            mutex = ctypes.create_string_buffer(64)  # no signal ends this
+            for _ in range(2):
+                ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+        elif what == "freeze":
+            sys.addaudithook(self.frozen)
+        elif what == "error":
+            raise RuntimeError("a fault of the drill")
         elif what == "slow":
             time.sleep(3)
         elif what == "disk full":
@@ -83,6 +103,13 @@ class Faults:
                 parameter.register_hook(lambda g: g * float("nan"))
         else:
             raise AssertionError(what)
+
+    def frozen(self, event: str, about: tuple[Any, ...]) -> None:
+        """The file system of the run directory answers no more: whoever opens, lists or renames in it waits."""
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.listdir", "os.scandir"):
+            path = about[0]
+            if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(self.directory)):
+                time.sleep(3600)
 
     def before(self, place: Any, name: str, moment: str) -> None:
         """Pass through `moment` before each call of `place.name`."""
@@ -123,10 +150,14 @@ def main() -> int:
     faults.directory.mkdir(parents=True, exist_ok=True)
     faults.log_steps()
     faults.before(validate, "_hits", "validation")
+    faults.before(Loader, "_batch", "loader")
+    faults.before(world, "_meet", "meeting")
     directory.Store = partial(store.Store, moment=lambda name: faults.reach(f"save:{name}"))  # type: ignore[misc, assignment]
     faults.before(lease.Lease, "holds", "record")  # what stands before every write of the run directory
+    if faults.fault.get("destroy") == "blocks":
+        distributed.destroy_process_group = lambda *_: time.sleep(3600)  # type: ignore[assignment]
     return __main__.main()
 
 
 if __name__ == "__main__":
-    launcher.leave(main())
+    launcher.leave_with(main)

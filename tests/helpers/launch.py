@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SMALL = [
 ]
 STEPS = 10  # an epoch: 240 images in batches of 24
 EMPTY = Path(__file__).parent / "empty.yaml"
-NEVER_RETURN = ("kill", "kill all", "pause", "hang", "launcher SIGTERM", "SIGTERM SIGTERM")  # what faults do
+MARK = "RUN_OF_A_TEST"  # a variable in the environment of all that a run starts
 STARTED: list[Run] = []  # of the test that is running; tests/helpers/plugin.py reads and empties it
 
 
@@ -45,6 +46,18 @@ class Run:
 
     def kill(self) -> None:
         self.process.kill()
+
+    def processes(self) -> list[int]:
+        """All that it has started, and what these have, and so on, and that runs still: in whatever session, and
+        whoever its parent is by now. They are known by their environment, or where they were forked by their output."""
+        mark = f"{MARK}={self.folder}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has gone
+                said = [os.readlink(process / "fd" / number).startswith(str(self.folder)) for number in "12"]
+                if alive(int(process.name)) and (any(said) or mark in (process / "environ").read_bytes().split(b"\0")):
+                    found.append(int(process.name))
+        return found
 
     def said(self, stream: str) -> str:
         """What it wrote to stdout or stderr: each rank, start after start, then what started them."""
@@ -85,14 +98,15 @@ def spawn(args: list[str], *, env: dict[str, str] | None = None, how: str = "for
     """Start a command line in a session of its own.
 
     Args:
-        how: "fork" from a process that has torch already (see server.py), which saves half the time; "exec" for the
-            literal command: where a process does not return from `main` (os._exit, SIGKILL), where the environment
-            matters when a library is loaded, and now and then, since that is what users type.
+        how: "fork" from a process that has torch already (see server.py), which saves more than half the time; "exec"
+            for the literal command: where it is struck while it imports, where ranks return 0 to a torchrun that has
+            been told to stop, where the environment matters when a library is loaded or is looked up in /proc, and now
+            and then, since that is what users type.
     """
     folder = Path(tempfile.mkdtemp(prefix="run-"))
     if args[2] == server.TORCHRUN:
         args = [*args[:3], f"--log-dir={folder}", "--redirects=3", *args[3:]]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(folder), **(env or {})}
     out, err = folder / "stdout.log", folder / "stderr.log"
     process: subprocess.Popen[bytes] | server.Forked
     if how == "fork":
@@ -108,19 +122,16 @@ def start(
     *args: Any,
     fault: dict[str, Any] | None = None,
     env: dict[str, str] | None = None,
-    how: str | None = None,
+    how: str = "fork",
     **options: Any,
 ) -> Run:
     """Start a run; for the other arguments see `command` and `spawn`.
 
     Args:
         fault: of `at`, in whose place the trainer is `tests.helpers.faults`; {} for one that only notes its steps.
-        how: the literal command if None, where after the fault a process does not return; else forked.
     """
     if fault is not None:
         options["module"], env = "tests.helpers.faults", {"FAULT": json.dumps(fault), **(env or {})}
-    if how is None:
-        how = "exec" if fault and fault["do"] in NEVER_RETURN else "fork"
     return spawn(command(*args, **options), env=env, how=how)
 
 

@@ -2,7 +2,8 @@
 
 `python -m tests.helpers.server SOCKET` imports them once and then forks a process for each command that comes. The same
 command line is read by the same code (torchrun's own, where it is torchrun's), and its processes have the environment,
-signals and sessions that they would have; only that its worker processes are forked too, and so have to return.
+signals and sessions that they would have; only that torchrun's workers are forked too. They may end by any signal or
+exit code but 0, which they have to return; and /proc shows the server's environment for them.
 
 The server itself computes nothing, since threads do not live through a fork. Nobody but the tests starts runs this way.
 """

@@ -43,6 +43,7 @@ class User:
         self.training = [*TRAINING, f"--data.train={sets / 'train'}", f"--data.val={sets / 'val'}"]
         variables = cluster.environment if cluster else os.environ
         self.environment = {**variables, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        self.python = sys.executable
 
     @property
     def cluster(self) -> Cluster:
@@ -52,7 +53,7 @@ class User:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """`python -m slurm ...`, without waiting for it."""
         return subprocess.Popen(
-            [sys.executable, "-m", "slurm", *words],
+            [self.python, "-m", "slurm", *words],
             cwd=self.home,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -95,6 +96,24 @@ class User:
         if self._cluster:
             return self._cluster.process(job, rank)
         return process_with({f"SUBMITIT_LOCAL_JOB_ID={job}", f"SUBMITIT_LOCAL_GLOBALID={rank}"})
+
+    def processes(self, job: str, ranks: range) -> list[int]:
+        """Those of the ranks, which are waited for."""
+        wait_for(lambda: all(self._process(job, rank) for rank in ranks), 60, f"the ranks of job {job}", every=0.01)
+        return [self._process(job, rank) for rank in ranks]
+
+    def told(self, name: str, words: str, seconds: float = 60) -> None:
+        """Wait until `status` says so of a run."""
+        said: list[str] = []
+
+        def does() -> bool:
+            said[:] = [self.slurm("status", name)]
+            return words in said[0]
+
+        try:
+            wait_for(does, seconds, f"status to say {words!r}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{said}\n{self.log(name)}") from error
 
     def freeze(self, name: str, job: str, rank: int, newer: str = "") -> int:
         """Stop the process of a rank once the run has a checkpoint newer than `newer`: training stands still in the

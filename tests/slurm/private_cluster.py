@@ -192,8 +192,16 @@ class Cluster:
 def process_with(variables: set[str]) -> int:
     """The process that has these in its environment, but whose parent has not; 0 where there is none."""
     found = [number for number, its in _processes() if variables <= its]
-    parents = {number: int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1]) for number in found}
+    parents = {number: parent(number) for number in found}
     return next((number for number in found if parents[number] not in found), 0)
+
+
+def parent(process: int) -> int:
+    """What started a process; 0 if that process is gone."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str, every: float = 0.1) -> None:

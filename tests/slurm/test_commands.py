@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from slurm.submit import minutes
-from slurm.table import duration
+from slurm.cluster import Entry
+from slurm.submissions import SubmittedRun
+from slurm.submit import TEARDOWN, minutes
+from slurm.table import duration, row
 from tests.helpers.compare import status
+from tests.helpers.launch import alive, children
 from tests.slurm.conftest import User, job_of
+from tests.slurm.private_cluster import wait_for
 
 GOLDEN = """\
 #!/bin/bash
@@ -44,16 +49,43 @@ srun --unbuffered --output '{home}/runs/été 1/slurm/%j_%t_log.out' --kill-on-b
 
 # teardown
 code=$?
+lasted=$((SECONDS + 2))  # at most
 job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
-# A crash of a start that had reached the trainer, and that Slurm is not ending already: back into the queue.
-if [ $code -ne 0 ] && rm '{home}/runs/été 1/slurm'/"$job".started 2>/dev/null && \
-[ ! -e '{home}/runs/été 1/slurm'/"$job".over ] &&
-    [ -n "$(squeue --noheader --jobs="$job" --states=RUNNING)" ]; then
-  scontrol requeue "$job"
+cd '{home}/runs/été 1/slurm' || exit $code
+if [ $code -ne 0 ]; then
+  rm "$job".started 2>/dev/null && reached=1
+  # A crash, and not an end that Slurm is bringing about already, nor one that was asked for; 2 is a refusal.
+  if [ -n "$(squeue --noheader --jobs="$job" --states=RUNNING)" ] &&
+      {{ [ ! -e "$job".over ] || [ $code -eq 2 ]; }}; then
+    # The last error of each rank; what a stop signal ends before the first step is none.
+    said=$(find . -name "${{job}}_*_log.out" -newermt "-$lasted seconds" -exec awk '
+      /Starting with JobEnvironment/ {{ said[FILENAME] = "" }}
+      /Error(:|$)|error:|stopped before the first step/ && !/Exited with|CANCELLED/ {{ said[FILENAME] = $0 }}
+      END {{ for (file in said) print said[file] }}' {{}} + | grep .)
+    error=$(grep -v -e 'stopped before the first step' -e 'Terminated$' <<< "$said" | tail -n 1)
+    [ -n "$error" ] || [ -z "$said" ] && echo "$(date +%s.%N) $lasted $code $error" > "$job".crash
+    # Back into the queue, if it had reached the trainer.
+    [ -n "$reached" ] && [ ! -e "$job".over ] && scontrol requeue "$job"
+  fi
 fi
 exit $code
 """
 ASKED = "--nodes=4 --gpus-per-node=8 --time=12:00:00 --partition=gpu --account=vision --cpus-per-gpu=6 --mem=200G"
+
+
+def submitted(run: Path) -> Path:
+    """Make a run that was submitted as job 12. Returns its folder of Slurm's files."""
+    folder = run / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("train: {epochs: 90}")
+    submission = {"job": "12", "folder": str(folder), "tasks": 1, "local": False, "parameters": {}}
+    (folder / "job.json").write_text(json.dumps(submission))
+    return folder
+
+
+def state(run: Path, in_queue: str = "") -> str:
+    """How `status` calls a run whose job is so in the queue, or not there."""
+    return row(SubmittedRun(run), {"12": Entry(in_queue)} if in_queue else {}, time.time())[3]
 
 
 @pytest.fixture
@@ -154,11 +186,7 @@ def test_durations() -> None:
 def test_a_silent_run_is_not_running(outsider: User) -> None:
     """Nor is one that Slurm does not know; there is neither sacct nor squeue here."""
     for name, age in (("silent", 720), ("lost", 5)):
-        folder = outsider.run(name) / "slurm"
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("train: {epochs: 90}")
-        submission = {"job": "12", "folder": str(folder), "tasks": 1, "local": False, "parameters": {}}
-        (folder / "job.json").write_text(json.dumps(submission))
+        folder = submitted(outsider.run(name))
         (folder / "starts.jsonl").write_text('{"submitted": "12"}\n' + '{"start": "12"}\n' * 3)
         body = {"state": "running", "reason": "", "step": 17, "epoch": 3, "heartbeat": time.time() - age}
         (folder.parent / "status.json").write_text(json.dumps(body))
@@ -176,15 +204,70 @@ def test_a_silent_run_is_not_running(outsider: User) -> None:
         assert {"12", "3/90", "17", "812", "40.7%", "2"} <= {cell.strip() for cell in cells}
 
 
+@pytest.mark.parametrize(
+    ("in_queue", "age", "expected"),
+    [
+        ("RUNNING", 5, "starting: torch is imported"),
+        ("PENDING", 5, "interrupted"),
+        ("RUNNING", 720, "silent for 12 min (starting: torch is imported)"),
+        ("", 5, "starting, but not in the queue"),
+    ],
+)
+def test_a_start_says_what_it_waits_for(tmp_path: Path, in_queue: str, age: float, expected: str) -> None:
+    submitted(tmp_path)
+    body = {"state": "starting", "reason": "torch is imported", "heartbeat": time.time() - age}
+    (tmp_path / "status.json").write_text(json.dumps(body))
+    assert state(tmp_path, in_queue) == expected
+
+
+NO_PYTHON = "slurmstepd: error: execve(): /env/bin/python: No such file or directory"
+BEGUN = "submitit INFO (2026-11-26 11:03:11,490) - Starting with JobEnvironment(job_id=12)"
+STOPPED = f"{BEGUN}\nrank 0: stopped before the first step; no checkpoint is there yet"
+SRUN = "srun: error: node1: task 0: Exited with exit code 1"
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "log", "over", "expected"),
+    [
+        ("stopped 90", 127, f"{NO_PYTHON}\n{SRUN}", False, f"failed: exit code 127: {NO_PYTHON}"),
+        ("", 1, f"{BEGUN}\nModuleNotFoundError: no slurm\n{SRUN}", False, "failed: exit code 1: ModuleNotFoundError: "),
+        ("running 90", 137, f"KeyError: 'old'\n{BEGUN}\n{SRUN}", False, "failed: exit code 137: see the log"),
+        ("failed 0", 1, f"{BEGUN}\nKeyError: 'a'\n{SRUN}", False, "failed: told by Python"),
+        ("starting 0", 137, f"{BEGUN}\nMemoryError\n{SRUN}", False, "failed: exit code 137: MemoryError"),
+        ("stopped 90", 1, f"{STOPPED}\n{SRUN}", False, "stopped"),
+        ("stopped 90", 1, f"{BEGUN}\nKeyError: 'a'\n{SRUN}", True, "stopped"),  # cancelled
+        ("stopped 90", 2, f"{BEGUN}\nerror: unknown key\n{SRUN}", True, "failed: exit code 2: error: unknown key"),
+    ],
+)
+def test_the_batch_script_tells_what_the_start_could_not(
+    tmp_path: Path, before: str, code: int, log: str, over: bool, expected: str
+) -> None:
+    """`before`: the state in status.json, and how many seconds ago it was written."""
+    folder = submitted(tmp_path / "run")
+    if before:
+        told, age = before.split()
+        body = {"state": told, "reason": "told by Python", "heartbeat": time.time() - int(age)}
+        (tmp_path / "run" / "status.json").write_text(json.dumps(body))
+    for name in ("12.started", *(["12.over"] if over else [])):
+        (folder / name).touch()
+    (folder / "12_0_log.out").write_text(log + "\n")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("squeue", "echo 12"), ("scontrol", f"echo $* > '{tmp_path}/asked'")):
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
+        (commands / name).chmod(0o755)
+    script = f"(exit {code})\n{TEARDOWN.replace('FOLDER', str(folder))}"
+    variables = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "12"}
+    assert subprocess.run(["bash", "-c", script], env=variables, check=False).returncode == code
+    assert state(tmp_path / "run", "PENDING").startswith(expected)
+    assert (tmp_path / "asked").exists() != over, "a crash comes back, and nothing else"
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("file", ["slurm/job.json", "slurm/starts.jsonl", "status.json", "metrics.jsonl"])
 def test_a_damaged_run_does_not_hide_the_others(outsider: User, file: str) -> None:
     for name in ("whole", "damaged"):
-        folder = outsider.run(name) / "slurm"
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("train: {epochs: 90}")
-        submission = {"job": "12", "folder": str(folder), "tasks": 1, "local": False, "parameters": {}}
-        (folder / "job.json").write_text(json.dumps(submission))
+        submitted(outsider.run(name))
     (outsider.run("damaged") / file).write_text("{no json\n")
     lines = outsider.slurm("status").splitlines()
     assert any(line.startswith("whole ") and "not started" in line for line in lines)
@@ -206,3 +289,13 @@ def test_a_local_run_stops_and_comes_back(outsider: User) -> None:
     log = outsider.slurm("logs", "local", "--follow")
     assert "continuing from step-" in log
     assert status(outsider.run("local"))["state"] == "done"
+
+
+@pytest.mark.integration
+def test_a_local_run_ends_with_its_controller(outsider: User) -> None:
+    words = ("--local", "--gpus-per-node=2", "--time=30", "--run.name=local", "--train.device=cpu")
+    controller = int(job_of(outsider.slurm("submit", *words, *outsider.training)))
+    wait_for(lambda: len(children(controller)) == 2, 30, "two ranks", every=0.01)
+    ranks = children(controller)
+    os.kill(controller, signal.SIGKILL)
+    wait_for(lambda: not any(map(alive, ranks)), 5, "the ranks to leave")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from wandb.proto.wandb_internal_pb2 import Record
 from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
 from tests.helpers.compare import assert_same_run, records, status
+from tests.helpers.launch import alive
 from tests.slurm.conftest import EPOCHS, User, job_of
-from tests.slurm.private_cluster import wait_for
+from tests.slurm.private_cluster import parent, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -161,13 +164,119 @@ def test_a_sweep_is_one_array_and_its_jobs_share_a_node(user: User, uninterrupte
     assert "top-1 error" in user.slurm("logs", f"lr sweep/{names[2]}")
 
 
+def site(user: User, text: str) -> Path:
+    """A directory that makes every Python begin with this text, if PYTHONPATH has it."""
+    (user.home / "site").mkdir()
+    (user.home / "site" / "sitecustomize.py").write_text(text)
+    return user.home / "site"
+
+
+def test_nobody_outlives_the_step(user: User) -> None:
+    """The step's daemon is killed before the program has begun, while ranks are waited for, and in training."""
+    size = ("--nodes=1", "--gpus-per-node=2")
+    slow = "import os, time\nif os.environ.get('SLURM_STEP_ID') == '0':\n    time.sleep(1.5)\n"
+    path = user.environment["PYTHONPATH"]
+    for name in ("early", "waiting"):
+        user.environment["PYTHONPATH"] = f"{site(user, slow)}:{path}" if name == "early" else path
+        job = user.submit(name, *size)
+        ranks = user.processes(job, range(2))
+        if name == "waiting":
+            user.told(name, "starting: ")
+        os.kill(parent(ranks[0]), signal.SIGKILL)
+        wait_for(lambda ranks=ranks: not any(map(alive, ranks)), 5, f"{name} to be over\n{user.log(name)}")
+    job = user.submit("training", f"--exclude={','.join(user.cluster.nodes[:2])}", "--train.epochs=90")
+    user.told("training", " running ")
+    ranks = user.processes(job, range(4))
+    os.kill(parent(ranks[3]), signal.SIGKILL)
+    wait_for(lambda: not any(map(alive, ranks)), 5, "the ranks of both nodes to be over")
+    user.told("training", "failed: another rank is gone and has not said why")
+
+
+FAULT = """
+import os, sys, threading, time
+
+def strike():  # in rank 1, once
+    while not hasattr(sys.modules.get("dist_train.train"), "Trainer"):
+        time.sleep(0.01)
+    trainer = sys.modules["dist_train.train"].Trainer
+    step = trainer.train_step
+    def struck(self, *arguments):
+        if self.progress.step == 7 and not os.path.exists("struck"):
+            open("struck", "w").close()
+            raise KeyError("in rank 1")
+        return step(self, *arguments)
+    trainer.train_step = struck
+
+if os.environ.get("SLURM_STEP_ID") == "0" and os.environ.get("SLURM_PROCID") == "1":
+    threading.Thread(target=strike, daemon=True).start()
+"""
+
+
+@pytest.mark.slow
+def test_the_rank_that_failed_is_named_and_all_come_back(user: User, uninterrupted: Path) -> None:
+    user.environment["PYTHONPATH"] = f"{site(user, FAULT)}:{user.environment['PYTHONPATH']}"
+    job = user.submit("struck")
+    ranks = user.processes(job, range(4))
+    wait_for((user.home / "struck").exists, 60, "the fault")
+    wait_for(lambda: not any(map(alive, ranks)), 10, "all ranks to be gone")
+    said = status(user.run("struck"))
+    assert (said["state"], said["reason"]) == ("failed", "KeyError: 'in rank 1'")
+    assert (said["rank"], said["node"]) == (1, user.cluster.nodes[0])
+    user.told("struck", "; the start before this one failed: KeyError: 'in rank 1'")
+    user.wait("struck", job, "done")
+    assert_same_run(user.run("struck"), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("rank", "module", "told"),
+    [
+        (1, "slurm", "exit code [0-9]+: ModuleNotFoundError: No module named 'slurm.job'"),  # by the batch script
+        (0, "jsonargparse", "failed: ModuleNotFoundError: import of jsonargparse halted"),  # by the job itself
+    ],
+    ids=["slurm", "jsonargparse"],
+)
+def test_a_node_that_lost_a_module(user: User, rank: int, module: str, told: str) -> None:
+    """The other ranks, some of which are signalled before the trainer is there to hear it, do not wait for it."""
+    condition = f"os.environ.get('SLURM_STEP_ID') == '0' and os.environ['SLURM_PROCID'] == '{rank}'"
+    text = f"import os, sys\nif {condition}:\n    sys.modules['{module}'] = None\n"
+    user.environment["PYTHONPATH"] = f"{site(user, text)}:{user.environment['PYTHONPATH']}"
+    job = user.submit(module)
+    others = user.processes(job, range(4))
+    wait_for(lambda: not any(map(alive, others)), 10, f"the others to leave\n{user.log(module)}")
+    wait_for(lambda: re.search(told, user.slurm("status", module)), 10, f"{told}\n{user.slurm('status', module)}")
+
+
+@pytest.mark.slow
+def test_a_lost_environment_is_told(user: User) -> None:
+    """By the batch script, since no Python is left to say it; and it would be lost the next time too."""
+    installed, lent = Path(sys.prefix), user.home / "env"
+    (lent / "bin").mkdir(parents=True)
+    (lent / "bin" / "python").symlink_to(sys.executable)
+    (lent / "pyvenv.cfg").write_bytes((installed / "pyvenv.cfg").read_bytes())
+    (lent / "lib").symlink_to(installed / "lib")
+    user.python = str(lent / "bin" / "python")
+    job = user.submit("lost", "--nodes=1", "--gpus-per-node=1")
+    process = user.freeze("lost", job, rank=0)
+    lent.rename(user.home / "gone")
+    user.python = sys.executable
+    os.kill(process, signal.SIGKILL)
+    user.told("lost", f"execve(): {lent}/bin/python: No such file or directory")
+    assert user.cluster.job(job) == "FAILED"
+    assert len(user.starts("lost")) == 1
+
+
 @pytest.mark.slow
 def test_no_progress_in_three_starts_ends_the_run(user: User) -> None:
-    (user.home / "torch.py").write_text("raise OSError('the driver is gone')")  # found first, in the job's directory
+    broken = "import time; time.sleep(3); raise OSError('the driver is gone')"  # slowly enough to be seen
+    (user.home / "torch.py").write_text(broken)  # found first, in the job's directory
     job = user.submit("broken", "--nodes=1", "--gpus-per-node=1")
+    user.told("broken", "failed: OSError: the driver is gone")
+    assert len(user.starts("broken")) == 1
+    user.told("broken", "starting: torch is imported; the start before this one failed: OSError: the driver is gone")
     wait_for(lambda: user.cluster.job(job) == "FAILED", 240, "the end")
     assert len(user.starts("broken")) == 3
-    assert "no progress in 3 starts (on " in user.slurm("status", "broken")
+    reason = f"no progress in 3 starts (on {user.cluster.nodes[0]}; the last one failed: OSError: the driver is gone)"
+    assert reason in user.slurm("status", "broken")
     assert "OSError: the driver is gone" in user.log("broken")
 
     (user.home / "torch.py").unlink()

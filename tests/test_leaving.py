@@ -1,0 +1,278 @@
+"""Drills on leaving: when the launcher is killed, and when a stop comes early or twice, nothing is left of a run within
+seconds, nothing is half written, and the next start goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.compare import status
+from tests.helpers.drills import (
+    EVERY,
+    GONE,
+    TABLE,
+    all_gone,
+    kill,
+    ranks_of,
+    same,
+    table,
+    undisturbed,
+    until,
+    until_status,
+)
+from tests.helpers.launch import MARK, Run, at, children, command, finish, launch, spawn, start
+
+__all__ = ["table", "undisturbed"]  # fixtures
+pytestmark = pytest.mark.integration
+
+STANDS = "step-00000004 stands"
+REAPER = """if 1:
+    import ctypes, subprocess, sys, time
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
+    ctypes.CDLL(None).prctl(15, b"slurmstepd")  # PR_SET_NAME
+    subprocess.run(sys.argv[1:])
+    time.sleep(60)
+"""
+
+
+def continued(shard_sets: Path, run: Path, undisturbed: Path) -> None:
+    """The same command leads to the end that it would have come to undisturbed."""
+    result = launch(shard_sets, run, EVERY)
+    assert result.returncode == 0, result.stderr
+    same(run, undisturbed)
+
+
+def stopped_run(shard_sets: Path, run: Path) -> bytes:
+    """A run that was stopped after some steps. Returns its status.json."""
+    assert launch(shard_sets, run, EVERY, fault=at("step", 6, "SIGTERM")).returncode == 0
+    assert status(run)["state"] == "stopped"
+    return (run / "status.json").read_bytes()
+
+
+# Orphans
+
+
+def test_orphans_that_another_has_taken_in(shard_sets: Path, tmp_path: Path) -> None:
+    """torchrun is killed before its ranks have run a line of the program; to them Slurm's daemon is the parent."""
+    words = command(shard_sets, tmp_path / "run")
+    reaper = spawn([sys.executable, "-c", REAPER, *words], how="exec")
+    until(lambda: ranks_of(reaper))
+    (torchrun,) = ranks_of(reaper)
+    until(lambda: len(children(torchrun)) == 2)
+    kill(torchrun)
+    took = until(lambda: reaper.processes() == [reaper.pid], GONE)
+    reaper.kill()
+    finish(reaper)
+    TABLE.append(("torchrun killed, ranks not yet bound", f"gone in {took:.1f} s", "-"))
+
+
+def test_orphans_in_the_rendezvous(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """torchrun is killed while a rank waits for one that does not come, as `python -m dist_train` is typed."""
+    run = tmp_path / "run"
+    early = start(shard_sets, run, EVERY, how="exec")
+    until_status(run, "starting: torch is imported")
+    os.kill(ranks_of(early)[1], signal.SIGSTOP)
+    until_status(run, "starting: 2 ranks are waited for")
+    time.sleep(0.5)
+    assert len(early.processes()) == 3
+    early.kill()
+    took = all_gone(early)
+    finish(early)
+    continued(shard_sets, run, undisturbed)
+    TABLE.append(("torchrun killed, ranks in the rendezvous", f"gone in {took:.1f} s, continued, same bits", "-"))
+
+
+@pytest.mark.parametrize(("moment", "n"), [("meeting", 1), ("validation", 1), ("save:written", 2)])
+def test_orphans(moment: str, n: int, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """torchrun is killed as a rank comes to a moment, and hangs there."""
+    run = tmp_path / "run"
+    early = start(shard_sets, run, EVERY, fault=at(moment, n, "launcher SIGKILL, hang"))
+    assert finish(early).returncode == -signal.SIGKILL
+    took = all_gone(early)
+    assert list(run.glob("fault-*"))
+    continued(shard_sets, run, undisturbed)
+    TABLE.append((f"torchrun killed, {moment}", f"gone in {took:.1f} s, continued, same bits", "-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "said", "least"),
+    [("--monitor.wandb=offline", "running: ", 4), ("--train.compile=on", "starting: ", 3)],
+    ids=["wandb", "compiling"],
+)
+def test_orphans_of_libraries(
+    extra: str, said: str, least: int, shard_sets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The processes that wandb and the compiler have started go as well."""
+    run = tmp_path / "run"
+    env = {"STEP_SECONDS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    early = start(shard_sets, run, EVERY, extra, fault={}, env=env, how="exec")
+    until_status(run, said)
+    if "compile" in extra:  # g++ runs beside the ranks
+        until(lambda: any((tmp_path / "cache").rglob("*.cpp")))
+    until(lambda: len(early.processes()) >= least)
+    early.kill()
+    took = all_gone(early)
+    finish(early)
+    continued(shard_sets, run, undisturbed)
+    TABLE.append((f"torchrun killed, {extra}", f"gone in {took:.1f} s, continued, same bits", "-"))
+
+
+def test_a_rank_behind_a_script(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The launcher is no parent of the rank: a script is between them."""
+    run, script = tmp_path / "run", tmp_path / "rank.sh"
+    script.write_text(f'{sys.executable} -m dist_train "$@"\necho ended\n')
+    words = command(shard_sets, run, EVERY)
+    words = [*words[: words.index("-m", 3)], "--no-python", "bash", str(script), *words[words.index("-m", 3) + 2 :]]
+    early = spawn(words, how="exec")
+    until_status(run, "starting: the net is built")  # which takes a second
+    assert len(early.processes()) == 5, "torchrun, two scripts, two ranks"
+    early.kill()
+    took = all_gone(early)
+    finish(early)
+    continued(shard_sets, run, undisturbed)
+    TABLE.append(("torchrun killed, a script before the rank", f"gone in {took:.1f} s, continued, same bits", "-"))
+
+
+def test_a_bare_run_outlives_its_shell(shard_sets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    line = " ".join(command(shard_sets, run, "--train.epochs=1", ranks=0))
+    shell = ["bash", "-c", f"nohup {line} > {tmp_path}/said 2>&1 &"]
+    subprocess.run(shell, env={**os.environ, MARK: str(tmp_path)}, check=True, start_new_session=True, timeout=5)
+    until_status(run, "done: ")
+    TABLE.append(("nohup, and the shell ends", "goes on to the end", "-"))
+
+
+# Stop signals
+
+
+def test_a_stop_while_torch_is_imported(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The run is as it was, and the sentence says what stands."""
+    run = tmp_path / "run"
+    before = stopped_run(shard_sets, run)
+    early = start(shard_sets, run, EVERY, how="exec")
+    until_status(run, "starting: torch is imported")
+    os.kill(early.pid, signal.SIGTERM)
+    began = time.monotonic()
+    assert finish(early).returncode == 1
+    took = time.monotonic() - began
+    assert took < 3
+    assert not early.processes()
+    assert "stopped before the first step; step-" in early.said("stderr")
+    assert (run / "status.json").read_bytes() == before
+    continued(shard_sets, run, undisturbed)
+    TABLE.append(("a stop while torch is imported", f"gone in {took:.1f} s, continued, same bits", "-"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("moment", "state"), [("meeting", ""), ("step", "stopped")], ids=["rendezvous", "first step"])
+def test_an_early_stop(moment: str, state: str, rank: int, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Of one rank, or of all: before the run is claimed it is left as it was, and then it is `stopped`."""
+    run = tmp_path / "run"
+    before = stopped_run(shard_sets, run)
+    (run / "fault-0").unlink()
+    early = start(shard_sets, run, EVERY, fault=at(moment, 1, "SIGTERM, hang", rank))
+    began = time.monotonic()
+    assert finish(early).returncode == 1
+    took = time.monotonic() - began
+    assert took < 6
+    all_gone(early)
+    assert f"rank {rank}: stopped before the first step; step-00000007 stands" in early.said("stderr")
+    if state:
+        assert status(run)["state"] == state
+        assert status(run)["reason"] == "stopped before the first step; step-00000007 stands"
+        assert status(run)["step"] == 7
+    else:
+        assert (run / "status.json").read_bytes() == before
+    continued(shard_sets, run, undisturbed)
+    TABLE.append((f"a stop of rank {rank} at first {moment}", f"gone in {took:.1f} s, continued, same bits", "-"))
+
+
+def test_ctrl_c_twice(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """More than two seconds apart, while a rank hangs: without a launcher the sentence says what stands."""
+    run = tmp_path / "run"
+    early = start(shard_sets, run, EVERY, fault=at("step", 7, "hang"), ranks=0)
+    until((run / "fault-0").exists)
+    os.kill(early.pid, signal.SIGINT)
+    time.sleep(2.3)
+    assert early.processes(), "one signal is a wish"
+    os.kill(early.pid, signal.SIGINT)
+    took = all_gone(early)
+    assert finish(early).returncode == 1
+    said = f"second stop signal: leaving without a save; {STANDS}"
+    assert said in early.said("stderr")
+    assert (status(run)["state"], status(run)["reason"]) == ("failed", said)
+    assert launch(shard_sets, run, EVERY, ranks=0).returncode == 0
+    TABLE.append(("Ctrl-C twice", f"gone in {took:.1f} s, failed, says what stands", "-"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_under_torchrun(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    early = start(shard_sets, run, EVERY, fault=at("step", 7, "hang", -1), how="exec")
+    until((run / "fault-0").exists)
+    for _ in range(2):
+        os.kill(early.pid, signal.SIGINT)
+        time.sleep(2.3)
+    took = all_gone(early)
+    assert finish(early).returncode != 0
+    continued(shard_sets, run, undisturbed)
+    TABLE.append(("Ctrl-C twice under torchrun", f"gone in {took:.1f} s, same bits", "-"))
+
+
+@pytest.mark.slow
+def test_a_stop_while_the_net_is_compiled(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    early = start(shard_sets, run, EVERY, "--train.compile=on", env=env, how="exec")
+    until(lambda: any((tmp_path / "cache").rglob("*.cpp")))
+    os.kill(early.pid, signal.SIGTERM)
+    took = all_gone(early)
+    assert finish(early).returncode != 0
+    assert "stopped before the first step; no checkpoint is there yet" in early.said("stderr")
+    assert not list(run.rglob("*")), "nobody has claimed it"
+    continued(shard_sets, run, undisturbed)
+    TABLE.append(("a stop while the net is compiled", f"gone in {took:.1f} s, continued, same bits", "-"))
+
+
+def raw_fashion_mnist(folder: Path, images: int) -> None:
+    """As torchvision keeps it, with random pixels."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    for prefix, n in (("train", images), ("t10k", 60)):
+        pixels = rng.integers(0, 256, (n, 28, 28), np.uint8)
+        head = np.array([0x803, n, 28, 28], ">i4").tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        head = np.array([0x801, n], ">i4").tobytes()
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(head + (np.arange(n) % 10).astype(np.uint8).tobytes())
+
+
+def packing(root: Path, run: Path) -> Run:
+    """A run that begins by packing its sets."""
+    return start(root, run, "--data.source=fashion-mnist", "--train.max_steps=3")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_end_while_packing(number: signal.Signals, tmp_path: Path) -> None:
+    """The workers go too, what is packed is taken up again, and the sets are those of one go."""
+    raw_fashion_mnist(tmp_path / "raw" / "FashionMNIST" / "raw", 6000)
+    run = tmp_path / "run"
+    early = packing(tmp_path, run)
+    until(lambda: list(tmp_path.glob("train/**/*.tar*")))
+    assert len(early.processes()) >= 6, "torchrun, two ranks, two workers, and who starts them"
+    os.kill(early.pid, number)
+    took = all_gone(early)
+    assert finish(early).returncode != 0
+    if number == signal.SIGTERM:
+        assert "stopped before the first step; no checkpoint is there yet" in early.said("stderr")
+        assert not (run / "status.json").exists()
+    late = finish(packing(tmp_path, run))
+    assert late.returncode == 0, late.stderr
+    TABLE.append((f"{number.name} to torchrun while packing", f"gone in {took:.1f} s, packed, trained", "-"))
