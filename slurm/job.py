@@ -83,7 +83,7 @@ class Pack(Checkpointable):  # type: ignore[misc]
         self.source, self.directory, self.options, self.part = source, directory, options, part
 
     def __call__(self) -> None:
-        _bind(JobEnvironment())
+        bind()
         from pipelines.pack import Options, pack, pack_share
         from pipelines.sources import ImageFolder
 

@@ -95,6 +95,7 @@ def test_a_job(old: Path) -> None:
     waiting = DelayedSubmission.load(pickled)
     assert type(waiting.function) is Job
     waiting.function.directory = old / "run"
+    pickled = pickled.rename(folder / f"{os.getpid()}_submitted.pkl")  # of the local controller
     waiting.dump(pickled)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 400", "epochs: 4"))
