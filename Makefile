@@ -37,7 +37,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 drills: $(VENV)/ready  ## break runs in every way and print what came of it
-	$(BIN)/python -m pytest -q -s -k 'not soak' tests/test_drills.py tests/test_failing.py tests/test_leaving.py $(ARGS)
+	$(BIN)/python -m pytest -q -s tests/test_drills.py tests/test_failing.py tests/test_leaving.py $(ARGS)
 
 experiments: $(VENV)/ready  ## the paper's own comparisons, and why re-implementations fail: tables and pictures in docs/experiments
 	$(BIN)/python -m dist_train experiments $(ARGS)
