@@ -91,6 +91,7 @@ def test_an_exception_before_the_run_is_claimed(shard_sets: Path, undisturbed: P
     TABLE.append(("an exception before the claim", f"all leave in {took:.1f} s, first reason told", "-"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_goes_round_in_a_step(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The sentence says which one is behind, and where."""
     run = tmp_path / "run"
@@ -136,6 +137,7 @@ def test_a_call_that_keeps_the_lock(shard_sets: Path, undisturbed: Path, tmp_pat
     TABLE.append(("a C call that keeps Python's lock", f"all gone in {took:.1f} s, same bits", "-"))
 
 
+@pytest.mark.slow
 def test_a_directory_that_answers_no_more(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The last words cannot be written; that does not hold the exit."""
     run = tmp_path / "run"

@@ -259,7 +259,7 @@ def packing(root: Path, run: Path) -> Run:
     return start(root, run, "--data.source=fashion-mnist", "--train.max_steps=3")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_end_while_packing(number: signal.Signals, tmp_path: Path) -> None:
     """The workers go too, what is packed is taken up again, and the sets are those of one go."""
     raw_fashion_mnist(tmp_path / "raw" / "FashionMNIST" / "raw", 6000)
