@@ -53,17 +53,12 @@ def default_name(stem: str) -> str:
     return f"{stem}-{kin.began():%Y%m%d-%H%M%S}"
 
 
-def run_path(config: Config, name: str) -> Path:
-    """The run directory; `name`: of the run, if the configuration gives none."""
-    return Path(config.run.dir or Path(config.run.root) / (config.run.name or name))
-
-
 def train(argv: Sequence[str]) -> int:
     """Train a net as this command line says. Returns the exit code; exits for --help and --print_config."""
     try:
         config, stem = parse(argv)
         name = default_name(stem)
-        path = run_path(config, name)
+        path = config.run.path(name)
         announcement = Announcement(path, writes=launcher.rank() == 0)
         words = LastWords(path, announcement)
         watch = Watch(config.run.start_timeout, config.run.stop_timeout, words)

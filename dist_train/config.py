@@ -194,6 +194,10 @@ class RunConfig:
     stop_timeout: float = 120.0
     """Seconds that a stop, with its save, may take."""
 
+    def path(self, name: str) -> Path:
+        """The run directory; `name`: of the run, if the settings give none."""
+        return Path(self.dir or Path(self.root) / (self.name or name))
+
 
 @dataclass(frozen=True)
 class Config:

@@ -142,7 +142,7 @@ def _open_sets(config: Config, world: World, announcement: Announcement) -> tupl
 def _placed(config: Config, name: str, world: World) -> Config:
     """The configuration with the name and the directory of the run, the same on all ranks."""
     name = world.share(config.run.name or Path(config.run.dir).name or name)
-    path = Path(config.run.dir or Path(config.run.root) / name)
+    path = config.run.path(name)
     return replace(config, run=replace(config.run, name=name, dir=str(path)))
 
 

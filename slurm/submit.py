@@ -80,7 +80,7 @@ def plan(options: Namespace, argv: Sequence[str]) -> PlannedRuns:
     """
     config, stem = parse(argv)
     name = config.run.name or default_name(stem)
-    top = Path(config.run.dir or Path(config.run.root) / name).absolute()
+    top = config.run.path(name).absolute()
     runs = []
     for i, overrides in enumerate(_sweep(options.array) if options.array else [[]]):
         if overrides:
