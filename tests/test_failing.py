@@ -76,16 +76,19 @@ def test_an_exception(moment: str, n: int, rank: int, shard_sets: Path, undistur
     TABLE.append((f"an exception: {moment} of rank {rank}", f"all leave in {took:.1f} s, first reason told", "-"))
 
 
-def test_an_exception_before_the_run_is_claimed(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["in time", "rank 0 late"])
+def test_an_exception_before_the_run_is_claimed(
+    late: bool, shard_sets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """There is no errors/ of this start yet: the traceback is on stderr only, and status.json has the reason."""
     run = tmp_path / "run"
-    failed = start(shard_sets, run, EVERY, fault=at("meeting", 1, "error", 1, destroy="blocks"))
+    failed = start(shard_sets, run, EVERY, fault=at("meeting", 1, "error", 1, destroy="blocks", late=late))
     began = struck(run)
     all_gone(failed, AWAY)
     took = time.time() - began
     assert_failed(failed, run, 1, "RuntimeError")
     assert 'raise RuntimeError("a fault of the drill")' in failed.said("stderr")
-    assert sorted(path.name for path in run.iterdir()) == ["fault-1", "status.json"]
+    assert sorted(path.name for path in run.iterdir()) == [*["fault-0"] * late, "fault-1", "status.json"]
     assert launch(shard_sets, run, EVERY).returncode == 0
     same(run, undisturbed)
     TABLE.append(("an exception before the claim", f"all leave in {took:.1f} s, first reason told", "-"))

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dist_train.outcomes import DIVERGED, DONE, FAILED, STOPPED
 from pipelines.cli import INTERRUPTED, USAGE, refuse
@@ -23,11 +23,12 @@ FINAL = (USAGE, DIVERGED)  # codes of ends that another try would not change
 
 
 class Said(NamedTuple):
-    """What a rank has told torchrun: its code, why, and whether another try would be in vain."""
+    """What a rank has told torchrun: its code, why, whether another try would be in vain, and what failed first."""
 
     code: int
     sentence: str
     final: bool
+    failure: dict[str, Any] | None
 
 
 def launched() -> bool:
@@ -70,16 +71,17 @@ def exit_code(code: int) -> int:
     return DONE if launched() and code in (STOPPED, INTERRUPTED) else code
 
 
-def end(code: int, sentence: str, *, at: float = 0, final: bool = False) -> int:
+def end(code: int, sentence: str, *, at: float = 0, final: bool = False, failure: dict[str, Any] | None = None) -> int:
     """Tell torchrun how this rank ends. Returns the exit code.
 
     Args:
         at: when, in Unix's seconds, if not now.
         final: another try is not wanted, although the code says nothing of that.
+        failure: the first one, of any rank, for the other ranks of this node.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and exit_code(code) != DONE:
-        about = {"message": sentence, "errorCode": code, "final": final or code in FINAL}
+        about = {"message": sentence, "errorCode": code, "final": final or code in FINAL, "failure": failure}
         about["extraInfo"] = {"timestamp": str(int(at or time.time()))}
         with suppress(OSError):  # whole or not at all: torchrun cannot read half of one
             Path(f"{path}.new").write_text(json.dumps({"message": about}))
@@ -132,7 +134,7 @@ def _told(attempt: int) -> Iterator[Said]:
         for file in sorted(folder.glob("*/error.json")):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 said = json.loads(file.read_text())["message"]
-                yield Said(said["errorCode"], said["message"], said["final"])
+                yield Said(said["errorCode"], said["message"], said["final"], said["failure"])
 
 
 def _number(name: str) -> int:

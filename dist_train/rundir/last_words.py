@@ -15,10 +15,11 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from dist_train.outcomes import FAILED
 from dist_train.ranks import kin, launcher
@@ -67,7 +68,7 @@ class LastWords:
         text = traceback.format_exc()
         self._begin_to_leave()
         if self._size > 1 and isinstance(error, RuntimeError) and (found := LOST.search(reason)):
-            kind, reason = self._why_lost(f"{KILLED}, or its node is lost ({found[0]})")
+            self._leave(self._why_lost(f"{KILLED}, or its node is lost ({found[0]})"), text)
         self._leave(self._failure(kind, reason), text)
 
     def force(self, why: str, *, begun: bool) -> None:
@@ -96,7 +97,7 @@ class LastWords:
                 mine = self._failure("Hang", silence + compared(places, self._size))
                 self._ask(lambda: status.errors.amend(mine), None)
                 self._ask(lambda: status.fail(mine), None)
-                self._ask(lambda: launcher.end(FAILED, self._by(mine), at=began), 0)  # before those that are ended now
+                self._ask(lambda: self._tell_launcher(mine, at=began), 0)  # before those that are ended now
                 kin.abort(set(range(self._size)) - {place.rank for place in places})
             self._ask(lambda: self.record(status.errors.folder), None)
             time.sleep(self._left(SHOWING))
@@ -116,20 +117,23 @@ class LastWords:
             self._leave(first, "")
         if signalled and (launcher.others_said() or kin.gone(begun=begun)):
             self._begin_to_leave()
-            self._leave(self._failure(*self._why_lost(KILLED)), "")
+            self._leave(self._why_lost(KILLED), "")
         return False
 
-    def _why_lost(self, otherwise: str) -> tuple[str, str]:
-        """Kind and reason of a failure that follows from another rank's."""
+    def _why_lost(self, otherwise: str) -> Failure:
+        """The failure of another rank from which this one's follows, if that can be known."""
         said = self._ask(launcher.others_said, None)
-        return "Refused" if said and said.code in launcher.FINAL else "Lost", said.sentence if said else otherwise
+        if said and said.failure:
+            return Failure(**said.failure)
+        kind = "Refused" if said and said.code in launcher.FINAL else "Lost"
+        return self._failure(kind, said.sentence if said else otherwise)
 
     def _failure(self, kind: str, reason: str) -> Failure:
         return Failure(self._rank, self._node, kind, reason)
 
-    def _by(self, failure: Failure) -> str:
-        who = f"rank {failure.rank} on {failure.node}: " if self._size > 1 or self._rank else ""
-        return who + failure.reason
+    def _tell_launcher(self, first: Failure, **how: Any) -> int:
+        who = f"rank {first.rank} on {first.node}: " if self._size > 1 or self._rank else ""
+        return launcher.end(FAILED, who + first.reason, failure=asdict(first), **how)
 
     def _leave(self, failure: Failure, text: str, *, at: float = 0) -> NoReturn:
         """`text`: a traceback, in which the reason stands too. `at`: as for `launcher.end`."""
@@ -143,7 +147,7 @@ class LastWords:
             shown = traced.rstrip("\n") or f"rank {self._rank}: {failure.reason}"
         self._print(shown)
         final = first.kind in ("Forced", "Stopped")  # it was asked for
-        self._ask(lambda: launcher.end(FAILED, self._by(first), at=at, final=final), 0)
+        self._ask(lambda: self._tell_launcher(first, at=at, final=final), 0)
         if status and failure.kind != "Hang":  # of which it has said more already
             self._ask(partial(status.errors.write, self._rank, f"{shown}\n\n{text}"), None)
         if first.kind != "Hang" or first.rank == self._rank:  # of which the first rank finds out more

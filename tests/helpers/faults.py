@@ -6,6 +6,7 @@ batch of it), save:written, save:flushed, save:renaming, save:renamed, save:prun
 written). What can be done: `Faults.do`. It is done once in the life of a run directory, which keeps a mark
 `fault-<rank>`; with "always" in every start, from the n-th occurrence on. With "destroy": "blocks",
 `destroy_process_group` waits for ever, as NCCL's does while others are in a collective that this rank never joins.
+With "late", rank 0 says nothing before another rank has failed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import distributed, nn
 
 from dist_train import __main__, train, validate
 from dist_train.ranks import launcher, world
-from dist_train.rundir import directory, lease, store
+from dist_train.rundir import directory, lease, status, store
 from pipelines.loader import Loader
 from pipelines.manifest import ShardError
 
@@ -89,6 +90,9 @@ class Faults:
             sys.addaudithook(self.frozen)
         elif what == "error":
             raise RuntimeError("a fault of the drill")
+        elif what == "wait":
+            while status.read(self.directory).get("state") != "failed":
+                time.sleep(0.01)
         elif what == "slow":
             time.sleep(3)
         elif what == "disk full":
@@ -156,6 +160,9 @@ def main() -> int:
     faults.before(lease.Lease, "holds", "record")  # what stands before every write of the run directory
     if faults.fault.get("destroy") == "blocks":
         distributed.destroy_process_group = lambda *_: time.sleep(3600)  # type: ignore[assignment]
+    if faults.fault.get("late") and faults.rank == 0:
+        faults.before(status.Announcement, "say", "late")
+        faults.fault |= {"at": "late", "rank": 0, "do": "wait"}
     return __main__.main()
 
 
