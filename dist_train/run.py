@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
             resumed = resume.restore(trainer.state, config, world, sets[0], run, asdict(trainer.settled))
         except ValueError as error:  # ours, and torch's for sizes that do not fit
             raise Refused(str(error)) from error
-        _claim(config, world, run, resumed.bad)
+        _claim(config, world, run, resumed)
     except (Refused, NotBegun) as refusal:  # the same on all ranks, or else the launcher ends the others
         if world.rank == 0:
             _tell(refusal, announcement)
@@ -102,10 +103,9 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
     if world.device.type == "cuda":
         words.record = flight_record
     if world.rank == 0:
-        run.record.open(resumed.record_bytes)
         wandb.open(as_dict(config))
-        wandb.publish(run.record.size())
-        words.close = wandb.close
+        wandb.publish(resumed.record_bytes)
+        words.close = partial(_close, run, wandb)
     size = f"{world.size} x {world.device.type}, {len(sets[0])} images"
     _announce(run, trainer.progress, resumed, asdict(trainer.settled), size)
     if advice := data.small_share(config, world.size, world.device.type):
@@ -116,9 +116,9 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         run.say(str(end))
         return end
     run.status.set(end.state, str(end), step=trainer.progress.step, epoch=trainer.progress.epoch)
-    wandb.publish(run.record.size())
+    run.close()
+    wandb.publish(run.record.size)
     wandb.close()
-    run.record.close()
     if world.rank == 0:
         _show(path, end, trainer.progress, run.say)
     return end
@@ -146,10 +146,10 @@ def _placed(config: Config, name: str, world: World) -> Config:
     return replace(config, run=replace(config.run, name=name, dir=str(path)))
 
 
-def _claim(config: Config, world: World, run: RunDirectory, bad: list[str]) -> None:
+def _claim(config: Config, world: World, run: RunDirectory, resumed: Resumed) -> None:
     """Take the run directory over, for all ranks. Raises NotBegun on all ranks."""
     world.together(lambda: None)  # a rank that has refused is not here
-    token = world.together(lambda: run.claim(config, bad), on=[0], failure=NotBegun)
+    token = world.together(lambda: run.claim(config, resumed.bad, resumed.record_bytes), on=[0], failure=NotBegun)
     run.lease.token = world.share(token)
 
 
@@ -165,6 +165,11 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: 
     how = settled["deterministic"]
     deterministic = "not deterministic" if how == "no" else f"deterministic {how}"
     run.say(f"{run.path}: {size}, {deterministic}, epoch {progress.epoch + 1}")
+
+
+def _close(run: RunDirectory, wandb: WandbRun) -> None:
+    run.close()
+    wandb.close()
 
 
 def _end_of(training: Callable[[], None]) -> Ended:

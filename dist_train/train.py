@@ -116,8 +116,8 @@ class Trainer:
             # "divide the learning rate by 10 when the validation error rate stopped improving"
             if schedule.step(error, progress.epoch):
                 self.report.division(error, chance_error(self.val_loader.shards.index["label"]))
-            best = progress.next_epoch(error)  # before the save: a restart must not repeat the epoch
-            self.saver.save(best=best)
+            progress.next_epoch(error)  # before the save: a restart must not repeat the epoch
+            self.saver.save()
         self.saver.finish()
 
     def enough(self) -> bool:
@@ -190,7 +190,7 @@ class Trainer:
         self.saver.check()
         loss = vote.loss / batch
         if vote.lost:
-            raise self.run.lease.loss()
+            raise self.run.lease.loss(int(vote.lost))
         if vote.refused or not math.isfinite(loss):
             keys = self.train_loader.names(step.epoch, step.step_in_epoch)
             raise Diverged(postmortem.diverged(self.run.path, step, loss, keys, writes=self.world.rank == 0))
@@ -213,7 +213,7 @@ class Trainer:
             self.run.status.heartbeat()
             vote = Vote.cast(self.world, stop=self.watch.stop, lost=self.run.lease.lost).read()
             if vote.lost:
-                raise self.run.lease.loss()
+                raise self.run.lease.loss(int(vote.lost))
             if vote.stop:
                 self.saver.save()  # the epoch is trained, not yet validated
                 self.saver.finish()

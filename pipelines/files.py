@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,25 +21,38 @@ class HeldFile(FileIO):
         self.close()
 
 
-def write_atomically(path: Path, data: bytes, by: str = "") -> None:
+def write_atomically(path: Path, data: bytes, by: str = "", *, durable: bool = True) -> None:
     """Write beside, flush to the disk, rename: after a crash the file is the old one or the new one.
 
     Args:
         by: who writes, where several processes may at once.
+        durable: as for `replacing`.
     """
-    with replacing(path, by) as file:
+    with replacing(path, by, durable=durable) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path, by: str = "") -> Iterator[BinaryIO]:
-    """A file beside `path`, for what is written piece by piece; it takes the place of `path` when the body ends."""
+def replacing(path: Path, by: str = "", *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file beside `path`, for what is written piece by piece; it takes the place of `path` when the body ends. If
+    that fails, nothing of it is left: it may be the disk's last free bytes.
+
+    Args:
+        durable: flush it to the disk, for which a busy file system takes seconds. Without, a loss of power may leave
+            neither the old file nor the new one.
+    """
     temporary = path.with_name(f".{path.name}{by}.tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def sha256(path: Path) -> str:

@@ -23,9 +23,11 @@ def store(directory: Path, keep: int = 2) -> Store:
     return Store(lease, keep)
 
 
-def save(checkpoints: Store, step: int, *, best: bool = False, validated: bool = False) -> None:
+def save(checkpoints: Store, step: int, *, best: int = 0, validated: bool = False) -> None:
+    """One step an epoch; `best`: after how many of them the best one was, of those that are validated."""
     state = {"w": torch.full((1000,), float(step))}
-    checkpoints.save(state, {"step": step, "epoch": 0, "validated": validated}, best=best)
+    meta = {"step": step, "epoch": step, "validated": validated or best > 0, "best_epoch": best - 1}
+    checkpoints.save(state, meta)
     checkpoints.join()
     assert checkpoints.error is None
 
@@ -37,8 +39,8 @@ def names(checkpoints: Store) -> list[str]:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     for step in range(1, 7):
-        save(checkpoints, step, best=step == 2)
-    assert names(checkpoints) == ["step-00000002", "step-00000005", "step-00000006"]
+        save(checkpoints, step, best=min(step, 2))
+    assert names(checkpoints) == [f"step-0000000{step}-validated" for step in (2, 5, 6)]
     best = checkpoints.directory / "best"
     assert torch.load(best / "state.pt", weights_only=True)["w"][0] == 2
 
@@ -57,7 +59,7 @@ def test_what_is_saved_is_a_copy(tmp_path: Path) -> None:
     """Training goes on while the state is written."""
     checkpoints = store(tmp_path)
     weights = torch.zeros(3_000_000)
-    checkpoints.save({"w": weights}, {"step": 1, "epoch": 0, "validated": False}, best=False)
+    checkpoints.save({"w": weights}, {"step": 1, "epoch": 0, "validated": False})
     weights.fill_(7)
     checkpoints.join()
     saved = torch.load(checkpoints.directory / "step-00000001" / "state.pt", weights_only=True)
@@ -165,7 +167,7 @@ def test_a_stale_process_renames_nothing(tmp_path: Path) -> None:
     lease.acquire()
     stale = Store(lease, 2)
     successor.acquire()
-    stale.save({}, {"step": 9, "epoch": 0, "validated": False}, best=True)
+    stale.save({}, {"step": 9, "epoch": 0, "validated": False})
     stale.join()
     assert lease.lost
     assert not list(stale.directory.iterdir())
@@ -196,7 +198,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     for size in (100, 30_000, 150_000, 250_000, 400_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
         try:
-            checkpoints.save(state, {"step": 1, "epoch": 0, "validated": False}, best=False)
+            checkpoints.save(state, {"step": 1, "epoch": 0, "validated": False})
             checkpoints.join()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -57,8 +57,8 @@ def untrained(directory: Path, sets: Path, *settings: str, seed: int = 0, steps:
         for value in model.state_dict().values():
             fan_in = value[0].numel() if value.ndim > 1 else 100
             value.copy_(torch.randn(value.shape, generator=rng) * (2 / fan_in) ** 0.5)
-        meta = {"step": step, "epoch": step, "validated": True} | identity(config, shards)
-        store.save({"model": model.state_dict()}, meta, best=step == steps[0])
+        meta = {"step": step, "epoch": step, "validated": True, "best_epoch": steps[0] - 1} | identity(config, shards)
+        store.save({"model": model.state_dict()}, meta)
         store.join()
     assert store.error is None
     return directory

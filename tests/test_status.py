@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,17 @@ from dist_train.rundir.errors import Errors, Failure, Standstill
 from dist_train.rundir.last_words import compared
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.status import Announcement, Status
+from dist_train.rundir.writer import Writer
 
 FIRST = Failure(1, "b", "ShardError", "ShardError: the tar is another one")
 LATER = Failure(0, "a", "RuntimeError", "RuntimeError: Connection closed by peer")
+
+
+class AtOnce(Writer):
+    """A writer that is never behind."""
+
+    def ask(self, name: str, work: Callable[[], None]) -> None:
+        work()
 
 
 def claimed(run: Path, ranks: int = 1) -> list[Lease]:
@@ -112,7 +121,7 @@ def test_a_restart_knows_that_the_attempt_before_it_is_over(tmp_path: Path, monk
 
 def test_the_first_failure_is_what_counts(tmp_path: Path) -> None:
     """Whichever rank it is, and whoever writes it: status.json says it however late rank 0 wakes up."""
-    ranks = [Status(lease, print, writes=i == 0) for i, lease in enumerate(claimed(tmp_path, 2))]
+    ranks = [Status(lease, print, AtOnce(), writes=i == 0) for i, lease in enumerate(claimed(tmp_path, 2))]
     ranks[0].set("running", step=5, epoch=0)
     ranks[1].set("running", step=4, epoch=0)
     assert ranks[1].errors.enter(FIRST) == FIRST
@@ -128,7 +137,7 @@ def test_the_first_failure_is_what_counts(tmp_path: Path) -> None:
         "ShardError",
         "ShardError: the tar is another one",
     ]
-    ranks[0]._written = -1e9
+    ranks[0]._asked = -1e9
     ranks[0].heartbeat(step=6)
     assert status.read(tmp_path) == found, "a rank that has not noticed yet does not say that it runs"
 
@@ -136,11 +145,11 @@ def test_the_first_failure_is_what_counts(tmp_path: Path) -> None:
 def test_an_end_is_not_overwritten(tmp_path: Path) -> None:
     """By what a rank meets on its way out; by the failure of a later start it is."""
     for state in ("done", "stopped", "diverged"):
-        now = Status(claimed(tmp_path)[0], print, writes=True)
+        now = Status(claimed(tmp_path)[0], print, AtOnce(), writes=True)
         now.set(state)
         now.fail(LATER)
         assert status.read(tmp_path)["state"] == state
-    later = Status(claimed(tmp_path)[0], print, writes=True)
+    later = Status(claimed(tmp_path)[0], print, AtOnce(), writes=True)
     now.fail(FIRST)
     assert status.read(tmp_path)["state"] == "diverged", "a start that has lost the run writes nothing"
     later.fail(LATER)
@@ -167,12 +176,13 @@ from dist_train.rundir.errors import Errors
 from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.status import Status
+from dist_train.rundir.writer import Writer
 
 run = Path(sys.argv[1])
 lease = Lease(run)
 lease.acquire()
 words = LastWords(run)
-words.claimed(run, Status(lease, print, writes=True), 2)
+words.claimed(run, Status(lease, print, Writer(), writes=True), 2)
 Errors.folder = property(lambda self: time.sleep(3600))
 Status.fail = lambda *_: time.sleep(3600)
 if sys.argv[2] == "hang":

@@ -18,7 +18,7 @@ from dist_train.data import open_sets
 from dist_train.process import keep_freed_memory
 from dist_train.ranks.world import World
 from dist_train.rundir import store
-from dist_train.rundir.checkpoint import FOLDER, Checkpoint, find
+from dist_train.rundir.checkpoint import Checkpoint, CheckpointError, find
 from pipelines.errors import UsageError, UserError
 from pipelines.manifest import MANIFEST
 from pipelines.shards import ShardSet
@@ -123,9 +123,10 @@ def _check_paths(directory: Path, config: Config, split: Path | None) -> None:
 def _checkpoint(directory: Path, which: str) -> Checkpoint:
     """A good checkpoint of a run; bad ones that had to be passed over are named. Raises RunError."""
     bad: dict[str, str] = {}
-    if which != "last" and not (directory / FOLDER / which).is_dir():
-        raise RunError(f"{directory} has no checkpoint {which}: choose last")
-    found = find(directory, which, lambda name, why: bad.update({name: why}))
+    try:
+        found = find(directory, which, lambda name, why: bad.update({name: why}))
+    except CheckpointError as error:
+        raise RunError(str(error)) from error
     reasons = ", ".join(f"{name}: {why}" for name, why in bad.items())
     if found is None:
         if bad:

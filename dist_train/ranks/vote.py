@@ -21,7 +21,7 @@ class Vote(NamedTuple):
         refused: ranks that found a gradient that is not finite, and left the weights as they are.
         stop: ranks that a stop signal has come to.
         save: 1 if a save is due by the clock, which rank 0 looks at for all.
-        lost: 1 if a later start has taken over the run directory, which rank 0 finds out.
+        lost: as in `rundir.lease.Lease`: whether, and how, the run directory is lost, which rank 0 finds out.
         bad: samples that could not be decoded, and were replaced.
     """
 

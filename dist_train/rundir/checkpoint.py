@@ -2,7 +2,7 @@
 
     checkpoints/step-00012000/state.pt    loads with torch.load(weights_only=True)
     checkpoints/step-00012000/meta.json   sha256 and size of it, step, epoch, what the run is
-    checkpoints/best                      a link to the one with the lowest validation error
+    checkpoints/best                      a link to the best one, for people; programs go by the meta.json of all
 
 A directory counts only if its hash matches.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,43 @@ def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambd
 
     Args:
         run: a run directory.
-        which: "last", the newest good one; "best", the one of the lowest validation error; or a name.
+        which: "last", the newest good one; or "best", the one of the lowest validation error.
         bad: hears the name of each checkpoint that does not count, and why.
+
+    Raises CheckpointError for a best one that was lost: it is not the best of those that are left.
     """
     folder = run / FOLDER
     if which == "last":
         candidates = sorted(folder.glob(NAMES), reverse=True)
     else:
-        candidates = [(folder / which).resolve()] if (folder / which).is_dir() else []
+        best, still = best_of(folder)
+        candidates = [folder / best] if best else []
+        if not still:
+            raise CheckpointError(f"the best checkpoint was not saved, or is not in {folder} any more: choose last")
     for path in candidates:
         try:
             return verified(path)
         except CheckpointError as error:
             bad(path.name, str(error))
     return None
+
+
+def is_best(meta: dict[str, Any]) -> bool:
+    """Whether a state is that after the epoch of the lowest validation error so far."""
+    return bool(meta.get("validated")) and meta.get("best_epoch") == meta.get("epoch", 0) - 1
+
+
+def best_of(folder: Path) -> tuple[str, bool]:
+    """The name of the newest of these checkpoints that was the best one of its time, good or not, and whether it still
+    is: not if a better one was never saved, or is gone. All by the meta.json of each. Raises OSError."""
+    name, its, newest = "", -1, -1
+    for path in sorted(folder.glob(NAMES)):
+        with suppress(ValueError, TypeError, AttributeError, FileNotFoundError):  # a damaged one does not count
+            meta = json.loads((path / META).read_bytes())
+            newest = int(meta.get("best_epoch", -1))
+            if is_best(meta):
+                name, its = path.name, newest
+    return name, its == newest
 
 
 def newest_name(run: Path) -> str:

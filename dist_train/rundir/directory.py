@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dist_train.config import Config, dump
@@ -11,7 +12,13 @@ from dist_train.rundir.lease import Lease
 from dist_train.rundir.record import Record
 from dist_train.rundir.status import Status
 from dist_train.rundir.store import Store
+from dist_train.rundir.writer import Writer
+from pipelines.errors import UserError
 from pipelines.files import write_atomically
+
+
+class DiskError(UserError):
+    """The run directory cannot be written; the message says why."""
 
 
 class RunDirectory:
@@ -27,19 +34,34 @@ class RunDirectory:
     def __init__(self, path: Path, say: Callable[[str], None], *, keep: int, writes: bool) -> None:
         self.path, self.say = path, say
         self.lease = Lease(path)
-        self.status = Status(self.lease, say, writes=writes)
-        self.record = Record(self.lease, say)
-        self.store = Store(self.lease, keep)
+        self._writer = Writer()
+        self.status = Status(self.lease, say, self._writer, writes=writes)
+        self.record = Record(self.lease, say, self._writer)
+        self.store = Store(self.lease, keep, say, self.record.settle)
 
-    def claim(self, config: Config, bad: list[str]) -> str:
-        """Take the run over, from rank 0. Returns the name of this start. Raises OSError if it cannot be written.
+    def claim(self, config: Config, bad: list[str], record_bytes: int) -> str:
+        """Take the run over, from rank 0. Returns the name of this start. Raises DiskError if it cannot be written.
 
         Args:
             bad: names of checkpoints that are damaged; they are set aside.
+            record_bytes: of the record that stay.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lease.acquire()
-        restarts.forget(self.path)
-        self.store.clean(bad)
-        write_atomically(self.path / "config.yaml", dump(config).encode())
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for stale in self.path.glob(".*.tmp"):  # what killed starts left may be a full disk's last bytes
+                stale.unlink()
+            self.lease.acquire()
+            restarts.forget(self.path)
+            self.store.clean(bad)
+            write_atomically(self.path / "config.yaml", dump(config).encode())
+            self.record.open(record_bytes)
+        except OSError as error:
+            raise DiskError(f"{self.path} cannot be written ({error}): make room, or choose another run.dir") from error
         return self.lease.token
+
+    def close(self) -> None:
+        """All that was written beside training is on the disk, or cannot be had there."""
+        self.store.join()
+        with suppress(OSError):  # told
+            self.record.settle()
+        self._writer.wait()

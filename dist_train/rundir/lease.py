@@ -6,10 +6,11 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
-from dist_train.outcomes import LeaseLost
+from dist_train.outcomes import Ended, LeaseLost, NotSaved
 from pipelines.files import write_atomically
 
 FILE = "owner"
+TAKEN, GONE = 1, 2  # how a lease is lost
 
 
 class Lease:
@@ -17,25 +18,32 @@ class Lease:
 
     Attributes:
         token: the name of the start, which all its ranks know; empty before the run is claimed.
-        lost: `holds` has found another start's token. All ranks learn of it by the vote at the next step.
+        lost: TAKEN if `holds` has found another start's token, GONE if it has found none; else 0. All ranks learn of it
+            by the vote at the next step.
     """
 
     def __init__(self, run: Path) -> None:
-        self.run, self.lost = run, False
+        self.run, self.lost = run, 0
         self.token = ""
 
     def acquire(self) -> None:
         """Take the run over from whoever has it. Raises OSError."""
-        self.token = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"
-        write_atomically(self.run / FILE, self.token.encode())
+        token = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"
+        write_atomically(self.run / FILE, token.encode())
+        self.token = token
 
     def holds(self) -> bool:
-        """Whether the run is still this start's: asked before every write and rename. Raises OSError if the directory
-        is gone."""
+        """Whether the run is still this start's: asked before every write and rename. Raises OSError if the file
+        system does not say."""
         if not self.lost:
-            self.lost = (self.run / FILE).read_text() != self.token
+            try:
+                self.lost = TAKEN * ((self.run / FILE).read_text() != self.token)
+            except FileNotFoundError:
+                self.lost = GONE
         return not self.lost
 
-    def loss(self) -> LeaseLost:
-        """To be raised on all ranks once one of them has found the lease lost."""
+    def loss(self, how: int) -> Ended:
+        """To be raised on all ranks once one of them has found the lease lost; `how`: as in `lost`."""
+        if how == GONE:
+            return NotSaved(f"the state could not be saved: {self.run} was moved or removed while the run went on")
         return LeaseLost(f"another start has taken over {self.run}: this one exits")

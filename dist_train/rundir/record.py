@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from dist_train.rundir.lease import Lease
+from dist_train.rundir.writer import Writer
 from pipelines.files import read_jsonl, write_atomically
 
 FILE = "metrics.jsonl"
@@ -22,64 +26,80 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 class Record:
-    """The record of a run while it grows. A disk that is full for a while delays lines, and loses none.
+    """The record of a run while it grows. A disk that is slow, or full for a while, delays lines, and loses none.
 
     Args:
         lease: checked before every write.
         say: shows the user a line.
+        writer: writes beside training.
 
     Attributes:
+        size: of all lines, in bytes, those included that are not on the disk yet.
         error: why the last line could not be written, until it could.
     """
 
-    def __init__(self, lease: Lease, say: Callable[[str], None]) -> None:
+    def __init__(self, lease: Lease, say: Callable[[str], None], writer: Writer) -> None:
         self.path = lease.run / FILE
+        self.size = 0
         self.error: OSError | None = None
-        self._lease, self._say = lease, say
+        self._lease, self._say, self._writer = lease, say, writer
         self._file: FileIO | None = None
-        self._size = 0
-        self._unwritten: list[bytes] = []
+        self._unwritten: deque[bytes] = deque()
+        self._written, self._settled = 0, 0  # bytes in the file, and of these on the disk for good
+        self._lock = Lock()  # of the file: two threads write
 
     def open(self, size: int) -> None:
-        """Begin or continue: what lies behind byte `size`, the restored state's, is cut off."""
+        """Begin or continue: what lies behind byte `size`, the restored state's, is cut off. Raises OSError."""
         kept = self.path.read_bytes()[:size] if self.path.exists() else b""
         write_atomically(
             self.path, kept
         )  # a new file: a stale process that still has the old one open cannot add to it
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (open as long as the run)
-        self._size = len(kept)
+        self.size = self._written = self._settled = len(kept)
 
     def append(self, kind: str, **values: Any) -> None:
         """Add one line: {"kind": begun | step | validation | probe | changed, "step": ..., ...}. Nothing on other
         ranks, where it is not open."""
         if self._file is not None:
-            self._unwritten.append((json.dumps({"kind": kind, **values}) + "\n").encode())
-            self._write(self._file)
+            line = (json.dumps({"kind": kind, **values}) + "\n").encode()
+            self._unwritten.append(line)
+            self.size += len(line)
+            self._writer.ask(FILE, self._try)
 
-    def size(self) -> int:
-        """Bytes of the record that are on the disk."""
+    def settle(self) -> None:
+        """Have all lines on the disk. Raises OSError."""
         if self._file is not None:
-            self._write(self._file)
-            with suppress(OSError):
-                os.fsync(self._file.fileno())
-        return self._size
+            self._try()
+            if self.error:
+                raise self.error
+            with self._lock:
+                if self._settled < self._written:
+                    os.fsync(self._file.fileno())
+                    self._settled = self._written
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _write(self, file: FileIO) -> None:
+    def _try(self) -> None:
         """Write what is not yet written. If that fails, say so once and keep it for the next time."""
+        with self._lock:
+            try:
+                self._write()
+                self.error = None
+            except OSError as error:
+                if self.error is None:
+                    self._say(f"{FILE} cannot be written ({error}): the records are kept and written later")
+                self.error = error
+
+    def _write(self) -> None:
+        assert self._file is not None
+        if not self._unwritten or not self._lease.holds():
+            return
         try:
-            if not self._lease.holds():
-                return
             while self._unwritten:
-                file.write(self._unwritten[0])
-                self._size += len(self._unwritten.pop(0))
-            self.error = None
-        except OSError as error:
-            if self.error is None:
-                self._say(f"{FILE} cannot be written ({error}): the records are kept and written later")
-            self.error = error
+                line = self._unwritten[0]
+                if self._file.write(line) < len(line):  # there was room for so much
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._written += len(line)
+                self._unwritten.popleft()
+        except OSError:
             with suppress(OSError):
-                file.truncate(self._size)  # a full disk leaves half a line
+                self._file.truncate(self._written)  # a full disk leaves half a line
+            raise

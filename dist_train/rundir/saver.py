@@ -9,6 +9,7 @@ from typing import Any
 from dist_train.config import CheckpointConfig
 from dist_train.outcomes import NotSaved
 from dist_train.ranks.world import World
+from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.state import TrainState
 
@@ -18,7 +19,8 @@ class Saver:
 
     Args:
         meta: what a checkpoint's meta.json says of the run, besides its progress.
-        covered: told how many bytes of the record are safe, once the state that was saved with them is on the disk. A
+        covered: told how many bytes of the record are safe, beside training, once the state that was saved with them is
+            on the disk. A
             restart cuts the record back to what its checkpoint covers, so nothing behind them may be sent to wandb yet.
     """
 
@@ -35,7 +37,6 @@ class Saver:
         self._meta, self._covered = meta, covered
         self._saved_at = time.monotonic()
         self._saved_step = -1
-        self._in_flight = 0  # bytes of the record that the save in flight covers
 
     def due_by_clock(self) -> bool:
         """Whether rank 0 asks for a save."""
@@ -54,7 +55,7 @@ class Saver:
         if error and not isinstance(error, OSError):
             raise error
 
-    def save(self, *, best: bool = False) -> None:
+    def save(self) -> None:
         """Save the state beside training; rank 0 writes. All ranks call it at the same step."""
         self._saved_at, self._saved_step = time.monotonic(), self._state.progress.step
         state = self._state.state_dict()  # on all ranks: towers on two ranks are put together
@@ -65,12 +66,10 @@ class Saver:
         if run.lease.lost:
             return
         if run.store.error:
-            run.say(f"the last save failed ({run.store.error}): older checkpoints stand, trying again")
-        else:
-            self._covered(self._in_flight)  # the save before this one is on the disk; the last one is the run's to tell
-        size = run.record.size()
-        run.store.save(state | {"record": size}, self._state.progress.as_meta() | self._meta, best=best)
-        self._in_flight = size
+            run.say(f"the last save failed ({run.store.error}): {self._stands()}, trying again")
+        size = run.record.size
+        meta = self._state.progress.as_meta() | self._meta
+        run.store.save(state | {"record": size}, meta, lambda: self._covered(size))
 
     def finish(self) -> None:
         """Wait for the last save, and try once more if it failed. Raises LeaseLost, and NotSaved if it fails again, on
@@ -81,9 +80,13 @@ class Saver:
         if share(bool(run.store.error) and not run.lease.lost):
             self.save()
             run.store.join()
-        if share(run.lease.lost):
-            raise run.lease.loss()
+        if lost := share(run.lease.lost):
+            raise run.lease.loss(lost)
         failure = run.store.error or run.record.error
         message = f"{type(failure).__name__}: {failure}" if failure else ""
         if message := share(message):
-            raise NotSaved(f"the last state could not be saved, older checkpoints stand: {message}")
+            raise NotSaved(f"the last state could not be saved, {self._stands()}: {message}")
+
+    def _stands(self) -> str:
+        newest = newest_name(self._run.path)
+        return f"{newest} stands" if newest else "and no checkpoint is there yet"

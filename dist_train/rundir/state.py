@@ -53,13 +53,11 @@ class Progress:
         average afterwards."""
         self.train_error += (error - self.train_error) / min(step, MEMORY)
 
-    def next_epoch(self, error: float) -> bool:
-        """Take the epoch's validation error. Returns whether it is the best so far."""
-        best = self.best_epoch < 0 or error < self.best_error
-        if best:
+    def next_epoch(self, error: float) -> None:
+        """Take the epoch's validation error."""
+        if self.best_epoch < 0 or error < self.best_error:
             self.best_error, self.best_epoch = error, self.epoch
         self.epoch, self.step_in_epoch, self.validated = self.epoch + 1, 0, True
-        return best
 
     def as_meta(self) -> dict[str, Any]:
         """For meta.json."""

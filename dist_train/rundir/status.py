@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from dist_train.ranks import launcher
 from dist_train.rundir.errors import Errors, Failure
 from dist_train.rundir.lease import Lease
+from dist_train.rundir.writer import Writer
 from pipelines.errors import UserError
 from pipelines.files import read_json, write_atomically
 
@@ -126,38 +129,46 @@ class Status:
     Args:
         lease: checked before every write.
         say: shows the user a line.
+        writer: writes beside training.
         writes: whether this is rank 0; the others write only that they have failed.
 
     Attributes:
         errors: of this start.
     """
 
-    def __init__(self, lease: Lease, say: Callable[[str], None], *, writes: bool) -> None:
+    def __init__(self, lease: Lease, say: Callable[[str], None], writer: Writer, *, writes: bool) -> None:
         self.errors = Errors(lease)
-        self._lease, self._say, self._writes = lease, say, writes
+        self._lease, self._say, self._writer, self._writes = lease, say, writer, writes
         self._where: dict[str, int] = {}
-        self._state, self._written = "", 0.0
+        self._state, self._asked = "", 0.0
+        self._lock, self._failed = Lock(), False  # the writer may be about to say that the run is well
+        self._told = False  # that nothing can be written
 
     def set(self, state: str, reason: str = "", **where: int) -> None:
         """`state` as for `write`; `where`: step and epoch, kept for the next time."""
         self._where |= where
-        self._state, self._written = state, time.monotonic()
-        if not self._writes:
-            return
-        try:
-            if self._lease.holds():
-                write(self._lease.run, state, reason, **self._where, start=self._lease.token)
-        except OSError as error:
-            self._say(f"{FILE} cannot be written ({error})")
+        self._state, self._asked = state, time.monotonic()
+        if self._writes:
+            self._writer.ask(FILE, partial(self._write, state, reason, dict(self._where)))
 
     def heartbeat(self, **where: int) -> None:
         """The run is alive: freshen the file now and then."""
         self._where |= where
-        if self._state != "running" or time.monotonic() - self._written > PERIOD:
-            with suppress(OSError):
-                if self._writes and self.errors.first():  # another rank has said that it is not
-                    return
+        if self._state != "running" or time.monotonic() - self._asked > PERIOD:
             self.set("running")
+
+    def _write(self, state: str, reason: str, where: dict[str, int]) -> None:
+        try:
+            if state == "running" and self.errors.first():  # another rank has said that it is not
+                return
+            with self._lock:
+                if not self._failed and self._lease.holds():
+                    write(self._lease.run, state, reason, **where, start=self._lease.token)
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                self._say(f"{FILE} cannot be written ({error})")
+            self._told = True
 
     def failed(self) -> Failure | None:
         """The failure that another rank, or this one, has met first in this start. Raises OSError.
@@ -173,18 +184,28 @@ class Status:
     def fail(self, first: Failure) -> None:
         """A rank, this one or another, was the first that could not go on. An end that this start has come to before
         stays. Raises OSError."""
-        if not self._lease.token or not self._lease.holds():
+        if self._state in OVER or not self._lease.token or not self._lease.holds():
             return
-        found = known(self._lease.run)
-        if found.get("start") != self._lease.token or found.get("state") not in OVER:
-            about = {"rank": first.rank, "node": first.node, "error": first.kind, "start": self._lease.token}
-            state = "stopped" if first.kind == "Stopped" else "failed"
-            write(self._lease.run, state, first.reason, **self._where, **about)
+        with self._lock:
+            self._failed = True
+            found = known(self._lease.run)
+            if found.get("start") != self._lease.token or found.get("state") not in OVER:
+                about = {"rank": first.rank, "node": first.node, "error": first.kind, "start": self._lease.token}
+                state = "stopped" if first.kind == "Stopped" else "failed"
+                write(self._lease.run, state, first.reason, **self._where, **about)
 
 
 def _place(run: Path, text: bytes) -> None:
-    """Each rank by a file of its own, since several may write at once."""
-    write_atomically(run / FILE, text, by=f".{launcher.rank()}")
+    """Each rank by a file of its own, since several may write at once; only an end is worth the wait for the disk."""
+    path, ends = run / FILE, any(f'"state": "{state}"'.encode() in text for state in OVER)
+    try:
+        write_atomically(path, text, by=f".{launcher.rank()}", durable=ends)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        with open(path, "r+b") as file:  # in the place of the old one there is room on a full disk, too
+            file.write(text)
+            file.truncate()
 
 
 def _text(state: str, reason: str, **where: Any) -> bytes:

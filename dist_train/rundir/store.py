@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -14,8 +16,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from dist_train.rundir.checkpoint import FOLDER, META, NAMES, STATE
+from dist_train.rundir.checkpoint import FOLDER, META, NAMES, STATE, best_of, is_best
 from dist_train.rundir.lease import Lease
+
+LINKING = "best.new"  # the link, before it is `best`
 
 
 class Store:
@@ -24,6 +28,8 @@ class Store:
     Args:
         lease: of the run directory; checked before every rename.
         keep: how many of the newest stay, besides the best.
+        say: shows the user a line.
+        settle: called before a checkpoint gets its name: has what it covers on the disk, or raises OSError.
         moment: called at each moment of a save at which a fault would hurt (written, flushed, renaming, renamed,
             pruning); drills strike there.
 
@@ -31,23 +37,33 @@ class Store:
         error: of the last save, until one succeeds.
     """
 
-    def __init__(self, lease: Lease, keep: int, moment: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        lease: Lease,
+        keep: int,
+        say: Callable[[str], None] = lambda _: None,
+        settle: Callable[[], None] = lambda: None,
+        moment: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.directory, self.keep = lease.run / FOLDER, keep
         self.error: BaseException | None = None
-        self._lease, self._moment = lease, moment
+        self._lease, self._say, self._settle, self._moment = lease, say, settle, moment
         self._writer: Thread | None = None
+        self._missed: tuple[dict[str, Any], dict[str, Any]] | None = None  # the best, if it could not be saved
+        self._linked = ""  # the name that `best` points to, or should
 
-    def save(self, state: dict[str, Any], meta: dict[str, Any], *, best: bool) -> None:
+    def save(self, state: dict[str, Any], meta: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
         """Copy `state` to host memory and write it beside training. At most one save is in flight. A save that fails
-        sets `error`; the older checkpoints stand.
+        sets `error`; the older checkpoints stand. If that was the best state, it is kept in memory, and saved with the
+        next one unless that is better.
 
         Args:
-            meta: `step`, `epoch` and `validated` order the checkpoints; the rest is for readers.
-            best: this one has the lowest validation error.
+            meta: `step`, `epoch` and `validated` order the checkpoints; for the best one see `is_best`.
+            then: called when it is on the disk.
         """
         self.join()
         host = _to_host(state)
-        self._writer = Thread(target=self._write, args=(host, meta, best), name="save")
+        self._writer = Thread(target=self._write, args=(host, meta, then), name="save")
         self._writer.start()
 
     def join(self) -> None:
@@ -59,36 +75,48 @@ class Store:
     def clean(self, bad: list[str]) -> None:
         """Remove what killed saves left, and set the checkpoints that are known to be bad aside as `bad-*`."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for stale in self.directory.glob(".*.tmp"):
-            shutil.rmtree(stale)
+        for stale in (*self.directory.glob(".*.tmp"), self.directory / LINKING):
+            _remove(stale)
         for name in bad:
             aside = self.directory / f"bad-{name}"
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             (self.directory / name).rename(aside)
 
-    def _write(self, state: dict[str, Any], meta: dict[str, Any], best: bool) -> None:
+    def _write(self, state: dict[str, Any], meta: dict[str, Any], then: Callable[[], None]) -> None:
+        try:
+            if self._keep(state, meta):
+                if self._missed and not is_best(meta):
+                    self._keep(*self._missed)
+                self._missed = None
+                self._link()
+                self._prune()
+                then()
+            self.error = None
+        except BaseException as error:  # a full disk, a vanished directory: the run decides what to do
+            self.error = error
+            if is_best(meta):
+                self._missed = (state, meta)
+
+    def _keep(self, state: dict[str, Any], meta: dict[str, Any]) -> bool:
+        """Write a checkpoint. Returns whether the run is still this start's. Raises what is wrong with the disk."""
         # A checkpoint before an epoch's validation and one after it stand at the same step; the name sorts them.
         name = f"step-{meta['step']:08d}" + ("-validated" if meta["validated"] else "")
         temporary = self.directory / f".{name}.tmp"
         try:
-            self._fill(temporary, state, meta)
-            if not self._lease.holds():
-                shutil.rmtree(temporary)
-                return
-            self._place(temporary, self.directory / name)
-            if best:
-                self._link(name)
-            self._prune()
-            self.error = None
-        except BaseException as error:  # a full disk, a vanished directory: the run decides what to do
-            self.error = error
-            shutil.rmtree(temporary, ignore_errors=True)
+            if holds := self._lease.holds():
+                self._fill(temporary, state, meta)
+            if holds := holds and self._lease.holds():
+                self._place(temporary, self.directory / name)
+            return holds
+        finally:
+            with suppress(OSError):
+                _remove(temporary)
 
     def _fill(self, temporary: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write state and meta to the disk, under a name that no reader looks at."""
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         temporary.mkdir()  # not its parents: a vanished directory is not made anew
-        with open(temporary / STATE, "wb") as file:
+        with open(temporary / STATE, "wb") as file, open(temporary / META, "w") as text:
             hashed = _Hashed(file)
             try:
                 torch.save(state, hashed)  # type: ignore[arg-type]
@@ -97,23 +125,21 @@ class Store:
                     raise hashed.error from None
                 raise
             self._moment("written")
-            self._flush(file)
-        meta = meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}
-        with open(temporary / META, "w") as text:
-            json.dump(meta, text, indent=1)
-            self._flush(text)
-
-    def _flush(self, file: IO[Any]) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-        self._moment("flushed")
+            json.dump(meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}, text, indent=1)
+            # A busy file system takes seconds for each: all at once.
+            with ThreadPoolExecutor(3) as pool:
+                flushed = [pool.submit(_flush, opened) for opened in (file, text)]
+                pool.submit(self._settle).result()
+            for flush in flushed:
+                flush.result()
+                self._moment("flushed")
 
     def _place(self, temporary: Path, final: Path) -> None:
         """Give a written checkpoint its name, for good."""
         self._moment("renaming")
-        if final.exists():  # the same state, saved for two reasons
-            shutil.rmtree(temporary)
-        else:
+        if final.is_symlink() and not final.exists():  # somebody's, to what is gone
+            final.unlink()
+        if not final.exists():  # the same state, saved for two reasons
             os.rename(temporary, final)
         handle = os.open(final.parent, os.O_RDONLY)
         try:
@@ -122,27 +148,50 @@ class Store:
             os.close(handle)
         self._moment("renamed")
 
-    def _link(self, name: str) -> None:
-        """Let `best` point to this checkpoint; replaced in one step, so that it always points to one."""
-        link = self.directory / "best.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        os.replace(link, self.directory / "best")
+    def _link(self) -> None:
+        """Let `best` point to the best checkpoint, in one step. It is a courtesy: not all file systems have links."""
+        best, still = best_of(self.directory)
+        if not (best and still) or best == self._linked:
+            return
+        self._linked = best
+        link, linking = self.directory / "best", self.directory / LINKING
+        try:
+            linking.unlink(missing_ok=True)
+            linking.symlink_to(best)
+            os.replace(linking, link)
+        except OSError as error:
+            self._say(f"{link} cannot be a link to {best}, the best checkpoint ({error}): `--checkpoint best` finds it")
+            with suppress(OSError):
+                if link.is_symlink():  # to an older one
+                    link.unlink()
 
     def _prune(self) -> None:
-        best = os.path.realpath(self.directory / "best")
+        best, _ = best_of(self.directory)
         for path in sorted(self.directory.glob(NAMES))[: -self.keep]:
-            if os.path.realpath(path) != best:
+            if path.name != best:
                 hidden = self.directory / f".{path.name}.tmp"
                 os.rename(path, hidden)  # never a half-deleted directory under a good name
                 self._moment("pruning")
-                shutil.rmtree(hidden)
+                _remove(hidden)
 
 
 def load_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
     """The state in a checkpoint's directory."""
     state: dict[str, Any] = torch.load(checkpoint / STATE, map_location=device, weights_only=True)
     return state
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    """A directory, or a link of the user's to one, which stays. Raises OSError."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _to_host(value: Any) -> Any:
