@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 
 
 class HeldFile(FileIO):
-    """A file opened for reading; closed when nobody holds it any more, neither a cache nor a reading thread."""
+    """A file that is closed when nobody holds it any more: no cache, no thread."""
 
     def __del__(self) -> None:
         self.close()

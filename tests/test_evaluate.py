@@ -289,6 +289,8 @@ def test_errors_are_one_sentence(
     bare = untrained(tmp_path / "bare", shard_sets, steps=())
     half = untrained(tmp_path / "half", shard_sets)
     break_state(half / "checkpoints" / "best")
+    lost = untrained(tmp_path / "lost", shard_sets)
+    shutil.rmtree(lost / "checkpoints" / "step-00000001-validated")
     bad = untrained(tmp_path / "bad", shard_sets)
     for checkpoint in (bad / "checkpoints").glob("step-*"):
         break_state(checkpoint)
@@ -310,7 +312,11 @@ def test_errors_are_one_sentence(
         ((tmp_path / "none",), r"there is no run .*none: name the directory of a run"),
         ((tmp_path / "no-run",), r"has no config\.yaml, so it is no run: name"),
         ((bare,), r"bare has no checkpoint yet: train on"),
-        ((bare, "--checkpoint=best"), r"bare has no checkpoint best: choose last"),
+        ((bare, "--checkpoint=best"), r"bare has no checkpoint yet: train on"),
+        (
+            (lost, "--checkpoint=best"),
+            r"the best checkpoint was not saved, or is not in .*/lost/checkpoints any",
+        ),
         ((half, "--checkpoint=best"), r"no good checkpoint \(step-00000001-validated: the sha256 .*: choose last"),
         ((bad,), r"no good checkpoint \(step-00000002-validated: the sha256 .*-00000001.*: put a good one back"),
         ((moved,), r"validation set of .*moved, sets/val, is not there: start in the directory that the run was"),

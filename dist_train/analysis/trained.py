@@ -18,7 +18,7 @@ from dist_train.data import open_sets
 from dist_train.process import keep_freed_memory
 from dist_train.ranks.world import World
 from dist_train.rundir import store
-from dist_train.rundir.checkpoint import Checkpoint, CheckpointError, find
+from dist_train.rundir.checkpoint import Checkpoint, CheckpointError, find, newest_name
 from pipelines.errors import UsageError, UserError
 from pipelines.manifest import MANIFEST
 from pipelines.shards import ShardSet
@@ -132,6 +132,8 @@ def _checkpoint(directory: Path, which: str) -> Checkpoint:
         if bad:
             remedy = "put a good one back" if which == "last" else "choose last"
             raise RunError(f"{directory} has no good checkpoint ({reasons}): {remedy}")
+        if newest_name(directory):
+            raise RunError(f"{directory} has no checkpoint {which}: choose last")
         raise RunError(f"{directory} has no checkpoint yet: train on, the first comes after an epoch at the latest")
     if bad:
         print(f"{directory}: bad checkpoints are passed over ({reasons})", file=sys.stderr)

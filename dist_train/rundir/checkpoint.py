@@ -40,7 +40,7 @@ def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambd
 
     Args:
         run: a run directory.
-        which: "last", the newest good one; or "best", the one of the lowest validation error.
+        which: "last", the newest good one; "best", the one of the lowest validation error; or a name.
         bad: hears the name of each checkpoint that does not count, and why.
 
     Raises CheckpointError for a best one that was lost: it is not the best of those that are left.
@@ -48,11 +48,13 @@ def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambd
     folder = run / FOLDER
     if which == "last":
         candidates = sorted(folder.glob(NAMES), reverse=True)
-    else:
+    elif which == "best":
         best, still = best_of(folder)
         candidates = [folder / best] if best else []
         if not still:
             raise CheckpointError(f"the best checkpoint was not saved, or is not in {folder} any more: choose last")
+    else:
+        candidates = [folder / which] if (folder / which).is_dir() else []
     for path in candidates:
         try:
             return verified(path)

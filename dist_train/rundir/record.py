@@ -8,14 +8,13 @@ import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.writer import Writer
-from pipelines.files import read_jsonl, write_atomically
+from pipelines.files import HeldFile, read_jsonl, write_atomically
 
 FILE = "metrics.jsonl"
 
@@ -43,7 +42,7 @@ class Record:
         self.size = 0
         self.error: OSError | None = None
         self._lease, self._say, self._writer = lease, say, writer
-        self._file: FileIO | None = None
+        self._file: HeldFile | None = None
         self._unwritten: deque[bytes] = deque()
         self._written, self._settled = 0, 0  # bytes in the file, and of these on the disk for good
         self._lock = Lock()  # of the file: two threads write
@@ -54,7 +53,7 @@ class Record:
         write_atomically(
             self.path, kept
         )  # a new file: a stale process that still has the old one open cannot add to it
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (open as long as the run)
+        self._file = HeldFile(self.path, "ab")
         self.size = self._written = self._settled = len(kept)
 
     def append(self, kind: str, **values: Any) -> None:
