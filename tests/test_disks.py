@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -22,6 +23,8 @@ from dist_train.rundir.directory import DiskError, RunDirectory
 from dist_train.rundir.errors import Failure
 from dist_train.rundir.lease import GONE, TAKEN
 from pipelines.files import write_atomically
+from tests.helpers.drills import until
+from tests.helpers.launch import finish, start
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -237,6 +240,26 @@ def test_a_step_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = status.read(tmp_path)
     assert (found["state"], found["step"]) == ("stopped", 3)
     assert names(tmp_path) == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_run_on_a_slow_disk(shard_sets: Path, tmp_path: Path) -> None:
+    """Each file takes three seconds to be flushed, as on a busy NFS: no step notices, and a stop saves in its time,
+    though a save was under way: both, with all that belongs to them, take four flushes one after the other."""
+    run = tmp_path / "run"
+    options = ["--train.global_batch=2", "--checkpoint.steps=60", "--run.stop_timeout=16"]  # 120 steps an epoch
+    going = start(shard_sets, run, *options, fault={"fsync": 3}, env={"STEP_SECONDS": "0.05"}, ranks=0)
+    until((run / "samples-0.jsonl").exists)
+    until(lambda: len((run / "samples-0.jsonl").read_text().splitlines()) > 80)
+    os.kill(going.pid, signal.SIGTERM)
+    assert finish(going).returncode == 75
+    assert status.read(run)["state"] == "stopped"
+    times = [json.loads(line)["time"] for line in (run / "samples-0.jsonl").read_text().splitlines()]
+    gaps = [after - before for before, after in zip(times[1:], times[2:], strict=False)]
+    assert max(gaps) < 2.5, "the save, the records and the heartbeats were beside the steps"
+    stands = json.loads((sorted((run / "checkpoints").glob("step-*"))[-1] / "meta.json").read_text())
+    assert stands["step"] == len(times)
 
 
 def test_a_heartbeat_is_not_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,8 +85,8 @@ class Saver:
         failure = run.store.error or run.record.error
         message = f"{type(failure).__name__}: {failure}" if failure else ""
         if message := share(message):
-            raise NotSaved(f"the last state could not be saved, {self._stands()}: {message}")
+            raise NotSaved(f"the last state could not be saved ({message}): {share(self._stands())}")
 
     def _stands(self) -> str:
         newest = newest_name(self._run.path)
-        return f"{newest} stands" if newest else "and no checkpoint is there yet"
+        return f"{newest} stands" if newest else "there is no checkpoint yet"

@@ -196,8 +196,9 @@ class Status:
 
 
 def _place(run: Path, text: bytes) -> None:
-    """Each rank by a file of its own, since several may write at once; only an end is worth the wait for the disk."""
-    path, ends = run / FILE, any(f'"state": "{state}"'.encode() in text for state in OVER)
+    """Each rank by a file of its own, since several may write at once. A stop has only so much time, and what comes
+    after it goes by the checkpoint: only the other ends are worth the wait for the disk."""
+    path, ends = run / FILE, any(f'"state": "{state}"'.encode() in text for state in OVER if state != "stopped")
     try:
         write_atomically(path, text, by=f".{launcher.rank()}", durable=ends)
     except OSError as error:

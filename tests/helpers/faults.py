@@ -6,7 +6,7 @@ batch of it), save:written, save:flushed, save:renaming, save:renamed, save:prun
 written). What can be done: `Faults.do`. It is done once in the life of a run directory, which keeps a mark
 `fault-<rank>`; with "always" in every start, from the n-th occurrence on. With "destroy": "blocks",
 `destroy_process_group` waits for ever, as NCCL's does while others are in a collective that this rank never joins.
-With "late", rank 0 says nothing before another rank has failed.
+With "fsync": 2, the disk takes so many seconds to flush a file. With "late", rank 0 says nothing before another rank has failed.
 """
 
 from __future__ import annotations
@@ -158,6 +158,9 @@ def main() -> int:
     faults.before(world, "_meet", "meeting")
     directory.Store = partial(store.Store, moment=lambda name: faults.reach(f"save:{name}"))  # type: ignore[misc, assignment]
     faults.before(lease.Lease, "holds", "record")  # what stands before every write of the run directory
+    if seconds := faults.fault.get("fsync"):
+        fsync = os.fsync
+        os.fsync = lambda handle: (time.sleep(seconds), fsync(handle))[1]  # type: ignore[assignment]
     if faults.fault.get("destroy") == "blocks":
         distributed.destroy_process_group = lambda *_: time.sleep(3600)  # type: ignore[assignment]
     if faults.fault.get("late") and faults.rank == 0:
