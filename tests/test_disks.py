@@ -17,11 +17,12 @@ import torch
 
 from dist_train.config import Config
 from dist_train.outcomes import LeaseLost, NotSaved
-from dist_train.rundir import record, status
+from dist_train.rundir import postmortem, record, status
 from dist_train.rundir.checkpoint import CheckpointError, find
 from dist_train.rundir.directory import DiskError, RunDirectory
 from dist_train.rundir.errors import Failure
 from dist_train.rundir.lease import GONE, TAKEN
+from dist_train.rundir.state import Step
 from pipelines.files import write_atomically
 from tests.helpers.drills import until
 from tests.helpers.launch import finish, start
@@ -217,6 +218,13 @@ def test_half_a_line_is_no_line(tmp_path: Path) -> None:
     assert [line["step"] for line in record.read(tmp_path)] == [1, 2]
     (said,) = run.told
     assert said.startswith("metrics.jsonl cannot be written ([Errno 28] No space left on device): ")
+
+
+def test_a_run_that_diverges_on_a_full_disk_has_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", raising(FULL))
+    said = postmortem.diverged(tmp_path, Step(0, 6, 6, 0.1), float("nan"), ["a", "b"], writes=True)
+    assert "the loss is not finite at step 7" in said
+    assert "diverged.json cannot be written: [Errno 28]" in said
 
 
 # A slow disk

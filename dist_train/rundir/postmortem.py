@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from dist_train.rundir.state import Step
+from pipelines.files import write_atomically
 
 FILE = "diverged.json"
 
@@ -18,11 +19,14 @@ def diverged(run: Path, step: Step, loss: float, keys: list[str], *, writes: boo
         keys: of the samples of the global batch.
         writes: whether this is rank 0.
     """
-    what = "gradient" if math.isfinite(loss) else "loss"
+    what, where = "gradient" if math.isfinite(loss) else "loss", f"all keys in {FILE}"
     if writes:
         report = {"what": what, "step": step.number, "epoch": step.epoch, "lr": step.lr, "keys": keys}
-        (run / FILE).write_text(json.dumps(report, indent=1))
+        try:
+            write_atomically(run / FILE, json.dumps(report, indent=1).encode())
+        except OSError as error:  # that is not how the run ends
+            where = f"{FILE} cannot be written: {error}"
     return (
         f"the {what} is not finite at step {step.number} (epoch {step.epoch + 1}, lr {step.lr:g}), batch {keys[0]} ... "
-        f"{keys[-1]} (all keys in {FILE}): lower optim.lr; the last checkpoint is good"
+        f"{keys[-1]} ({where}): lower optim.lr; the last checkpoint is good"
     )
