@@ -6,7 +6,8 @@ batch of it), save:written, save:flushed, save:renaming, save:renamed, save:prun
 written). What can be done: `Faults.do`. It is done once in the life of a run directory, which keeps a mark
 `fault-<rank>`; with "always" in every start, from the n-th occurrence on. With "destroy": "blocks",
 `destroy_process_group` waits for ever, as NCCL's does while others are in a collective that this rank never joins.
-With "fsync": 2, the disk takes so many seconds to flush a file. With "late", rank 0 says nothing before another rank has failed.
+With "fsync": 2, the disk takes so many seconds to flush a file. With "late", rank 0 says nothing before another rank
+has failed.
 """
 
 from __future__ import annotations
