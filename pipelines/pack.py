@@ -116,7 +116,8 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
         raise ShardError(f"no shards in {directory}: expected uncompressed *.tar files of WebDataset samples")
     if classes is None:
         classes = _known_names(directory)
-    plan = json.dumps([[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
+    # 2: scans of an earlier day had lying images in them as they lie.
+    plan = json.dumps([2] + [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
     with _working_folder(directory, _Plan(hashlib.sha256(plan.encode()).hexdigest()), _Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
         return finish(directory, tars, classes, split, {}, "", [])
