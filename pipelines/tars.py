@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,13 @@ def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None
                     raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
+
+
+def passed_over(directory: Path) -> str:
+    """What looks as if it were a part of a foreign set, and is not taken; three of it by name."""
+    named = (file.name for file in directory.glob("*") if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", file.name))
+    found = sorted([*named, *(str(tar.relative_to(directory)) for tar in directory.glob("*/*.tar"))])
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _no_part(member: tarfile.TarInfo, base: str, extension: str) -> str:

@@ -179,8 +179,17 @@ def test_index_tells_what_it_left_out(
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "._a.tar").write_bytes(b"of a Mac")
+    for other in ("b.tar.gz", "c.tgz", "d.tar.zst", "train/e.tar"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).touch()
     assert call(monkeypatch, "index", tmp_path, "--workers", 1) == 0
-    assert capsys.readouterr().out == (
+    told = capsys.readouterr()
+    assert told.err.startswith(
+        f"{tmp_path}: only uncompressed *.tar files that lie in it itself are indexed, and not b.tar.gz, c.tgz, "
+        f"d.tar.zst and 1 more\n"
+    )
+    assert told.out == (
         f"{tmp_path}: 1 images of 1 classes in 1 shards, 0 MB\n"
         f"{tmp_path}: 3 members or samples were left out, see {tmp_path}/rejected.jsonl: "
         f"AppleDouble companion of a file (._name), which a Mac writes (2); has no extension (1)\n"
