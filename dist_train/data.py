@@ -63,14 +63,23 @@ def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
     if train.classes != val.classes:
         raise ShardError(
             f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ "
-            f"{difference(train.classes, val.classes)}: labels would not mean the same, pack both from folders of the "
-            f"same names"
+            f"{difference(train.classes, val.classes)}: labels would not mean the same, {_remedy(train, val)}"
         )
     if batch > len(train):
         raise ConfigError(
             f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it"
         )
     return train, val
+
+
+def _remedy(*sets: ShardSet) -> str:
+    foreign = [str(shards.directory) for shards in sets if not shards.manifest.source]
+    if not foreign:
+        return "pack both from folders of the same names"
+    return (
+        f"name all classes in one file, in the order of their labels, and index with it what was not packed here "
+        f"(`python -m pipelines index {foreign[-1]} --classes FILE`)"
+    )
 
 
 def check_tars(sets: tuple[ShardSet, ShardSet]) -> None:

@@ -115,7 +115,7 @@ class Trainer:
             error = self.validate()
             # "divide the learning rate by 10 when the validation error rate stopped improving"
             if schedule.step(error, progress.epoch):
-                self.report.division(error, chance_error(self.val_loader.shards.index["label"]))
+                self.report.division(error, chance_error(self.val_loader.shards.labels(self.val_loader.shards.good)))
             progress.next_epoch(error)  # before the save: a restart must not repeat the epoch
             self.saver.save()
         self.saver.finish()
@@ -195,10 +195,10 @@ class Trainer:
             keys = self.train_loader.names(step.epoch, step.step_in_epoch)
             raise Diverged(postmortem.diverged(self.run.path, step, loss, keys, writes=self.world.rank == 0))
         progress.bad_samples += int(vote.bad)
-        if progress.bad_samples > self.config.data.max_bad:
+        if vote.bad and progress.bad_samples > self.config.data.max_bad:  # not for those that are in quarantine by now
             raise BadData(
                 f"{progress.bad_samples} samples could not be decoded, more than data.max_bad: run "
-                f"`python -m pipelines verify {self.config.data.train}`, or raise it"
+                f"`python -m pipelines verify {self.config.data.train}`, or raise it; the same command continues"
             )
         progress.average(vote.wrong / batch, step.number)
         self.report.step(step, loss, progress, last=self.enough())

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 from pipelines.cli import Parser, Verb, interrupted, natural, positive, run_verb
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, UserError
 from pipelines.files import read_text
 from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.misc import cpus
+from pipelines.quarantine import QUARANTINE
 from pipelines.rows import mapped, sides
-from pipelines.scan import REJECTED
-from pipelines.shards import INDEX, QUARANTINE, ShardSet
+from pipelines.scan import REJECTED, reasons
+from pipelines.shards import INDEX, ShardSet
 from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
+from pipelines.speech import show
 
 PACK_USAGE = """
 pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
@@ -89,15 +92,32 @@ def index_options(parser: Parser) -> None:
 def start_index(args: Namespace) -> int:
     from pipelines import mixing, pack
 
-    names = read_text(args.classes).splitlines() if args.classes else None
-    split = args.directory.name
+    names = _class_names(args.classes) if args.classes else None
+    directory = args.directory
     try:
-        _report(pack.index(args.directory, classes=names, split=split, workers=args.workers), args.directory)
-        if told := mixing.advice(ShardSet(args.directory)):
-            print(told)
+        manifest = pack.index(directory, classes=names, split=directory.name, workers=args.workers)
+        rejected = [json.loads(line) for line in (directory / REJECTED).read_bytes().splitlines()]
+        show(_contents(manifest, directory))
+        if rejected:
+            show(
+                f"{directory}: {len(rejected)} members or samples were left out, see {directory / REJECTED}: "
+                f"{reasons(rejected)}"
+            )
+        if told := mixing.advice(ShardSet(directory)):
+            show(told)
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
+
+
+def _class_names(path: Path) -> list[str]:
+    """The lines of a file of class names; blank ones at its end are none. Raises UserError."""
+    names = read_text(path).removeprefix("\ufeff").rstrip().splitlines()
+    if blank := [number for number, name in enumerate(names, 1) if not name.strip()]:
+        raise UserError(
+            f"line {blank[0]} of {path} is blank: it takes one class name per line, in the order of the labels"
+        )
+    return names
 
 
 def verify_options(parser: Parser) -> None:
@@ -108,12 +128,12 @@ def verify_options(parser: Parser) -> None:
 def start_verify(args: Namespace) -> int:
     from pipelines import verify
 
-    problems = verify.verify(args.directory, workers=args.workers)
-    for problem in problems:
-        print(f"{problem['name']}: {problem['reason']}")
-    if problems:
+    def tell(problem: verify.Problem) -> None:
+        show(f"{problem['name']}: {problem['reason']}")
+
+    if problems := verify.verify(args.directory, workers=args.workers, tell=tell):
         raise ShardError(f"{len(problems)} problems in {args.directory}, listed in {args.directory / QUARANTINE}")
-    print(f"{args.directory}: all samples decode, and all hashes and labels are right")
+    show(f"{args.directory}: all samples decode, and all hashes and labels are right")
     return 0
 
 
@@ -167,14 +187,18 @@ def _check_crop(args: Namespace) -> None:
 
 
 def _report(manifest: Manifest, directory: Path, more: str = "") -> None:
-    """Print what a set holds."""
-    line = (
-        f"{directory}: {manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards, "
-        f"{sum(shard['bytes'] for shard in manifest.shards) / 1e6:.0f} MB"
-    )
+    """Print what a packed set holds."""
+    line = _contents(manifest, directory)
     if count := (directory / REJECTED).read_text().count("\n"):
         line += f"; {count} rejected, see {directory / REJECTED}"
     print(line + more)
+
+
+def _contents(manifest: Manifest, directory: Path) -> str:
+    return (
+        f"{directory}: {manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards, "
+        f"{sum(shard['bytes'] for shard in manifest.shards) / 1e6:.0f} MB"
+    )
 
 
 VERBS = {

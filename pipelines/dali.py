@@ -83,6 +83,7 @@ def graph(
     batch: int,
     crop: int,
     resize: bool,
+    turn: bool = False,
     std: Sequence[float],
     decode: Decode,
     depth: int = DEPTH,
@@ -91,6 +92,7 @@ def graph(
 
     `source` returns the inputs of a step of n <= `batch` samples. `resize`: whether any image of the set has to be
     resized; the others of the set pass by the resize, which costs more than decoding an image at 256 pixels does.
+    `turn`: whether images are turned as their EXIF orientation says; how those of a packed set are was settled then.
     Output: float32 NHWC; or, where `decode.gives_bytes`, uint8 NHWC that is not normalised, and `Feed.mean`. On the GPU
     the whole image is decoded: decoders of a region were seen to crash there (nvImageCodec issue 55).
     """
@@ -102,9 +104,8 @@ def graph(
         ask = _asking(source, fields, held=depth + 2 if on_cpu else 0)
         inputs = fn.external_source(source=ask, num_outputs=len(fields), batch=True, no_copy=on_cpu)
         feed = dict(zip(fields, inputs, strict=True))
-        # How an image is turned was settled when the set was packed. Without "fancy", a GPU repeats samples of colour
-        # where the CPU interpolates.
-        how = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+        # Without "fancy", a GPU repeats samples of colour where the CPU interpolates.
+        how = {"output_type": types.RGB, "adjust_orientation": turn, "jpeg_fancy_upsampling": True}
         if on_cpu:
             image = fn.decoders.image_slice(feed["encoded"], start=feed["begin"], shape=feed["extent"], **how)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(ValueError):
     """Something a user can mend. The message is one sentence that names the thing and the remedy."""
@@ -12,5 +14,7 @@ class UsageError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error in one line: whatever a library wrote, its first line says most."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The message of an error in one line: whatever a library wrote, its first line says most. Without the addresses of
+    objects: the same error has the same message in every process."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r" ?<[^<>]* at 0x[0-9a-fA-F]+>", "", line)

@@ -48,7 +48,7 @@ class Batch(NamedTuple):
         samples: sample numbers in the shard set, int64 [n].
         start: position in the epoch of the first of them.
         keys: what the `keys` of `Loader.epoch` gave for them, int64 [n]; without, zeros.
-        replaced: how many of them stand for a sample that cannot be decoded.
+        replaced: how many of them stand for a sample that cannot be decoded, and was not known to the quarantine.
     """
 
     inputs: Tensor
@@ -89,7 +89,7 @@ class Loader:
         steps: batches in an epoch.
         mean: what is subtracted from each channel, in levels, float32 [3].
         waited: seconds that the consumer has waited for data.
-        bad: samples that were found to be undecodable.
+        bad: samples that are not shown: those in quarantine, and those that were found to be undecodable since.
     """
 
     def __init__(
@@ -111,10 +111,12 @@ class Loader:
         self.reader = Reader(plan.shards, threads=reading.readers, fetch=reading.read, blame=self._blame)
         self.resizing = plan.shards.sides != (plan.augment.resize, plan.augment.resize)
         crop = plan.augment.crop
-        self._graph = partial(graph, crop=crop, resize=self.resizing, std=std.tolist(), decode=decode)
+        turn = plan.shards.turned
+        self._graph = partial(graph, crop=crop, resize=self.resizing, turn=turn, std=std.tolist(), decode=decode)
         self._hand_over = HandOver(decode.place, std)
         self.waited = 0.0
-        self.bad: set[int] = set()
+        self._quarantined = frozenset(plan.shards.quarantined.tolist())
+        self.bad = set(self._quarantined)
 
     def samples(self, epoch: int, step: int) -> tuple[Ints, int]:
         """The sample numbers of this rank at a step of an epoch, and the position of the first."""
@@ -125,16 +127,22 @@ class Loader:
     def usable(self, epoch: int, step: int) -> tuple[Ints, int]:
         """Like `samples`, with bad samples replaced."""
         samples, start = self.samples(epoch, step)
-        if self.bad:
-            for i in np.flatnonzero(np.isin(samples, list(self.bad))):
-                samples[i] = self.plan.substitute(epoch, start + int(i), self.bad)
-        return samples, start
+        return self._substituted(epoch, samples, start), start
 
     def names(self, epoch: int, step: int) -> list[str]:
-        """Where a person finds the samples of the whole global batch of a step: tar and member of each."""
+        """Where a person finds the samples of the whole global batch of a step: tar and member of each. Of a sample
+        that only another rank knows to be bad, its own name."""
         first = step * self.batch
         samples = self.plan.samples(epoch, first, min(first + self.batch, len(self.plan)))
+        samples = self._substituted(epoch, samples, first)
         return [self.shards.name(int(sample)) for sample in samples]
+
+    def _substituted(self, epoch: int, samples: Ints, start: int) -> Ints:
+        """These samples from position `start` on, with the bad ones replaced."""
+        for i, sample in enumerate(samples.tolist()):
+            if sample in self.bad:
+                samples[i] = self.plan.substitute(epoch, start + i, self.bad)
+        return samples
 
     def epoch(self, epoch: int = 0, start: int = 0, keys: Keys | None = None) -> Iterator[Batch]:
         """The batches of steps `start` ... of an epoch, and a number for each sample, if `keys` gives them.
@@ -196,7 +204,8 @@ class Loader:
         samples, _ = self.usable(epoch, step)  # after that: reading may have found some to be damaged
         numbers = (self.shards.labels(samples), keys(step, start + np.arange(len(samples))))
         inputs, labels, keyed = self._hand_over(shown, *map(torch.from_numpy, numbers))
-        return Batch(inputs, labels, samples, start, keyed, replaced=int((wanted != samples).sum()))
+        replaced = sum(sample not in self._quarantined for sample in wanted[wanted != samples].tolist())
+        return Batch(inputs, labels, samples, start, keyed, replaced)
 
     def feeds(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
         """The graph's inputs for each of these steps, while the files of the steps after it are being read.

@@ -25,6 +25,8 @@ from pipelines.parallel import parallel, tick
 from pipelines.rows import HEADER
 from pipelines.scan import WORK, finish, scan_file, scan_shard
 from pipelines.sources import Item, Source, SourceError, to_jpeg
+from pipelines.speech import say
+from pipelines.tars import passed_over
 
 TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set
 OVERHEAD = 4 * HEADER  # bytes of a sample beside its image: two headers, the label's block, and what fills up blocks
@@ -111,12 +113,15 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
         classes: the class names in the order of their labels; None: those of the manifest that is there, or the numbers
             themselves.
     """
-    tars = sorted(directory.glob("*.tar"))
+    tars = sorted(tar for tar in directory.glob("*.tar") if not tar.name.startswith("."))
+    if passed := passed_over(directory):
+        say(f"{directory}: only uncompressed *.tar files that lie in it itself are indexed, and not {passed}")
     if not tars:
         raise ShardError(f"no shards in {directory}: expected uncompressed *.tar files of WebDataset samples")
     if classes is None:
         classes = _known_names(directory)
-    plan = json.dumps([[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
+    # 2: scans of an earlier day had lying images in them as they lie.
+    plan = json.dumps([2] + [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
     with _working_folder(directory, _Plan(hashlib.sha256(plan.encode()).hexdigest()), _Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
         return finish(directory, tars, classes, split, {}, "", [])

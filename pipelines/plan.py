@@ -93,7 +93,7 @@ class FixedPlan(Plan):
 
     Args:
         view: which of the ten `fixed_views`: 0 the centre, up to 9.
-        samples: the samples to show, int64 [n]; None: all.
+        samples: the samples to show, int64 [n]; None: all but the quarantined ones, which nothing stands for.
         seed: of the substitutes of bad samples.
     """
 
@@ -102,7 +102,7 @@ class FixedPlan(Plan):
     ) -> None:
         super().__init__(shards, augment, seed)
         self.view = view
-        self.shown = np.arange(len(shards)) if samples is None else samples
+        self.shown = shards.good if samples is None else samples
 
     def __len__(self) -> int:
         return len(self.shown)

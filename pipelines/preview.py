@@ -15,6 +15,7 @@ from pipelines.loader import Loader
 from pipelines.order import Ints
 from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardSet
+from pipelines.sources import upright_rgb
 
 VERSIONS = 5  # of each image
 LOOKED_AT = 10_000  # samples, for different classes among them: there may be a billion
@@ -27,6 +28,7 @@ class _Chosen(TrainingPlan):
     def __init__(self, shards: ShardSet, augment: Augment, seed: int, count: int) -> None:
         super().__init__(shards, augment, shards.manifest, seed)
         shuffled = self.order.samples(0, 0, min(len(shards), max(count, LOOKED_AT)))
+        shuffled = shuffled[~np.isin(shuffled, shards.quarantined)]
         first = np.unique(shards.labels(shuffled), return_index=True)[1]  # of each class
         self.chosen = np.concatenate([shuffled[np.sort(first)], np.delete(shuffled, first)])[:count]
 
@@ -44,10 +46,10 @@ def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed:
     net sees; levels are cut to 0..255. Raises ShardError.
     """
     shards = ShardSet(directory)
-    rows = min(rows, len(shards))
     plan = _Chosen(shards, Augment(resize, crop), seed, rows)
+    rows = len(plan)
     loader = Loader(plan, shards.manifest, batch=rows)
-    columns = {"original": [_decoded(shards, int(sample)) for sample in plan.chosen]}
+    columns = {"original": [decoded(shards, int(sample)) for sample in plan.chosen]}
     for epoch in range(VERSIONS):
         batch = next(loader.epoch(epoch))
         levels = batch.inputs.permute(0, 2, 3, 1).numpy() + loader.mean
@@ -68,5 +70,7 @@ def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed:
     figure.savefig(out, format="png", dpi=120)
 
 
-def _decoded(shards: ShardSet, sample: int) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(BytesIO(shards.read(sample).tobytes())).convert("RGB"))
+def decoded(shards: ShardSet, sample: int) -> NDArray[np.uint8]:
+    """The whole image of a sample, as it is shown: uint8 [height, width, 3]."""
+    image = Image.open(BytesIO(shards.read(sample).tobytes()))
+    return np.asarray(upright_rgb(image) if shards.turned else image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""The rows of an index: what one holds, whether those of a shard are whole and sane, and which of them are samples."""
+"""The rows of an index: what one holds, and whether those of a shard are whole and sane."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-
-from pipelines.order import Ints
 
 HEADER = 512  # bytes of the ustar header directly before each member's data
 NAME = 100  # the first field of it: the name
@@ -88,27 +86,6 @@ def sides(rows: Rows) -> tuple[int, int]:
     """The least and the largest shorter side, in pixels."""
     found = [np.minimum(some["width"], some["height"]) for some in _chunks(rows)]
     return int(min(side.min() for side in found)), int(max(side.max() for side in found))
-
-
-def quarantined(lines: list[dict[str, Any]], names: list[str], ends: Ints) -> Ints:
-    """The rows that the lines of a quarantine name, sorted, int64 [n]. Raises ValueError, TypeError or LookupError for
-    lines that mean none.
-
-    Args:
-        names, ends: of all shards, and the row behind the last one of each.
-    """
-    number = {name: shard for shard, name in enumerate(names)}
-    bad = set[int]()
-    for line in lines:
-        if not isinstance(line, dict):
-            raise ValueError(f"{line!r} is no object")
-        if "row" in line:
-            shard, row = number[line["shard"]], line["row"]
-            first = int(ends[shard - 1]) if shard else 0
-            if type(row) is not int or not 0 <= row < ends[shard] - first:
-                raise ValueError(f"{line['shard']} has no row {row!r}")
-            bad.add(first + row)
-    return np.array(sorted(bad), np.int64)
 
 
 def _chunks(rows: Rows) -> Iterator[Rows]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -15,13 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines import quarantine
 from pipelines.errors import first_line
 from pipelines.files import jsonl, replacing, sha256, write_atomically
 from pipelines.manifest import Manifest, ShardError
 from pipelines.parallel import tick
+from pipelines.quarantine import QUARANTINE
 from pipelines.rows import HEADER, NAME, SAMPLE, checksum, sides, top_label
-from pipelines.shards import IMAGES, INDEX, QUARANTINE
-from pipelines.sources import upright_rgb
+from pipelines.shards import IMAGES, INDEX, TURNED
+from pipelines.sources import ORIENTATION, upright_rgb
+from pipelines.speech import say
 from pipelines.tars import tar_samples
 
 WORK = ".pack"  # inside a set while it is being made: the plan, and the scan of each finished shard
@@ -29,6 +34,9 @@ REJECTED = "rejected.jsonl"
 # What DALI decodes on the CPU and on the GPU, whatever the extension says.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
 LARGEST = 65535  # pixels per side: what SAMPLE holds
+# Without names for them, more classes than both are not believed: labels are ids then, and have no end.
+MANY, PER_SAMPLE = 1000, 10  # classes; classes a sample
+REASONS = 3  # told by name
 
 
 def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> None:
@@ -41,14 +49,23 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
     """
     rows = []
     pixels, total, products = 0, np.zeros(3), np.zeros((3, 3))
+    turned, repeats, last = 0, 0, ""
+
+    def left(name: str, reason: str) -> None:
+        rejected.append({"file": f"{path.name}/{name}", "reason": reason})
+
     with open(path, "rb") as file:
-        for key, members in tar_samples(path):
+        for key, members in tar_samples(path, left):
+            repeats, last = repeats + (key == last), key
             try:
-                row, image = read_sample(file, members)
+                row, image, lies = read_sample(file, members)
             except Exception as error:  # whatever a decoder makes of garbage
-                rejected.append({"file": f"{path.name}/{key}", "reason": first_line(error)})
+                left(key, first_line(error))
             else:
                 rows.append(row)
+                turned += lies
+                for extension in [e for e in IMAGES if e in members][1:]:
+                    left(members[extension].name, "another image of its key is taken")
                 flat = np.asarray(image, np.float64).reshape(-1, 3)  # sums of integers below 2^53: exact in any order
                 pixels += len(flat)
                 total += flat.sum(0)
@@ -64,6 +81,8 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
         "total": [int(v) for v in total],
         "products": [[int(v) for v in row] for row in products],
         "rejected": rejected,
+        "turned": turned,
+        "repeats": repeats,
     }
     write_atomically(scan_file(path), json.dumps(scan, ensure_ascii=False).encode(errors="backslashreplace"))
 
@@ -77,8 +96,26 @@ def _rows_file(path: Path) -> Path:
     return path.parent / WORK / f"{path.name}.npy"
 
 
-def read_sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Image.Image]:
-    """The SAMPLE record and the decoded image of one sample. Raises ValueError and Pillow's errors."""
+class Sample(NamedTuple):
+    """One sample of a tar.
+
+    Attributes:
+        row: its SAMPLE record, in which width and height are those of the image as it is shown.
+        image: upright, RGB.
+        turned: whether its EXIF orientation says that it lies as it is stored.
+    """
+
+    row: tuple[int, ...]
+    image: Image.Image
+    turned: bool
+
+
+def read_sample(file: Any, members: dict[str, Any], *, turn: bool = True) -> Sample:
+    """Read and decode one sample. Raises ValueError and Pillow's errors.
+
+    Args:
+        turn: whether it is shown as its EXIF orientation says; not so in the sets that earlier programs indexed.
+    """
     member = next((members[ext] for ext in IMAGES if ext in members), None)
     if member is None or "cls" not in members:
         raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
@@ -94,7 +131,30 @@ def read_sample(file: Any, members: dict[str, Any]) -> tuple[tuple[int, ...], Im
     if max(image.size) > LARGEST:
         raise ValueError(f"is {image.width}x{image.height} pixels: at most {LARGEST} a side")
     image.load()
-    return (member.offset_data, member.size, *image.size, label, crc32(header[:NAME]), crc32(data)), upright_rgb(image)
+    upright = upright_rgb(image)
+    turned = turn and _lies(image)
+    row = (member.offset_data, member.size, *(upright if turned else image).size, label)
+    return Sample((*row, crc32(header[:NAME]), crc32(data)), upright, turned)
+
+
+def _lies(image: Image.Image) -> bool:
+    """Whether an image is to be turned before it is shown. Raises ValueError if only others than DALI would do it."""
+    said = Image.Exif()
+    with suppress(Exception):  # whatever Pillow makes of a broken block
+        said.load(image.info.get("exif", b""))
+    ways = [exif.get(ORIENTATION, 1) for exif in (said, image.getexif())]  # the second one reads XMP, too
+    lies = [way in range(2, 9) for way in ways]
+    if lies[0] != lies[1]:
+        raise ValueError("is turned by its XMP alone, which DALI does not read: pack it from a folder")
+    return lies[0]
+
+
+def reasons(rejected: Sequence[dict[str, str]]) -> str:
+    """How often each of the most frequent reasons comes, for people."""
+    counts = Counter(line["reason"] for line in rejected).most_common()
+    told = [f"{reason} ({count})" for reason, count in counts[:REASONS]]
+    more = sum(count for _, count in counts[REASONS:])
+    return "; ".join(told + [f"other reasons ({more})"] * bool(more))
 
 
 def finish(
@@ -119,18 +179,17 @@ def finish(
     rejected = rejected + [line for scan in scans for line in scan["rejected"]]
     write_atomically(directory / REJECTED, jsonl(rejected))
     if not any(scan["shard"]["samples"] for scan in scans):
-        raise ShardError(f"no usable image in {directory}: {len(rejected)} were rejected, see {directory / REJECTED}")
+        why = f"{len(rejected)} were rejected, see {directory / REJECTED}: {reasons(rejected)}"
+        raise ShardError(f"no usable image in {directory}: {why}")
     # A look at all rows before any is written: there may be more of them than memory holds.
     looks = [_look(_rows_file(tar)) for tar in tars]
-    top = max(look.top for look in looks)
-    names = list(classes) if classes is not None else [str(k) for k in range(top + 1)]
-    if top >= len(names):
-        raise ShardError(
-            f"{directory}: label {top} is out of range for {len(names)} classes: name all of them in --classes"
-        )
-    mean, std, values, vectors = _statistics(scans)
     shards = [scan["shard"] | {"rows": look.checksum} for scan, look in zip(scans, looks, strict=True)]
     samples = sum(shard["samples"] for shard in shards)
+    names = _names(directory, classes, max(look.top for look in looks), samples)
+    mean, std, values, vectors = _statistics(scans)
+    if turned := sum(scan.get("turned", 0) for scan in scans):
+        stored = stored | {TURNED: turned}
+    _tell_repeats(directory, scans)
     manifest = Manifest(
         split=split,
         samples=samples,
@@ -149,13 +208,39 @@ def finish(
     return manifest
 
 
+def _names(directory: Path, classes: Sequence[str] | None, top: int, samples: int) -> list[str]:
+    """The class names of a set whose largest label is `top`. Raises ShardError."""
+    if classes is not None and top >= len(classes):
+        raise ShardError(
+            f"{directory}: label {top} is out of range for {len(classes)} classes: name all of them in --classes"
+        )
+    if classes is None and top >= max(MANY, PER_SAMPLE * samples):
+        raise ShardError(
+            f"{directory}: label {top} would make {top + 1} classes of {samples} images, so the labels may be ids of "
+            f"something: number the classes from 0 in the cls files, or name all of them in --classes"
+        )
+    return list(classes) if classes is not None else [str(k) for k in range(top + 1)]
+
+
+def _tell_repeats(directory: Path, scans: list[dict[str, Any]]) -> None:
+    """Say that samples bear the same name, which others cannot read."""
+    where = [scan["shard"]["name"] for scan in scans if scan.get("repeats")]
+    if where:
+        many = sum(scan["repeats"] for scan in scans if scan.get("repeats"))
+        tars = ", ".join(where[:REASONS]) + (", ..." if len(where) > REASONS else "")
+        say(
+            f"{directory}: {many} samples bear the name of the one before them ({tars}): each was taken for one of its "
+            f"own, but webdataset's reader refuses such a tar"
+        )
+
+
 def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    """A quarantine stays only if the index is that of the manifest before: its rows are numbered by it."""
+    """A quarantine stays only if it counts for this index: its rows are numbered by one."""
     try:
-        same = Manifest.read(directory).index_sha256 == manifest.index_sha256
+        before = Manifest.read(directory).index_sha256
     except ShardError:
-        same = False
-    if not same:
+        before = ""
+    if not quarantine.of_index(directory, manifest.index_sha256, before):
         (directory / QUARANTINE).unlink(missing_ok=True)
     manifest.write(directory)
 
@@ -194,7 +279,8 @@ def _statistics(scans: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
     total = sum(np.array(scan["total"], object) for scan in scans)
     products = sum(np.array(scan["products"], object) for scan in scans)
     mean = np.array(total / pixels, np.float64) / 255
-    covariance = np.array(products / pixels, np.float64) / 255**2 - np.outer(mean, mean)
+    # Exact up to the division: a channel that never varies has a variance of 0, neither a little more nor less.
+    covariance = np.array((products * pixels - np.outer(total, total)) / (255 * pixels) ** 2, np.float64)
     values, vectors = np.linalg.eigh(covariance)
     values, vectors = values[::-1].clip(0), vectors[:, ::-1]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # the sign of an eigenvector is free

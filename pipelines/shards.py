@@ -2,15 +2,13 @@
 
 DIR/shard-000000.tar ...   `<key>.jpg` (or .jpeg .png .webp) and `<key>.cls`, the class number in ASCII
 DIR/index.npy              one SAMPLE record per sample
-DIR/quarantine.jsonl       samples that `verify` found bad, if any; they are left out
+DIR/quarantine.jsonl       samples that `verify` found bad, if any; others are shown in their place
 DIR/manifest.json          describes the set; written last, so a directory without one is an unfinished pack
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
@@ -21,15 +19,16 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines import quarantine
 from pipelines.errors import UserError, first_line
 from pipelines.files import HeldFile, sha256
 from pipelines.manifest import Manifest, ShardError
-from pipelines.rows import HEADER, NAME, checksum, fault, is_header, mapped, quarantined, sides, top_label
+from pipelines.rows import HEADER, NAME, checksum, fault, is_header, mapped, sides, top_label
 
 INDEX = "index.npy"
-QUARANTINE = "quarantine.jsonl"
 IMAGES = ("jpg", "jpeg", "png", "webp")
 OPEN = 256  # tars that stay open
+TURNED = "turned"  # in a manifest's `stored`: how many images lie, as the index of a foreign set counts them
 
 
 class BadSample(UserError):
@@ -46,8 +45,11 @@ class ShardSet:
 
     Attributes:
         names: of the tars.
-        shard_samples: number of samples of each, without the quarantined ones, int64 [shards].
-        fingerprint: of index and quarantine, in hex.
+        shard_samples: number of samples of each, int64 [shards].
+        fingerprint: of the index, in hex.
+        quarantined: the samples that `verify` found to be bad, sorted, int64 [n]. They are samples like others, so that
+            order and fingerprint are those of the whole set whether or not they are known; but nobody is shown them.
+        earlier_fingerprint: with a quarantine, what an earlier program took for the fingerprint; else empty.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -56,27 +58,37 @@ class ShardSet:
         self.names: list[str] = [shard["name"] for shard in self.manifest.shards]
         shards = self.manifest.shards
         self._tar_bytes = np.array([shard["bytes"] for shard in shards], np.uint64)
-        self._row_counts = np.array([shard["samples"] for shard in shards], np.int64)
-        self._row_ends = np.cumsum(self._row_counts)
-        self._rows = self._open_index()
-        bad, self.fingerprint = self._quarantine()
-        self._before = bad - np.arange(len(bad))  # samples before each bad row
-        without = np.bincount(np.searchsorted(self._row_ends, bad, side="right"), minlength=len(shards))
-        self.shard_samples = self._row_counts - without
+        self.shard_samples = np.array([shard["samples"] for shard in shards], np.int64)
         self._ends = np.cumsum(self.shard_samples)
-        if not len(self):
-            raise ShardError(f"{self.directory / QUARANTINE} leaves no sample of {self.directory}: pack it anew")
+        self._rows = self._open_index()
+        self.fingerprint = self.manifest.index_sha256
+        self.quarantined, self.earlier_fingerprint = np.empty(0, np.int64), ""
+        if listed := quarantine.read(self.directory, self.manifest, self._ends):
+            self.quarantined, self.earlier_fingerprint = listed
+        if len(self.quarantined) == len(self):
+            path = self.directory / quarantine.QUARANTINE
+            raise ShardError(f"{path} leaves no sample of {self.directory}: pack it anew")
         self._checked = np.zeros(len(shards), np.bool_)  # shards whose rows are whole
         self._looked_at = np.zeros(len(shards), np.bool_)  # and whose tar
         self._file = lru_cache(OPEN)(self._open_file)
         self._nowait: int = getattr(os, "RWF_NOWAIT", 0)  # 0: nothing tells what is in memory, as with an old libc
 
     def __len__(self) -> int:
-        return len(self._rows) - len(self._before)
+        return len(self._rows)
 
     @property
     def classes(self) -> list[str]:
         return self.manifest.classes
+
+    @property
+    def turned(self) -> bool:
+        """Whether images are shown as their EXIF orientation says; those of a packed set are stored so."""
+        return TURNED in self.manifest.stored
+
+    @property
+    def good(self) -> NDArray[np.int64]:
+        """All samples but the quarantined ones, int64 [n]: for small sets."""
+        return np.delete(np.arange(len(self)), self.quarantined)
 
     @cached_property
     def index(self) -> NDArray[Any]:
@@ -85,17 +97,16 @@ class ShardSet:
 
     def rows(self, samples: NDArray[np.int64]) -> NDArray[Any]:
         """The index's records of these samples, SAMPLE [n]."""
-        rows = samples + np.searchsorted(self._before, samples, side="right") if len(self._before) else samples
-        shards = np.searchsorted(self._row_ends, rows, side="right")
+        shards = np.searchsorted(self._ends, samples, side="right")
         for shard in np.unique(shards[~self._checked[shards]]):  # two threads may do it at once, and lose but time
             entry = self.manifest.shards[shard]
             if "rows" in entry and checksum(self._rows_of(shard)) != entry["rows"]:  # an earlier day's set has none
                 raise self._damaged(f"the rows of {entry['name']} have another checksum")
             self._checked[shard] = True
-        taken: NDArray[Any] = self._rows[rows]
+        taken: NDArray[Any] = self._rows[samples]
         if found := fault(taken, self._tar_bytes[shards], len(self.classes), self.manifest.sides):
             at, reason = found
-            row = rows[at] - (self._row_ends - self._row_counts)[shards[at]]
+            row = samples[at] - (self._ends - self.shard_samples)[shards[at]]
             raise self._damaged(f"row {row} of {self.names[shards[at]]} {reason}")
         return taken
 
@@ -111,8 +122,11 @@ class ShardSet:
     @cached_property
     def sides(self) -> tuple[int, int]:
         """The least and the largest shorter side of all samples, in pixels."""
-        # Of a set of an earlier day without its quarantined samples, as then: whether to resize follows from it.
-        least, largest = self.manifest.sides or sides(self.index if len(self._before) else self._rows)
+        # Of a set of an earlier day without its quarantined samples: their rows may be damaged, too.
+        if self.manifest.sides:
+            least, largest = self.manifest.sides
+        else:  # a copy of all
+            least, largest = sides(np.delete(self._rows, self.quarantined) if len(self.quarantined) else self._rows)
         return least, largest
 
     def read(self, sample: int) -> NDArray[np.uint8]:
@@ -224,29 +238,16 @@ class ShardSet:
             index = mapped(path)
         except Exception as error:  # whatever numpy makes of garbage
             raise self._damaged(first_line(error)) from error
-        if not index.shape == (manifest.samples,) == (self._row_ends[-1],):
+        if not index.shape == (manifest.samples,) == (self._ends[-1],):
             raise self._damaged("it has other rows than the manifest says")
         if old and (top := top_label(index)) >= len(self.classes):
             raise self._damaged(f"label {top} is out of range for {len(self.classes)} classes")
         return index
 
     def _rows_of(self, shard: int) -> NDArray[Any]:
-        """All rows of a shard, quarantined ones too."""
-        end = int(self._row_ends[shard])
-        return self._rows[end - int(self._row_counts[shard]) : end]
-
-    def _quarantine(self) -> tuple[NDArray[np.int64], str]:
-        """The rows that `verify` found to be bad, sorted, and the fingerprint of what is left."""
-        path, whole = self.directory / QUARANTINE, self.manifest.index_sha256
-        if not path.exists():
-            return np.empty(0, np.int64), whole
-        text = path.read_bytes()
-        try:
-            bad = quarantined([json.loads(line) for line in text.splitlines()], self.names, self._row_ends)
-        except (ValueError, TypeError, LookupError) as error:
-            remedy = f"run `python -m pipelines verify {self.directory}`"
-            raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
-        return bad, hashlib.sha256(whole.encode() + text).hexdigest()
+        """All rows of a shard."""
+        end = int(self._ends[shard])
+        return self._rows[end - int(self.shard_samples[shard]) : end]
 
     @property
     def _remedy(self) -> str:

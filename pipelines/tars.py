@@ -2,37 +2,85 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipelines.manifest import ShardError
 from pipelines.rows import HEADER
 
+Members = dict[str, tarfile.TarInfo]  # of a sample, by extension
 
-def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+COMPANION = "AppleDouble companion of a file (._name), which a Mac writes"
+HIDDEN = "its name begins with a dot"
+NO_EXTENSION = "has no extension"
+LINK = "is a link: write the tar with --dereference --hard-dereference"
+NO_FILE = "is no regular file"
+MIXED_UP = "shares its name with others that are not whole samples, one behind the other"
+
+
+def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None) -> Iterator[tuple[str, Members]]:
     """Samples of a tar, grouped as WebDataset does: neighbours whose names agree up to the first dot of the file name.
 
-    Yields (key, {extension: member}). Raises ShardError if the tar is truncated, damaged or compressed.
+    A name that comes again begins a sample of the same key if that has the same extensions; webdataset's own reader
+    refuses such a tar. As for that reader, names that begin with a dot do not exist.
+
+    Yields (key, {extension: member}). `left` is told the name of each member that is no part of a sample, but for
+    folders, and why. Raises ShardError if the tar is truncated, damaged or compressed.
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            key, members = "", dict[str, tarfile.TarInfo]()
+            key, members = "", list[tuple[str, tarfile.TarInfo]]()
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                if not member.isreg() or not extension:
+                if reason := _no_part(member, base, extension):
+                    left(member.name, reason)
+                if reason or member.isdir():
                     continue
                 if (name := f"{folder}/{stem}" if folder else stem) != key:
-                    if members:
-                        yield key, members
-                    key, members = name, {}
-                members[extension.lower()] = member
-            if members:
-                yield key, members
+                    yield from _samples(key, members, left)
+                    key, members = name, []
+                members.append((extension.lower(), member))
+            yield from _samples(key, members, left)
             with open(path, "rb") as file:
                 file.seek(tar.offset)
                 if file.read(HEADER) != bytes(HEADER):  # tarfile takes a damaged header for the end and says nothing
                     raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
+
+
+def passed_over(directory: Path) -> str:
+    """What looks as if it were a part of a foreign set, and is not taken; three of it by name."""
+    named = (file.name for file in directory.glob("*") if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", file.name))
+    found = sorted([*named, *(str(tar.relative_to(directory)) for tar in directory.glob("*/*.tar"))])
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _no_part(member: tarfile.TarInfo, base: str, extension: str) -> str:
+    """Why a member is no part of a sample; empty for one that is, and for a folder."""
+    if member.isdir():
+        return ""
+    if base.startswith("."):
+        return COMPANION if base.startswith("._") else HIDDEN
+    if not member.isreg():
+        return LINK if member.issym() or member.islnk() else NO_FILE
+    return "" if extension else NO_EXTENSION
+
+
+def _samples(
+    key: str, members: list[tuple[str, tarfile.TarInfo]], left: Callable[[str, str], object]
+) -> Iterator[tuple[str, Members]]:
+    """The samples that neighbours of one key are: one, unless an extension comes again."""
+    samples: list[Members] = []
+    for extension, member in members:
+        if not samples or extension in samples[-1]:
+            samples.append({})
+        samples[-1][extension] = member
+    if any(sample.keys() != samples[0].keys() for sample in samples):  # which label is whose?
+        for _, member in members:
+            left(member.name, MIXED_UP)
+        return
+    yield from ((key, sample) for sample in samples)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines import quarantine
 from pipelines.errors import first_line
-from pipelines.files import jsonl, sha256, write_atomically
+from pipelines.files import sha256
 from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.parallel import parallel, tick
 from pipelines.rows import SAMPLE, Rows, checksum, fault, mapped, sides
 from pipelines.scan import read_sample
-from pipelines.shards import INDEX, QUARANTINE
+from pipelines.shards import INDEX, TURNED
 from pipelines.tars import tar_samples
 
 Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if it concerns one sample
@@ -24,13 +25,15 @@ class _Task(NamedTuple):
     path: Path
     sha256: str
     rows: range
+    turned: bool = False
 
 
-def verify(directory: Path, *, workers: int) -> list[Problem]:
+def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = lambda _: None) -> list[Problem]:
     """Decode every sample and compare with manifest and index.
 
-    Returns the problems, and writes them to `quarantine.jsonl`; `ShardSet` leaves the samples named there out. Raises
-    ShardError if manifest or index cannot be used at all.
+    Returns the problems, and writes them to `quarantine.jsonl`, so that nobody is shown these samples; before that
+    `tell` hears each, since the set may lie where nothing can be written. Raises ShardError if manifest or index cannot
+    be used at all, or if the list cannot be written.
     """
     manifest = Manifest.read(directory)
     path = directory / INDEX
@@ -41,18 +44,26 @@ def verify(directory: Path, *, workers: int) -> list[Problem]:
         rows = range(start, start + shard["samples"])
         if "rows" in shard and (what := _disagrees(index[rows.start : rows.stop], shard, manifest)):
             raise ShardError(f"{path} and {MANIFEST} disagree ({what}): run `python -m pipelines index {directory}`")
-        tasks.append(_Task(directory / shard["name"], shard["sha256"], rows))
+        tasks.append(_Task(directory / shard["name"], shard["sha256"], rows, TURNED in manifest.stored))
         start = rows.stop
     if manifest.sides and sides(index) != tuple(manifest.sides):
         raise ShardError(f"{path} and {MANIFEST} disagree (sides): run `python -m pipelines index {directory}`")
     found = parallel(_verify_shard, tasks, workers=workers, images=manifest.samples, label="verify")
     problems = [problem for problems in found for problem in problems]
-    quarantine = directory / QUARANTINE
-    if problems:
-        write_atomically(quarantine, jsonl(problems))
-    else:
-        quarantine.unlink(missing_ok=True)
+    for problem in problems:
+        tell(problem)
+    try:
+        quarantine.write(directory, manifest.index_sha256, problems)
+    except OSError as error:
+        raise ShardError(_unwritten(directory / quarantine.QUARANTINE, len(problems), error.strerror)) from error
     return problems
+
+
+def _unwritten(path: Path, problems: int, why: str | None) -> str:
+    if problems:
+        remedy = "training will meet them one by one, and count them against data.max_bad"
+        return f"{problems} problems in {path.parent}, of which no list could be written ({why}): {remedy}"
+    return f"{path.parent} has no problems any more, but its old list could not be removed ({why}): remove {path.name}"
 
 
 def _disagrees(rows: Rows, shard: dict[str, Any], manifest: Manifest) -> str:
@@ -65,37 +76,45 @@ def _disagrees(rows: Rows, shard: dict[str, Any], manifest: Manifest) -> str:
 
 
 def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]:
-    shard = task.path.name
-    if not task.path.exists():
+    shard, problems = task.path.name, list[Problem]()
+    try:
+        for problem in _problems(task, tick):
+            problems.append(problem)
+    except FileNotFoundError:
         return [{"shard": shard, "name": shard, "reason": "is missing"}]
-    problems: list[Problem] = []
+    except OSError as error:  # of one tar, which must not hide what was found in the others
+        problems.append({"shard": shard, "name": shard, "reason": f"cannot be read: {first_line(error)}"})
+    return problems
+
+
+def _problems(task: _Task, tick: Callable[[], None]) -> Iterator[Problem]:
+    shard = task.path.name
     if sha256(task.path) != task.sha256:
-        problems.append({"shard": shard, "name": shard, "reason": "its sha256 differs: copy it again"})
+        yield {"shard": shard, "name": shard, "reason": "its sha256 differs: copy it again"}
     index = mapped(task.path.parent / INDEX)
     members: dict[int, tuple[str, Any]] = {}
     try:
         for key, group in tar_samples(task.path):
             members |= {member.offset_data: (key, group) for member in group.values()}
     except ShardError as error:
-        problems.append({"shard": shard, "name": shard, "reason": str(error)})
+        yield {"shard": shard, "name": shard, "reason": str(error)}
     with open(task.path, "rb") as file:
         for row, indexed in enumerate(index[task.rows.start : task.rows.stop].tolist()):
             key, group = members.get(indexed[0], (f"sample {row}", None))
-            if reason := _difference(file, group, indexed):
-                problems.append({"shard": shard, "row": row, "name": f"{shard}/{key}", "reason": reason})
+            if reason := _difference(file, group, indexed, task.turned):
+                yield {"shard": shard, "row": row, "name": f"{shard}/{key}", "reason": reason}
             tick()
-    return problems
 
 
-def _difference(file: Any, group: Any, indexed: tuple[int, ...]) -> str:
+def _difference(file: Any, group: Any, indexed: tuple[int, ...], turned: bool) -> str:
     """Reason to reject a sample; empty if there is none."""
     if group is None:
         return "is not in the tar where the index says"
     try:
-        row, _ = read_sample(file, group)
+        row = read_sample(file, group, turn=turned).row
     except Exception as error:  # whatever a decoder makes of garbage
         return f"cannot be read: {first_line(error)}"
     names = SAMPLE.names or ()
     changed = [name for name, a, b in zip(names, row, indexed, strict=True) if a != b]
-    # Never "differs": the bytes of quarantine.jsonl are in the set's fingerprint, and so in every checkpoint's meta.
+    # Never "differs": an earlier program had the bytes of quarantine.jsonl in the fingerprint of a set.
     return f"{' and '.join(changed)} differ from the index" if changed else ""

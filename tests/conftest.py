@@ -58,11 +58,16 @@ def damaged(shard_sets: Path, tmp_path: Path) -> tuple[Path, list[int]]:
     """A copy of the sets in which three training images are garbage; sizes and headers are as indexed."""
     root = tmp_path / "damaged"
     shutil.copytree(shard_sets, root)
-    shards = ShardSet(root / "train")
     bad = [3, 77, 200]
     for sample in bad:
-        row = shards.index[sample]
-        with open(root / "train" / shards.names[shards.shard_of(sample)], "r+b") as file:
-            file.seek(int(row["offset"]))
-            file.write(b"\xff" * int(row["size"]))
+        break_sample(root / "train", sample)
     return root, bad
+
+
+def break_sample(directory: Path, sample: int) -> None:
+    """Make an image of a set garbage."""
+    shards = ShardSet(directory)
+    row = shards.index[sample]
+    with open(directory / shards.names[shards.shard_of(sample)], "r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(b"\xff" * int(row["size"]))

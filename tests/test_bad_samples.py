@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipelines import quarantine
 from pipelines.augment import Augment
 from pipelines.dali import Decode
 from pipelines.handover import HandOver
 from pipelines.loader import Loader, Read
 from pipelines.manifest import ShardError
 from pipelines.pack import Options, pack
-from pipelines.plan import FixedPlan, TrainingPlan
+from pipelines.plan import FixedPlan, Plan, TrainingPlan
 from pipelines.shards import BadSample, ShardSet
 from pipelines.sources import ImageFolder
-from tests.conftest import TINTS, photograph
+from pipelines.verify import verify
+from tests.conftest import TINTS, break_sample, photograph
 from tests.helpers.compare import records, status
 from tests.helpers.launch import launch
 
@@ -50,6 +55,107 @@ def test_replaced_by_the_same_sample_at_any_world_size(
     told = capsys.readouterr().err
     for sample in bad:
         assert told.count(f"{shards.name(sample)} is damaged: another sample takes its place") == 3  # worlds
+
+
+def shown(root: Path, size: int = 1) -> tuple[list[list[int]], list[list[int]], int]:
+    """What two epochs of training, and a validation, show at each step, and how many of it were found to be bad."""
+    train, val = ShardSet(root / "train"), ShardSet(root / "val")
+    replaced = 0
+
+    def steps(plan: Plan, epoch: int) -> list[list[int]]:
+        nonlocal replaced
+        found: list[list[int]] = []
+        for rank in range(size):
+            loader = Loader(plan, train.manifest, batch=24, dp_rank=rank, dp_size=size, decode=Decode(threads=1))
+            found = found or [[] for _ in range(loader.steps)]
+            for step, batch in zip(found, loader.epoch(epoch), strict=True):
+                step += batch.samples.tolist()
+                replaced += batch.replaced
+        return found
+
+    plan = TrainingPlan(train, Augment(72, 67), train.manifest, seed=4)
+    training = [step for epoch in (0, 1) for step in steps(plan, epoch)]
+    return training, steps(FixedPlan(val, Augment(72, 67)), 0), replaced
+
+
+def test_verify_changes_no_step(damaged: tuple[Path, list[int]]) -> None:
+    """Samples that it has found are shown to nobody, in the places of the same others as before, and not counted."""
+    root, bad = damaged
+    before, validation, replaced = shown(root)
+    assert replaced == 2 * len(bad)
+    assert len(verify(root / "train", workers=1)) == len(bad) + 3  # and each tar's hash
+    assert ShardSet(root / "train").quarantined.tolist() == bad
+    for size in (1, 3):
+        assert shown(root, size) == (before, validation, 0)
+    train = ShardSet(root / "train")
+    loader = Loader(TrainingPlan(train, Augment(72, 67), train.manifest, seed=4), train.manifest, batch=24)
+    assert [loader.names(0, step) for step in range(10)] == [[train.name(i) for i in step] for step in before[:10]]
+    break_sample(root / "train", 50)  # one more, of a later day
+    after, _, replaced = shown(root)
+    assert replaced == 2
+    changed = [(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True) if a != b]
+    assert {a for a, _ in changed} == {50}
+
+
+def test_validation_leaves_the_quarantined_out(shard_sets: Path, tmp_path: Path) -> None:
+    """Every other one once, at any world size: no image counts twice."""
+    root = tmp_path / "sets"
+    shutil.copytree(shard_sets, root)
+    val = ShardSet(root / "val")
+    bad = [0, 7, 62]
+    rows = np.array(bad) - (np.cumsum(val.shard_samples) - val.shard_samples)[[val.shard_of(i) for i in bad]]
+    lines = [{"shard": val.names[val.shard_of(i)], "row": int(row)} for i, row in zip(bad, rows, strict=True)]
+    quarantine.write(root / "val", val.fingerprint, lines)
+    for size in (1, 2, 3):
+        _, validation, replaced = shown(root, size)
+        assert [i for step in validation for i in step] == [i for i in range(63) if i not in bad]
+        assert replaced == 0
+
+
+def test_hardly_any_or_no_sample_is_left(shard_sets: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "val"
+    shutil.copytree(shard_sets / "val", directory)
+    val = ShardSet(directory)
+    lines = [
+        {"shard": name, "row": row}
+        for name, n in zip(val.names, val.shard_samples.tolist(), strict=True)
+        for row in range(n)
+    ]
+    quarantine.write(directory, val.fingerprint, lines[:-1])
+    val = ShardSet(directory)
+    loader = Loader(TrainingPlan(val, Augment(72, 67), val.manifest), val.manifest, batch=21)
+    assert [set(batch.samples.tolist()) for batch in loader.epoch()] == [{62}] * 3
+    quarantine.write(directory, val.fingerprint, lines)
+    with pytest.raises(ShardError, match=r"quarantine.jsonl leaves no sample of .*: pack it anew"):
+        ShardSet(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_advice_about_bad_samples_works(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    """Too many; verify, as the message says; the same command. It ends as a run ends that was allowed them."""
+    root, _ = damaged
+    words = ("--train.epochs=2", "--checkpoint.steps=1")
+    assert launch(root, tmp_path / "allowed", *words, ranks=0).returncode == 0
+    ended = launch(root, tmp_path / "run", *words, "--data.max_bad=1", ranks=0)
+    assert ended.returncode == 2, ended.stderr
+    advice = (
+        f"2 samples could not be decoded, more than data.max_bad: run `python -m pipelines verify {root / 'train'}`"
+    )
+    assert advice in status(tmp_path / "run")["reason"]
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")), "there is something to go on from"
+    found = subprocess.run([sys.executable, *advice.partition("`python ")[2].rstrip("`").split()], check=False)
+    assert found.returncode == 2
+    went_on = launch(root, tmp_path / "run", *words, "--data.max_bad=1", ranks=0)
+    assert went_on.returncode == 0, went_on.stderr
+    assert "continuing from step-" in went_on.stderr
+    assert status(tmp_path / "run")["state"] == "done"
+    counts = ("bad_samples",)
+    one, two = (
+        [{k: v for k, v in line.items() if k not in counts} for line in records(tmp_path / name, "step")]
+        for name in ("allowed", "run")
+    )
+    assert one == two
 
 
 @pytest.mark.integration

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -147,11 +148,52 @@ def test_index(
     assert f"{tmp_path}: 63 images of 3 classes" in capsys.readouterr().out
     assert ShardSet(tmp_path).classes == ["one", "two", "three"]
 
+    # An editor's byte order mark and blank last lines are no names; a blank line between names would shift them.
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\nthree\r\n\r\n\n")
+    assert call(monkeypatch, "index", tmp_path, "--classes", tmp_path / "names.txt", "--workers", 2) == 0
+    assert ShardSet(tmp_path).classes == ["one", "two", "three"]
+    (tmp_path / "names.txt").write_text("one\n\nthree\nfour\n")
+    assert call(monkeypatch, "index", tmp_path, "--classes", tmp_path / "names.txt") == 2
+    assert f"line 2 of {tmp_path}/names.txt is blank: it takes one class name per line" in capsys.readouterr().err
+
     tar = tmp_path / "shard-000001.tar"
     os.truncate(tar, 20_000)
     assert call(monkeypatch, "index", tmp_path) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(rf"error: {tar} is not a whole, uncompressed tar \(.*\): copy or make it anew", last)
+
+
+def test_index_tells_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (
+            ("._0.png", b"?"),
+            ("0.png", image.getvalue()),
+            ("._0.cls", b"?"),
+            ("0.cls", b"0"),
+            ("x", b""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "._a.tar").write_bytes(b"of a Mac")
+    for other in ("b.tar.gz", "c.tgz", "d.tar.zst", "train/e.tar"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).touch()
+    assert call(monkeypatch, "index", tmp_path, "--workers", 1) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith(
+        f"{tmp_path}: only uncompressed *.tar files that lie in it itself are indexed, and not b.tar.gz, c.tgz, "
+        f"d.tar.zst and 1 more\n"
+    )
+    assert told.out == (
+        f"{tmp_path}: 1 images of 1 classes in 1 shards, 0 MB\n"
+        f"{tmp_path}: 3 members or samples were left out, see {tmp_path}/rejected.jsonl: "
+        f"AppleDouble companion of a file (._name), which a Mac writes (2); has no extension (1)\n"
+    )
 
 
 def test_index_of_shards_that_are_sorted_by_class(

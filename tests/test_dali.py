@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import io
 import tarfile
 import threading
 import time
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, backend, fn, types
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import functional as F
 
 from dist_train.models.dropout import keys_of_epoch, mask_keys
@@ -25,11 +27,13 @@ from pipelines.augment import Augment
 from pipelines.dali import DEPTH, Decode, Device, Feed, _asking, collect, graph, scale
 from pipelines.handover import HandOver
 from pipelines.loader import Batch, Loader, Read
-from pipelines.manifest import ShardError
+from pipelines.manifest import Manifest, ShardError
 from pipelines.pack import Options, index, pack
 from pipelines.plan import FixedPlan, Plan, TrainingPlan
+from pipelines.rows import checksum
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
+from pipelines.verify import verify
 from tests.conftest import CLASSES, TINTS, photograph
 from tests.helpers.reference import reference_crop
 
@@ -292,6 +296,92 @@ def test_shards_of_other_tools(tmp_path: Path) -> None:
     assert batch.labels.tolist() == [0, 1, 2] * 3
 
 
+def lying(rng: np.random.Generator, way: int, kind: str = "JPEG") -> bytes:
+    """A photograph whose EXIF says that it is to be turned in this way."""
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = way
+    photograph(rng, 110 + way, 74 + way, TINTS[way % 3]).save(out, kind, exif=exif)
+    return out.getvalue()
+
+
+def write_tar(directory: Path, files: dict[str, bytes]) -> None:
+    """Images of one class, as another tool writes them."""
+    directory.mkdir(exist_ok=True)
+    with tarfile.open(directory / "x.tar", "w") as tar:
+        for name, data in files.items():
+            for member, content in ((name, data), (f"{name.partition('.')[0]}.cls", b"0")):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds tars/, an indexed set of photographs that lie in all ways, and folder/class/, the same as files."""
+    root = tmp_path_factory.mktemp("turned")
+    rng = np.random.default_rng(11)
+    files = {f"{i}.jpg": lying(rng, i + 1) for i in range(8)}
+    files |= {"8.png": lying(rng, 6, "PNG"), "9.webp": lying(rng, 8, "WEBP"), "x.jpg": lying(rng, 5)}
+    write_tar(root / "tars", files)
+    (root / "folder" / "class").mkdir(parents=True)
+    for name, data in files.items():
+        (root / "folder" / "class" / name).write_bytes(data)
+    index(root / "tars", classes=None, split="x", workers=1)
+    return root
+
+
+@pytest.mark.parametrize("resize", [72, 80])
+def test_photographs_that_lie_are_shown_as_a_packed_set_shows_them(turned: Path, tmp_path: Path, resize: int) -> None:
+    """Turned and mirrored as the EXIF orientation says, by `index` as by `pack`: where an image is resized, and where
+    only the crop of it is decoded (of those turned in way 6, at 80)."""
+    assert verify(turned / "tars", workers=1) == []
+    assert ShardSet(turned / "tars").manifest.stored == {"turned": 10}, "one of 11 is upright"
+    pack(ImageFolder(turned / "folder"), tmp_path / "set", Options(0, quality=95), split="x", workers=1)
+    crops: dict[str, dict[str, np.ndarray]] = {}
+    for directory in (turned / "tars", tmp_path / "set"):
+        loader = make(directory, Augment(resize, 67), training=False)
+        (batch,) = loader.epoch()
+        assert batch.replaced == 0
+        pixels = levels(loader, batch, np.zeros((11, 3), np.float32))
+        names = [loader.shards.name(i).rpartition("/")[2].rpartition(".")[0][-1] for i in batch.samples]
+        crops[directory.name] = dict(zip(names, pixels, strict=True))
+    for path in (turned / "folder" / "class").iterdir():
+        upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        expected = np.asarray(F.center_crop(F.resize(upright, resize), [67]), np.float32)
+        assert abs(crops["tars"][path.stem] - expected).mean() < 1, path.name
+        assert abs(crops["tars"][path.stem] - crops["set"][path.stem]).mean() < 4, "those are JPEGs of JPEGs"
+
+
+def test_a_set_that_an_earlier_program_indexed_is_shown_as_it_was(tmp_path: Path) -> None:
+    """Lying: its index has the stored width and height, and its manifest does not say that images are turned."""
+    data = lying(np.random.default_rng(12), 6)
+    write_tar(tmp_path, {"a.jpg": data})
+    index(tmp_path, classes=None, split="x", workers=1)
+    rows = np.load(tmp_path / "index.npy")
+    assert (rows["width"][0], rows["height"][0]) == (80, 116)
+    rows["width"], rows["height"] = 116, 80
+    np.save(tmp_path / "index.npy", rows)
+    digest = hashlib.sha256((tmp_path / "index.npy").read_bytes()).hexdigest()
+    old = Manifest.read(tmp_path)
+    shards = [old.shards[0] | {"rows": checksum(rows)}]
+    replace(old, stored={}, shards=shards, index_sha256=digest).write(tmp_path)
+    assert verify(tmp_path, workers=1) == []
+    loader = make(tmp_path, Augment(80, 67), training=False)
+    (batch,) = loader.epoch()
+    expected = F.center_crop(Image.open(io.BytesIO(data)), [67])
+    np.testing.assert_allclose(levels(loader, batch, np.zeros((1, 3), np.float32))[0], np.asarray(expected), atol=1e-4)
+
+
+def test_an_image_that_only_xmp_turns_is_rejected(tmp_path: Path) -> None:
+    """Pillow, and so `pack`, reads it there; DALI does not."""
+    out = io.BytesIO()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    photograph(np.random.default_rng(12), 90, 80, TINTS[0]).save(out, "JPEG", xmp=xmp)
+    write_tar(tmp_path, {"a.jpg": out.getvalue()})
+    with pytest.raises(ShardError, match=r"no usable image in .*: 1 were rejected, .*: is turned by its XMP alone"):
+        index(tmp_path, classes=None, split="x", workers=1)
+
+
 @pytest.mark.parametrize("resize", [72, 80])
 def test_world_sizes_give_the_same_global_batches(shard_sets: Path, resize: int) -> None:
     rng = np.random.default_rng(7)
@@ -465,11 +555,16 @@ def test_placement(resize: bool, device: Device) -> None:
         assert name in registered[placed]
 
 
-@pytest.mark.parametrize("of", ["packed", "mixed"])
+@pytest.fixture
+def sets(shard_sets: Path, mixed: Path, turned: Path) -> dict[str, Path]:
+    return {"packed": shard_sets / "train", "mixed": mixed, "turned": turned / "tars"}
+
+
+@pytest.mark.parametrize("of", ["packed", "mixed", "turned"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("center_square", [True, False])
 def test_the_graph_of_a_gpu_shows_what_the_cpus_does(
-    shard_sets: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, of: str, training: bool, center_square: bool
+    sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch, of: str, training: bool, center_square: bool
 ) -> None:
     """On the CPU's operators, bit for bit: what `fn.slice` is given, its units and the order of its axes are right."""
     asked: list[dict[str, Any]] = []
@@ -480,12 +575,12 @@ def test_the_graph_of_a_gpu_shows_what_the_cpus_does(
 
     original = fn.decoders.image
     monkeypatch.setattr(fn.decoders, "image", image)
-    directory = mixed if of == "mixed" else shard_sets / "train"
+    directory = sets[of]
     on_gpu = Decode("gpu", threads=2, hw_decoder_load=0.3, wanted=torch.device("cpu"))
     for resize in (72, 80):
         augment = Augment(resize, 67, center_square)
         here, there = (make(directory, augment, training=training, decode=decode) for decode in (DECODE, on_gpu))
-        assert here.resizing == there.resizing == (resize == 80 or of == "mixed")
+        assert here.resizing == there.resizing == (resize == 80 or of != "packed")
         for one, two in zip(here.epoch(2 * training), there.epoch(2 * training), strict=True):
             assert torch.equal(one.inputs, two.inputs)
     assert [how["device"] for how in asked] == ["mixed"] * 2
@@ -528,13 +623,13 @@ def test_each_sample_has_its_key(shard_sets: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize(("resize", "of"), [(72, "packed"), (80, "packed"), (72, "mixed")])
-def test_gpu_inputs_are_the_cpus(shard_sets: Path, mixed: Path, resize: int, of: str) -> None:
+@pytest.mark.parametrize(("resize", "of"), [(72, "packed"), (80, "packed"), (72, "mixed"), (80, "turned")])
+def test_gpu_inputs_are_the_cpus(shard_sets: Path, sets: dict[str, Path], resize: int, of: str) -> None:
     augment = Augment(resize=resize, crop=67)
-    directory = mixed if of == "mixed" else shard_sets / "train"
+    directory = sets[of]
     on_cpu = list(make(directory, augment).epoch())
     on_gpu = list(make(directory, augment, decode=GPU).epoch())  # all are kept
-    assert len(on_cpu) == len(on_gpu) == (5 if of == "mixed" else 21)
+    assert len(on_cpu) == len(on_gpu) == {"packed": 21, "mixed": 5, "turned": 1}[of]
     for one, two in zip(on_cpu, on_gpu, strict=True):
         assert two.inputs.is_cuda
         assert two.inputs.is_contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -29,6 +30,7 @@ from dist_train.ranks.world import World
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.resume import identity
 from dist_train.rundir.store import Store
+from pipelines import quarantine
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
@@ -262,6 +264,45 @@ def test_an_image_that_cannot_be_decoded_is_left_out(
     labels = [label for i, (_, label) in enumerate(images(shard_sets)) if i != 17]
     assert (report["images"], report["left_out"]) == (62, 1)
     assert (report["top1_hits"], report["top5_hits"]) == counted(expected, labels)[:2]
+
+
+def test_a_quarantined_image_is_left_out(
+    runs: dict[str, Path], shard_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no hit of any class, and another image does not count twice."""
+    split, file_ = tmp_path / "val", tmp_path / "x.json"
+    shutil.copytree(shard_sets / "val", split)
+    shards = ShardSet(split)
+    bad = {"shard": shards.names[1], "row": 2}
+    number = int(shards.shard_samples[0]) + 2
+    quarantine.write(split, shards.fingerprint, [bad])
+    code, out, _ = evaluate(capsys, runs["nine"], f"--split={split}", f"--json={file_}")
+    assert code == 0
+    assert re.search("left out +1 image", out)
+    report = json.loads(file_.read_text())
+    expected = np.delete(reference(runs["nine"], shard_sets, "one"), number, axis=0)
+    labels = [label for i, (_, label) in enumerate(images(shard_sets)) if i != number]
+    assert (report["images"], report["left_out"]) == (62, 1)
+    assert (report["top1_hits"], report["top5_hits"]) == counted(expected, labels)[:2]
+
+
+def test_a_run_that_was_trained_by_an_earlier_program_past_a_quarantine(
+    shard_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoints hold another fingerprint of the same set."""
+    (tmp_path / "val").symlink_to(shard_sets / "val")
+    shutil.copytree(shard_sets / "train", tmp_path / "train")
+    run = untrained(tmp_path / "run", tmp_path)
+    shards = ShardSet(tmp_path / "train")
+    text = json.dumps({"shard": shards.names[1], "row": 2}) + "\n"
+    then = hashlib.sha256((shards.fingerprint + text).encode()).hexdigest()[:16]
+    for path in run.glob("checkpoints/step-*/meta.json"):
+        path.write_text(path.read_text().replace(shards.fingerprint[:16], then))
+    code, _, err = evaluate(capsys, run)
+    assert code == 2
+    assert "is not the training set that" in err
+    (tmp_path / "train" / "quarantine.jsonl").write_text(text)
+    assert evaluate(capsys, run)[0] == 0
 
 
 @pytest.fixture(scope="module")

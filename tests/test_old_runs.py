@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,9 @@ import pytest
 from PIL import Image
 from submitit.helpers import DelayedSubmission
 
+from dist_train.rundir.checkpoint import Checkpoint, CheckpointError
+from dist_train.rundir.resume import earlier_set
+from pipelines import quarantine
 from pipelines.pack import index
 from pipelines.shards import ShardSet
 from pipelines.verify import verify
@@ -66,6 +70,29 @@ def test_a_run(old: Path) -> None:
     assert changed == [{"kind": "changed", "step": STEP, "numerics": 2, "train.epochs": 4}]
     again = python(old, "dist_train", "--config=run/config.yaml", "--run.dir=run", "--train.epochs=5")
     assert "the bits may differ" not in again.stderr
+
+
+def test_a_run_past_a_quarantine(old: Path) -> None:
+    """That program left the samples out of its order: only with no sample in it was that order the set's."""
+    train, run = old / "sets" / "train", old / "run"
+    whole = ShardSet(train).fingerprint
+    other = Checkpoint(run / "checkpoints", {"training set": whole[:16]})
+    row = {"shard": "shard-000001.tar", "name": "x", "reason": "y", "row": 3}
+    tar = {"shard": "shard-000001.tar", "name": "x", "reason": "its sha256 differs: copy it again"}
+    for line, kept in ((row, False), (tar, True)):
+        text = json.dumps(line) + "\n"
+        (train / "quarantine.jsonl").write_text(text)
+        then = hashlib.sha256((whole + text).encode()).hexdigest()[:16]
+        begun = Checkpoint(run / "checkpoints", {"training set": then})
+        for again in (False, True):  # the list of this program has the same lines
+            if again:
+                quarantine.write(train, whole, [line])
+            if kept:
+                assert earlier_set(begun, run, ShardSet(train)) == {"training set": then}
+            else:
+                with pytest.raises(CheckpointError, match=r"an earlier program, in an order without the samples"):
+                    earlier_set(begun, run, ShardSet(train))
+            assert earlier_set(other, run, ShardSet(train)) == {}
 
 
 @pytest.mark.integration

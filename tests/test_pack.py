@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -26,11 +27,13 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
+from webdataset.tariterators import group_by_keys
 
 from pipelines.manifest import Manifest, ShardError
 from pipelines.pack import Options, finished, index, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder, SourceError, Torchvision, to_jpeg
+from pipelines.verify import verify
 from tests.conftest import CLASSES, TINTS, photograph
 
 ROOT = Path(__file__).parent.parent
@@ -542,6 +545,104 @@ def test_index_and_class_names(foreign: tuple[Path, dict[str, tuple[bytes, int]]
     (directory / "index.npy").unlink()
     assert index(directory, classes=None, split="x", workers=1).classes == list("abcde")  # those of the old manifest
     assert len(ShardSet(directory)) == 7
+
+
+def write_tar(path: Path, *files: tuple[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            add(tar, name, data)
+
+
+def shades(n: int) -> list[bytes]:
+    return [encoded(Image.new("RGB", (8, 9), (20 * i, 90, 0)), "PNG") for i in range(n)]
+
+
+def test_samples_that_all_bear_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each image with its label is a sample, also for `verify`; webdataset's reader refuses them, which is told."""
+    images = shades(6)
+    pairs = [member for i, data in enumerate(images) for member in (("img.png", data), ("img.CLS", b"%d" % (i % 2)))]
+    write_tar(tmp_path / "a.tar", *pairs)
+    with pytest.raises(ValueError, match="duplicate file name in tar file"):
+        list(group_by_keys({"fname": name, "data": data, "__url__": "x"} for name, data in pairs))
+    assert index(tmp_path, classes=None, split="x", workers=1).std[1:] == [0, 0], (
+        "not nearly, and no square root of less"
+    )
+    shards = ShardSet(tmp_path)
+    assert [shards.read(i).tobytes() for i in range(len(shards))] == images
+    assert shards.index["label"].tolist() == [0, 1] * 3
+    assert rejections(tmp_path) == {}
+    assert "5 samples bear the name of the one before them (a.tar)" in capsys.readouterr().err
+    assert verify(tmp_path, workers=1) == []
+
+
+def test_a_label_of_another_image_is_never_taken(tmp_path: Path) -> None:
+    a, b, c, d = shades(4)
+    write_tar(
+        tmp_path / "a.tar",
+        *(("img.png", a), ("img.png", b), ("img.cls", b"0"), ("img.cls", b"1")),
+        *(("good.png", c), ("good.cls", b"1")),
+        *(("two.png", d), ("two.webp", a), ("two.cls", b"0")),
+    )
+    index(tmp_path, classes=None, split="x", workers=1)
+    shards = ShardSet(tmp_path)
+    assert [shards.read(i).tobytes() for i in range(len(shards))] == [c, d]
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert reasons == [
+        *["shares its name with others that are not whole samples, one behind the other"] * 4,
+        "another image of its key is taken",
+    ]
+
+
+def test_a_tar_made_on_a_mac(tmp_path: Path) -> None:
+    """A companion before each file, as webdataset skips it; and what else is no sample, each named with its reason."""
+    images = shades(3)
+    files = [
+        (f"in/{i}.{e}", d) for i, image in enumerate(images) for e, d in (("png", image), ("cls", b"%d" % (i % 2)))
+    ]
+    companion = b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(60)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for kind, name in ((tarfile.DIRTYPE, "in"), (tarfile.SYMTYPE, "in/9.png"), (tarfile.FIFOTYPE, "pipe.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0.png"
+            tar.addfile(member)
+        for name, data in files:
+            add(tar, f"in/._{name[3:]}", companion)
+            add(tar, name, data)
+        add(tar, "in/.DS_Store", b"?")
+        add(tar, "README", b"?")
+        add(tar, "LICENSE.txt", b"?")
+    index(tmp_path, classes=None, split="x", workers=1)
+    assert [sample["png"] for sample in samples(tmp_path) if "png" in sample] == images
+    shards = ShardSet(tmp_path)
+    assert [shards.read(i).tobytes() for i in range(len(shards))] == images
+    assert verify(tmp_path, workers=1) == []
+    told = rejections(tmp_path)
+    assert {told.pop(f"a.tar/in/._{name[3:]}") for name, _ in files} == {
+        "AppleDouble companion of a file (._name), which a Mac writes"
+    }
+    assert told == {
+        "a.tar/in/9.png": "is a link: write the tar with --dereference --hard-dereference",
+        "a.tar/pipe.png": "is no regular file",
+        "a.tar/in/.DS_Store": "its name begins with a dot",
+        "a.tar/README": "has no extension",
+        "a.tar/LICENSE": "needs one of jpg, jpeg, png, webp and cls, has txt",
+    }
+
+
+def test_labels_that_are_ids(tmp_path: Path) -> None:
+    """No names are made up for classes without end; a few that have no image are those of another split."""
+    for top, classes in ((999, 1000), (1000, 0), (20_000_000, 0), (2**31 - 1, 0)):
+        write_tar(tmp_path / "a.tar", *(("a.png", shades(1)[0]), ("a.cls", b"%d" % top)))
+        if classes:
+            assert len(index(tmp_path, classes=None, split="x", workers=1).classes) == classes
+            (tmp_path / "manifest.json").unlink()
+            continue
+        tracemalloc.start()
+        with pytest.raises(ShardError, match=rf"label {top} would make {top + 1} classes of 1 images, .* in --classes"):
+            index(tmp_path, classes=None, split="x", workers=1)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+        tracemalloc.stop()
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_index_makes_a_packed_set_anew(shard_sets: Path, tmp_path: Path) -> None:

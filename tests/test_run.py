@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 import yaml
 from PIL import Image
 
-from pipelines.pack import Options, pack
+from dist_train.cli import parse
+from dist_train.data import open_sets
+from pipelines.manifest import ShardError
+from pipelines.pack import Options, index, pack
 from pipelines.sources import ImageFolder
 from tests.helpers.compare import newest, records, status
 from tests.helpers.launch import STEPS, command, finish, launch, spawn
@@ -107,6 +112,30 @@ def test_the_embedded_source_is_packed_first(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "torchvision has no data set 'nosuchset'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_foreign_sets_of_which_one_lacks_a_class(tmp_path: Path) -> None:
+    """Without names the classes are as many as the largest label says: the remedy is that of tars, not of folders."""
+    image = io.BytesIO()
+    Image.new("RGB", (72, 72)).save(image, "PNG")
+    for split, labels in (("train", range(3)), ("val", range(2))):
+        (tmp_path / split).mkdir()
+        with webdataset.TarWriter(str(tmp_path / split / "x.tar")) as tar:
+            for label in labels:
+                tar.write({"__key__": f"{label}", "png": image.getvalue(), "cls": label})
+        index(tmp_path / split, classes=None, split=split, workers=1)
+    sets = (f"--data.train={tmp_path / 'train'}", f"--data.val={tmp_path / 'val'}", "--train.global_batch=1")
+    config, _ = parse([*sets, "--data.resize=72", "--data.crop=67"])
+    with pytest.raises(ShardError) as refused:
+        open_sets(config)
+    assert str(refused.value).endswith(
+        f"has 2, which differ in 2: labels would not mean the same, name all classes in one file, in the order of "
+        f"their labels, and index with it what was not packed here (`python -m pipelines index {tmp_path / 'val'} "
+        f"--classes FILE`)"
+    )
+    for split in ("train", "val"):
+        index(tmp_path / split, classes=["a", "b", "c"], split=split, workers=1)
+    assert open_sets(config)[1].classes == ["a", "b", "c"]
 
 
 def test_bad_input_is_one_sentence(shard_sets: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""`verify` finds what is wrong, the index leaves it out, and no damage gives a wrong label in silence."""
+"""`verify` finds what is wrong, nobody is shown it, and no damage gives a wrong label in silence."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines import quarantine
+from pipelines.__main__ import main
 from pipelines.manifest import Manifest, ShardError
 from pipelines.pack import Options, index, pack
 from pipelines.rows import HEADER, checksum
@@ -66,12 +69,12 @@ def test_bad_samples_are_named_and_left_out(small: Path) -> None:
     assert problems[3]["reason"] == "label and crc differ from the index"
 
     after = ShardSet(small)
-    kept = [i for i in range(12) if i not in (2, 7, 9)]
-    np.testing.assert_array_equal(after.index, rows[kept])
-    assert after.shard_samples.tolist() == [9]
-    for i, old in enumerate(kept):
-        np.testing.assert_array_equal(after.read(i), before.read(old))
-    assert after.fingerprint != before.fingerprint
+    assert after.quarantined.tolist() == [2, 7, 9]
+    assert after.good.tolist() == [i for i in range(12) if i not in (2, 7, 9)]
+    # A run that has met some of them goes on in the same order.
+    np.testing.assert_array_equal(after.index, rows)
+    assert after.shard_samples.tolist() == [12]
+    assert after.fingerprint == before.fingerprint
 
 
 def test_quarantine_over_several_shards(shard_sets: Path, tmp_path: Path) -> None:
@@ -84,11 +87,9 @@ def test_quarantine_over_several_shards(shard_sets: Path, tmp_path: Path) -> Non
     (directory / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
     after = ShardSet(directory)
     dropped = {int(ends[s] - before.shard_samples[s]) + row for s, row in bad.items()}
-    kept = [i for i in range(len(before)) if i not in dropped]
-    assert [after.name(i) for i in range(len(after))] == [before.name(i) for i in kept]
-    np.testing.assert_array_equal(after.index, before.index[kept])
-    for i in (0, 30, len(after) - 1):
-        np.testing.assert_array_equal(after.read(i), before.read(kept[i]))
+    assert after.quarantined.tolist() == sorted(dropped)
+    assert [after.name(i) for i in range(len(after))] == [before.name(i) for i in range(len(before))]
+    np.testing.assert_array_equal(after.index, before.index)
 
 
 def test_missing_and_truncated_tars(shard_sets: Path, tmp_path: Path) -> None:
@@ -103,6 +104,19 @@ def test_missing_and_truncated_tars(shard_sets: Path, tmp_path: Path) -> None:
     cut = [p for p in problems if p["shard"] == names[1]]
     assert any("not a whole, uncompressed tar" in p["reason"] for p in cut)
     assert sum("row" in p for p in cut) > 3
+
+
+def test_a_tar_that_cannot_be_read_hides_no_other(shard_sets: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "set"
+    shutil.copytree(shard_sets / "val", directory)
+    shards = ShardSet(directory)
+    poke(directory / shards.names[2], int(shards.index["offset"][shards.shard_samples[:2].sum()]), b"garbage!")
+    (directory / shards.names[1]).unlink()
+    (directory / shards.names[1]).mkdir()
+    one, _, two = verify(directory, workers=1)
+    assert one["name"] == shards.names[1]
+    assert one["reason"].startswith("cannot be read: [Errno 21] Is a directory")
+    assert (two["shard"], two["row"]) == (shards.names[2], 0)
 
 
 @pytest.mark.parametrize("what", ["rows", "sides"])
@@ -143,8 +157,8 @@ def test_an_insane_row_of_an_earlier_day_is_left_out(small: Path) -> None:
     (problem,) = verify(small, workers=1)
     assert (problem["row"], problem["reason"]) == (3, "width differ from the index")
     shards = ShardSet(small)
-    assert (len(shards), shards.sides) == (11, (72, 72))
-    shards.labels(np.arange(11))
+    assert (len(shards), shards.quarantined.tolist(), shards.sides) == (12, [3], (72, 72))
+    shards.labels(shards.good)
 
 
 def test_a_new_index_has_no_quarantine_of_an_old_one(image_folder: Path, tmp_path: Path) -> None:
@@ -162,19 +176,82 @@ def test_a_new_index_has_no_quarantine_of_an_old_one(image_folder: Path, tmp_pat
         poke(out / shards.names[shards.shard_of(sample)], int(row["offset"]), bytes(int(row["size"])))
     names = [shards.name(sample) for sample in range(120) if sample not in (3, 50, 51, 119)]
     assert sum("row" in problem for problem in verify(out, workers=1)) == 4
-    assert len(ShardSet(out)) == 116
+    assert ShardSet(out).quarantined.tolist() == [3, 50, 51, 119]
     index(out, classes=None, split="x", workers=1)  # which leaves out what does not decode
     assert not (out / "quarantine.jsonl").exists()
     shards = ShardSet(out)
+    assert (len(shards), len(shards.quarantined)) == (116, 0)
     assert [shards.name(sample) for sample in range(len(shards))] == names
 
 
-def test_the_same_index_again_keeps_the_quarantine(small: Path) -> None:
-    line = {"shard": "shard-000000.tar", "row": 3, "name": "x", "reason": "a person said so"}
-    (small / "quarantine.jsonl").write_text(json.dumps(line) + "\n")
+LINE = {"shard": "shard-000000.tar", "row": 3, "name": "x", "reason": "a person said so"}
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_the_same_index_again_keeps_the_quarantine(small: Path, bound: bool) -> None:
+    """That of an earlier program, which says nothing of an index, too."""
+    head = [{"index": Manifest.read(small).index_sha256}] if bound else []
+    (small / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*head, LINE]))
     fingerprint = ShardSet(small).fingerprint
     index(small, classes=None, split="train", workers=1)
-    assert (len(ShardSet(small)), ShardSet(small).fingerprint) == (11, fingerprint)
+    assert (ShardSet(small).quarantined.tolist(), ShardSet(small).fingerprint) == ([3], fingerprint)
+
+
+def test_a_quarantine_of_another_index_hits_nobody(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A set that was mended elsewhere and copied over this one, say."""
+    path = small / "quarantine.jsonl"
+    quarantine.write(small, "0" * 64, [LINE])
+    for rank, told in (("0", 1), ("1", 0)):  # one of the ranks of a run tells
+        monkeypatch.setenv("RANK", rank)
+        shards = ShardSet(small)
+        assert (len(shards), len(shards.quarantined), shards.earlier_fingerprint) == (12, 0, "")
+        line = f"{path} is of another index than the set's, and is not used: run `python -m pipelines verify {small}`\n"
+        assert capsys.readouterr().err.count(line) == told
+    index(small, classes=None, split="train", workers=1)
+    assert not path.exists()
+    quarantine.write(small, Manifest.read(small).index_sha256, [LINE])
+    assert json.loads(path.read_text().splitlines()[0]) == {"index": Manifest.read(small).index_sha256}
+    assert ShardSet(small).quarantined.tolist() == [3]
+    for head in ("[", '{"index"', "1\n[]"):
+        path.write_text(head)
+        with pytest.raises(ShardError, match=r"quarantine.jsonl is damaged \(.*\): run `python -m pipelines verify"):
+            ShardSet(small)
+
+
+def test_what_verify_finds_on_a_read_only_file_system(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("sys.argv", ["pipelines", "verify", str(small), "--workers=1"])
+    monkeypatch.setattr(quarantine, "write_atomically", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)  # as the kernel says of a file that is not there, too
+    assert main() == 0
+    assert "all samples decode" in capsys.readouterr().out
+    shards = ShardSet(small)
+    poke(small / shards.names[0], int(shards.index["offset"][2]), b"garbage!")
+    name = shards.name(2).removesuffix(".jpg")
+    assert main() == 2
+    told = capsys.readouterr()
+    assert told.out.startswith("shard-000000.tar: its sha256 differs")
+    assert f"{name}: cannot be read: cannot identify image file\n" in told.out
+    assert "2 problems in " in told.err
+    assert "of which no list could be written (Read-only file system): training will meet" in told.err
+
+
+def test_reasons_are_the_same_in_every_process(small: Path) -> None:
+    shards = ShardSet(small)
+    poke(small / shards.names[0], int(shards.index["offset"][2]), b"garbage!")
+    first, second = (verify(small, workers=1) and (small / "quarantine.jsonl").read_bytes() for _ in range(2))
+    assert first == second
+    assert b"cannot identify image file" in first
+    assert b" at 0x" not in first
+    index(small, classes=None, split="train", workers=1)
+    (line,) = (small / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "cannot identify image file"
 
 
 def test_fuzz_never_a_wrong_label(small: Path, tmp_path: Path) -> None:

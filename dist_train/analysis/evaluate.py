@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_train.analysis.options import CROPS
 from dist_train.analysis.predict import predict, summarise
 from dist_train.analysis.trained import RunError, Trained, device_option, open_run
@@ -75,7 +77,8 @@ def _check_alike(runs: Sequence[Trained]) -> None:
                 f"the classes of {run.directory} and {first.directory} differ {how}, so their predictions cannot be "
                 f"averaged: evaluate them one by one"
             )
-        if run.val.fingerprint != first.val.fingerprint:
+        same = np.array_equal(run.val.quarantined, first.val.quarantined)
+        if run.val.fingerprint != first.val.fingerprint or not same:
             raise RunError(
                 f"{run.directory} and {first.directory} have other validation sets ({run.val.directory} and "
                 f"{first.val.directory}): choose one with --split"

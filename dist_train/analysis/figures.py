@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 
 from dist_train.analysis.neighbours import (
@@ -38,6 +37,7 @@ from dist_train.pictures.text import fit
 from dist_train.pictures.top5 import BARS, draw_top5
 from dist_train.ranks.world import pick_device
 from pipelines.files import write_atomically
+from pipelines.preview import decoded
 from pipelines.shards import ShardSet
 
 RUN_NAME = 250  # width in points
@@ -152,11 +152,8 @@ def nearest_figure(run: Trained, neighbours: Neighbours) -> Figure:
 
 def named(run: Trained, shards: ShardSet, samples: Sequence[int]) -> list[Named]:
     """The whole images of these samples, with the names of their classes."""
-    images = [Image.open(BytesIO(shards.read(sample).tobytes())).convert("RGB") for sample in samples]
-    return [
-        Named(np.asarray(image), run.classes[int(shards.labels(np.array([sample]))[0])])
-        for image, sample in zip(images, samples, strict=True)
-    ]
+    labels = shards.labels(np.array(samples, np.int64)).tolist()
+    return [Named(decoded(shards, sample), run.classes[label]) for sample, label in zip(samples, labels, strict=True)]
 
 
 def _title(run: Trained) -> str:

@@ -191,5 +191,6 @@ def _present(run: Trained, features: Tensor | None) -> Tensor:
 
 
 def _permuted(run: Trained, shards: ShardSet) -> Ints:
-    """All samples in an order that follows from the seed of the run."""
-    return permutation(len(shards), run.config.train.seed, 0, SAMPLES)
+    """All samples but the quarantined ones, in an order that follows from the seed of the run."""
+    order = permutation(len(shards), run.config.train.seed, 0, SAMPLES)
+    return order[~np.isin(order, shards.quarantined)]

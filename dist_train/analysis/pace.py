@@ -64,7 +64,7 @@ class Nothing(ShardSet):
         names, grey, none = [str(i) for i in range(classes)], [0.5] * 3, [0.0] * 3
         self.manifest = Manifest("train", images, names, [], "", grey, grey, none, [none] * 3, sides=[1, 1])
         self.directory, self.names, self.fingerprint = Path("nowhere"), [], ""
-        self.shard_samples = np.array([images])
+        self.shard_samples, self.quarantined = np.array([images]), np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self.manifest.samples

@@ -36,9 +36,10 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
         batch: images of a forward pass.
 
     Returns:
-        int64 [images, 3 + runs], the same on all ranks. LEFT_OUT: 1 if some run could not decode the image. PREDICTED:
-        the output that is the most probable on average over runs and views. BEFORE: how many outputs are more probable
-        than the right one; then the same for each run. Of equally probable outputs the first is the more probable.
+        int64 [images, 3 + runs], the same on all ranks. LEFT_OUT: 1 if it is in quarantine, or some run could
+        not decode it. PREDICTED: the output that is the most probable on average over runs and views. BEFORE: how many
+        outputs are more probable than the right one; then the same for each run. Of equally probable outputs the first
+        is the more probable.
 
     Raises ShardError, on all ranks, if a tar is not what was indexed, or if no image can be decoded.
     """
@@ -47,6 +48,7 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
     table = world.together(lambda: _own_rows(runs, world, views, batch), failure=ShardError, catch=caught)
     assert table is not None  # all ranks work
     world.sum(torch.from_numpy(table))  # which shares the memory of the table
+    table[runs[0].val.quarantined, LEFT_OUT] = 1
     if table[:, LEFT_OUT].all():
         raise ShardError(f"no image of {runs[0].val.directory} can be decoded: pack it anew")
     return table
@@ -55,7 +57,7 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
 def _own_rows(runs: Sequence[Trained], world: World, views: int, batch: int) -> Ints:
     """`predict`'s table with the rows of this rank's images; the others are 0."""
     table = np.zeros((len(runs[0].val), BEFORE_OF_RUNS + len(runs)), np.int64)
-    steps = ceil_div(len(table), batch * world.size)
+    steps = ceil_div(len(runs[0].val.good), batch * world.size)
     hidden = world.rank > 0 or not sys.stderr.isatty()
     mean: Tensor | None = None
     total = steps * views * len(runs)

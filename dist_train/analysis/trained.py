@@ -83,7 +83,8 @@ def open_run(directory: Path, device: torch.device, which: str = "last", split: 
     _check_paths(directory, config, split)
     train, test = open_sets(config)
     checkpoint = _checkpoint(directory, which)
-    if (trained_on := checkpoint.meta.get("training set")) != train.fingerprint[:16]:
+    trained_on = checkpoint.meta.get("training set")
+    if trained_on not in (train.fingerprint[:16], train.earlier_fingerprint[:16]):
         raise RunError(
             f"{config.data.train} is not the training set that {directory} was trained on (its index has fingerprint "
             f"{train.fingerprint[:16]} instead of {trained_on}): put the right one back"

@@ -17,12 +17,14 @@ from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointErr
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.state import TrainState
 from dist_train.rundir.store import load_state
+from pipelines.quarantine import QUARANTINE
 from pipelines.shards import ShardSet
 
 # Keys of data that may change
 FREE = ("train", "val", "source", "device", "threads", "hw_decoder_load", "readers", "ahead", "max_bad")
 # Keys whose change is recorded
 TOLD = ("optim.", "schedule.", "train.epochs", "data.hw_decoder_load")
+SET = "training set"
 
 
 @dataclass
@@ -75,7 +77,8 @@ def restore(
             each = " for each tower" if config.train.tower_parallel else ""
             init_from(state.model, Path(config.model.init_from), world.device, each, run.say)
         return resumed
-    _refuse_other_settings(found, run.path, identity(config, training_set))
+    ours = identity(config, training_set) | earlier_set(found, run.path, training_set)
+    _refuse_other_settings(found, run.path, ours)
     saved = load_state(found.path, world.device)
     state.load_state_dict(saved)
     progress = state.progress
@@ -96,7 +99,7 @@ def identity(config: Config, training_set: ShardSet) -> dict[str, Any]:
     """What a run cannot change: where one of these differs, its checkpoints are another run's."""
     return _fixed_keys(config) | {
         "classes": len(training_set.classes),
-        "training set": training_set.fingerprint[:16],
+        SET: training_set.fingerprint[:16],
     }
 
 
@@ -146,6 +149,20 @@ def _refuse_other_settings(found: Checkpoint, run: Path, ours: dict[str, Any]) -
         raise CheckpointError(
             f"{run} was begun with other settings ({'; '.join(different)}): restore them, or choose another run.name"
         )
+
+
+def earlier_set(found: Checkpoint, run: Path, training_set: ShardSet) -> dict[str, Any]:
+    """The set's fingerprint as the earlier program took it that began the run, with a quarantine that names no sample.
+    Raises CheckpointError for one that does, since that program's order had no place for those samples."""
+    if found.meta.get(SET) != training_set.earlier_fingerprint[:16]:
+        return {}
+    if len(training_set.quarantined):
+        raise CheckpointError(
+            f"{run} was begun by an earlier program, in an order without the samples of {training_set.directory}/"
+            f"{QUARANTINE}, which this one does not know: finish it with that program, or begin another run with its "
+            f"weights (--model.init_from {run}, and another run.name)"
+        )
+    return {SET: found.meta[SET]}
 
 
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
