@@ -15,6 +15,7 @@ from pipelines.rows import mapped, sides
 from pipelines.scan import REJECTED
 from pipelines.shards import INDEX, QUARANTINE, ShardSet
 from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
+from pipelines.speech import begin, show
 
 PACK_USAGE = """
 pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
@@ -94,7 +95,7 @@ def start_index(args: Namespace) -> int:
     try:
         _report(pack.index(args.directory, classes=names, split=split, workers=args.workers), args.directory)
         if told := mixing.advice(ShardSet(args.directory)):
-            print(told)
+            show(told)
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
@@ -110,10 +111,10 @@ def start_verify(args: Namespace) -> int:
 
     problems = verify.verify(args.directory, workers=args.workers)
     for problem in problems:
-        print(f"{problem['name']}: {problem['reason']}")
+        show(f"{problem['name']}: {problem['reason']}")
     if problems:
         raise ShardError(f"{len(problems)} problems in {args.directory}, listed in {args.directory / QUARANTINE}")
-    print(f"{args.directory}: all samples decode, and all hashes and labels are right")
+    show(f"{args.directory}: all samples decode, and all hashes and labels are right")
     return 0
 
 
@@ -129,7 +130,7 @@ def start_preview(args: Namespace) -> int:
     from pipelines import preview
 
     preview.draw(args.directory, args.out, resize=args.resize, crop=args.crop, rows=args.rows, seed=args.seed)
-    print(args.out)
+    show(str(args.out))
     return 0
 
 
@@ -145,7 +146,7 @@ def start_bench(args: Namespace) -> int:
         raise UsageError(f"--read-ms is {args.read_ms:g}: it must be 0 or more milliseconds")
     from pipelines import bench
 
-    print(bench.measure(args.directory, resize=args.resize, crop=args.crop, batch=args.batch, read_ms=args.read_ms))
+    show(bench.measure(args.directory, resize=args.resize, crop=args.crop, batch=args.batch, read_ms=args.read_ms))
     return 0
 
 
@@ -174,7 +175,7 @@ def _report(manifest: Manifest, directory: Path, more: str = "") -> None:
     )
     if count := (directory / REJECTED).read_text().count("\n"):
         line += f"; {count} rejected, see {directory / REJECTED}"
-    print(line + more)
+    show(line + more)
 
 
 VERBS = {
@@ -195,6 +196,7 @@ VERBS = {
 
 
 def main() -> int:
+    begin()
     return run_verb("python -m pipelines", VERBS, sys.argv[1:])
 
 

@@ -6,14 +6,14 @@ A verb's options are declared apart from what it starts, so that `--help` and a 
 from __future__ import annotations
 
 import difflib
-import sys
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from pipelines import speech
 from pipelines.errors import UsageError, UserError
 
-USAGE, INTERRUPTED = 2, 130  # exit codes; the latter is the shell's for Ctrl-C
+FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; the last is the shell's for Ctrl-C
 PRINT_CONFIG = "--print_config"  # the one option that is passed on without a value
 
 
@@ -94,7 +94,7 @@ def run_verb(
     told: Callable[[int, str], object] = lambda *_: None,
 ) -> int:
     """Run the verb that `argv` begins with. Returns the exit code: the verb's, 2 after one sentence on stderr, 130 for
-    Ctrl-C.
+    Ctrl-C, 1 if its output could not be written. That a reader has left (`| head`) changes nothing.
 
     Args:
         speaks: whether this process prints the sentence; under a launcher one rank does for all.
@@ -109,7 +109,12 @@ def run_verb(
         verb, words = verbs[name], argv[len(name.split()) :]
         parser = Parser(f"{prog} {name}", verb.help)
         verb.options(parser)
-        return verb.start(parser.parse(words, verb.passes_on))
+        code = verb.start(parser.parse(words, verb.passes_on))
+        if (lost := speech.unheard()) is None or speech.left(lost):
+            return code
+        why = f"the output could not be written ({lost.strerror}): repeat the command with another place for it"
+        told(FAILED, why)
+        return refuse(why, code or FAILED, speaks=speaks)
     except (UserError, OSError) as error:
         told(USAGE, str(error))
         return refuse(error, speaks=speaks)
@@ -120,14 +125,14 @@ def run_verb(
 def refuse(error: Exception | str, code: int = USAGE, *, speaks: bool = True) -> int:
     """Print the one sentence, if this process speaks; the exit code."""
     if speaks:
-        print(f"error: {error}", file=sys.stderr)
+        speech.say(f"error: {error}")
     return code
 
 
 def interrupted(remedy: str = "", *, speaks: bool = True) -> int:
     """Say that Ctrl-C has ended the command, and what to do, if this process speaks; the exit code."""
     if speaks:
-        print(f"interrupted: {remedy}" if remedy else "interrupted", file=sys.stderr)
+        speech.say(f"interrupted: {remedy}" if remedy else "interrupted")
     return INTERRUPTED
 
 
@@ -161,7 +166,9 @@ def _without_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> 
     if argv and argv[0] in ("-h", "--help", "help"):
         width = max(map(len, verbs))
         lines = [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
-        print("\n".join([f"usage: {prog} VERB ...", "", *lines, "", f"Each has its own help: {prog} VERB --help"]))
+        speech.show(
+            "\n".join([f"usage: {prog} VERB ...", "", *lines, "", f"Each has its own help: {prog} VERB --help"])
+        )
         return 0
     if not argv:
         raise UsageError(f"{prog} needs a verb: one of {', '.join(verbs)}")

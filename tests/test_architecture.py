@@ -24,7 +24,7 @@ ARROWS = """
     train     build process validate monitor rundir ranks models optim probe config outcomes pipelines
     monitor   validate rundir config pipelines
     validate  ranks pipelines
-    pictures  rundir pipelines
+    pictures  pipelines
     build     ranks models config pipelines
     process   machine ranks models config
     rundir    ranks optim config outcomes pipelines
