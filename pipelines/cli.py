@@ -112,7 +112,7 @@ def run_verb(
         code = verb.start(parser.parse(words, verb.passes_on))
         if (lost := speech.unheard()) is None or speech.left(lost):
             return code
-        why = f"the output could not be written ({lost.strerror}): repeat the command with another place for it"
+        why = f"the output could not be written ({lost.strerror}): make room, or send it elsewhere, and try again"
         told(FAILED, why)
         return refuse(why, code or FAILED, speaks=speaks)
     except (UserError, OSError) as error:

@@ -1,14 +1,13 @@
-"""Names in pictures, and pictures in files, whatever the names are and whatever the disk does."""
+"""Names in pictures, whatever they are, and pictures as files."""
 
 from __future__ import annotations
 
 import unicodedata
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pipelines.files import write_atomically
 
 if TYPE_CHECKING:  # a run draws only at its end
     from matplotlib.figure import Figure
@@ -21,10 +20,17 @@ def literal(text: str, keep: str = "") -> str:
     return "".join(ascii(c)[1:-1] if escaped else c for c, escaped in zip(text, odd, strict=True))
 
 
-def save_figure(figure: Figure, path: Path, **options: Any) -> None:
-    """Write it as a PNG, whole or not at all. A letter that the font lacks is a box, without a word. Raises OSError."""
-    png = BytesIO()
+@contextmanager
+def boxes() -> Iterator[None]:
+    """Letters that the font lacks are boxes, without a word."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
+        yield
+
+
+def as_png(figure: Figure, **options: Any) -> bytes:
+    """A picture as a file holds it. Drawn before the file is begun: nothing can be half written."""
+    png = BytesIO()
+    with boxes():
         figure.savefig(png, format="png", **options)
-    write_atomically(path, png.getvalue())
+    return png.getvalue()

@@ -14,7 +14,7 @@ from pipelines.augment import Augment
 from pipelines.loader import Loader
 from pipelines.order import Ints
 from pipelines.plan import TrainingPlan
-from pipelines.png import literal, save_figure
+from pipelines.png import as_png, literal
 from pipelines.shards import ShardSet
 
 VERSIONS = 5  # of each image
@@ -66,7 +66,7 @@ def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed:
         label = f"{literal(shards.classes[row['label']])}\n{row['width']}x{row['height']}"
         cell.set_ylabel(label, parse_math=False, rotation=0, ha="right", va="center")
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, out, dpi=120)
+    out.write_bytes(as_png(figure, dpi=120))
 
 
 def _decoded(shards: ShardSet, sample: int) -> NDArray[np.uint8]:

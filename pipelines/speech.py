@@ -45,7 +45,7 @@ class _Stream(io.FileIO):
                 if written := super().write(piece):  # else somebody else filled it, if it is set not to block
                     return written
         except OSError as error:
-            self.lost = self.lost or error
+            self.lost = self.lost or OSError(error.errno, error.strerror)  # without the frames of all that called
             return len(data)
         self._waits = False  # but for the first time: it would be paid for at each line
         return len(data)

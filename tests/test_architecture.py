@@ -159,6 +159,38 @@ def test_one_truth_one_place() -> None:
     assert not offenders, "\n".join(offenders)
 
 
+def test_one_place_speaks() -> None:
+    """`pipelines.speech` alone writes to the two streams and draws progress bars: what it writes cannot raise. The name
+    of a bar's class may be imported for a type."""
+    offenders = []
+    for module in MODULES.values():
+        if module.name == "pipelines.speech":
+            continue
+        for node in ast.walk(module.tree):
+            said = ast.unparse(node.func if isinstance(node, ast.Call) else node)
+            calls = isinstance(node, ast.Call) and said.split(".")[-1] in ("print", "print_exc", "tqdm", "input")
+            if calls or (isinstance(node, ast.Attribute) and said in ("sys.stdout", "sys.stderr")):
+                offenders.append(f"{module.at(node)}: {said}")
+    assert not offenders, "\n".join(offenders)
+
+
+def test_each_program_begins_with_a_guard() -> None:
+    """Before any file is opened: see `pipelines.speech.begin`."""
+    for name, function in (
+        ("pipelines.__main__", "main"),
+        ("dist_train.__main__", "main"),
+        ("slurm.__main__", "main"),
+        ("slurm.job", "__call__"),
+    ):
+        found = [f for f in functions(MODULES[name].tree) if f.name == function]
+        assert found
+        for f in found:
+            body = [
+                node for node in f.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+            ]
+            assert ast.unparse(body[0]) == "begin()", f"{name}: {function}"
+
+
 def test_every_arrow_is_needed() -> None:
     drawn = {(module.room, MODULES[name].room) for module in MODULES.values() for _, name in imports(module)}
     assert [

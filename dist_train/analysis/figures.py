@@ -36,7 +36,8 @@ from dist_train.pictures.style import TITLE
 from dist_train.pictures.text import fit
 from dist_train.pictures.top5 import BARS, draw_top5
 from dist_train.ranks.world import pick_device
-from pipelines.png import save_figure
+from pipelines.files import write_atomically
+from pipelines.png import as_png
 from pipelines.shards import ShardSet
 from pipelines.speech import say, show
 
@@ -97,7 +98,7 @@ def write_figures(run: Trained, out: Path, *, images: int, neighbours: int, trai
             continue
         if same_class:
             results.append(("same class", same_class))
-        save_figure(figure, path, dpi=figure.dpi, pil_kwargs={"optimize": True})
+        write_atomically(path, as_png(figure, dpi=figure.dpi, pil_kwargs={"optimize": True}))
         paths.append((name, str(path)))
     return results + paths
 

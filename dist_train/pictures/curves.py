@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.pictures.style import CURVES_DPI, plain
-from pipelines.png import literal, save_figure
+from pipelines.files import write_atomically
+from pipelines.png import as_png, literal
 
 
 def draw_curves(run: Path, records: Sequence[dict[str, Any]]) -> Path | None:
@@ -36,5 +37,5 @@ def draw_curves(run: Path, records: Sequence[dict[str, Any]]) -> Path | None:
     plain(left, right)
     figure.suptitle(literal(run.name), parse_math=False)
     path = run / "curves.png"
-    save_figure(figure, path)
+    write_atomically(path, as_png(figure))
     return path

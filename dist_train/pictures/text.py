@@ -8,7 +8,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
 from dist_train.pictures.style import SMALL
-from pipelines.png import literal
+from pipelines.png import boxes, literal
 
 POINTS = 72  # an inch
 LETTER = 0.56  # width of an average letter, as a share of the font size
@@ -18,9 +18,10 @@ def fit(text: str, points: float, size: int = SMALL, weight: str = "normal") -> 
     """The text, or as much of its beginning as is this wide, with an ellipsis."""
     font = FontProperties(size=size, weight=weight)
     kept = text = literal(text)
-    while text and text_to_path.get_text_width_height_descent(kept, font, ismath=False)[0] > points:
-        text = text[:-1]
-        kept = text.rstrip(" ,") + "…"
+    with boxes():
+        while text and text_to_path.get_text_width_height_descent(kept, font, ismath=False)[0] > points:
+            text = text[:-1]
+            kept = text.rstrip(" ,") + "…"
     return kept
 
 
