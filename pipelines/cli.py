@@ -100,6 +100,18 @@ def run_verb(
         speaks: whether this process prints the sentence; under a launcher one rank does for all.
         told: hears a code of 2 and the sentence.
     """
+    code = _run_verb(prog, verbs, argv, speaks, told)
+    lost = speech.unheard()
+    if lost is None or speech.left(lost):
+        return code
+    why = f"the output could not be written ({lost.strerror}): make room, or send it elsewhere, and try again"
+    told(code or FAILED, why)
+    return refuse(why, code or FAILED, speaks=speaks)
+
+
+def _run_verb(
+    prog: str, verbs: Mapping[str, Verb], argv: Sequence[str], speaks: bool, told: Callable[[int, str], object]
+) -> int:
     try:
         name = " ".join(argv[:2])  # `submit pack` is a verb, and `submit` is one
         if name not in verbs:
@@ -109,12 +121,7 @@ def run_verb(
         verb, words = verbs[name], argv[len(name.split()) :]
         parser = Parser(f"{prog} {name}", verb.help)
         verb.options(parser)
-        code = verb.start(parser.parse(words, verb.passes_on))
-        if (lost := speech.unheard()) is None or speech.left(lost):
-            return code
-        why = f"the output could not be written ({lost.strerror}): make room, or send it elsewhere, and try again"
-        told(FAILED, why)
-        return refuse(why, code or FAILED, speaks=speaks)
+        return verb.start(parser.parse(words, verb.passes_on))
     except (UserError, OSError) as error:
         told(USAGE, str(error))
         return refuse(error, speaks=speaks)

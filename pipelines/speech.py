@@ -185,9 +185,8 @@ def _stream(name: str) -> _Stream | None:
 def _put(stream: TextIO | None, text: str, *, flush: bool = True) -> None:
     if stream is None:
         return
-    with suppress(
-        OSError, ValueError, RuntimeError
-    ):  # nobody takes it; closed; a signal strikes in the midst of a write
+    # Nobody takes it; the stream is closed; a signal has struck in the midst of a write.
+    with suppress(OSError, ValueError, RuntimeError):
         try:
             stream.write(text)
         except UnicodeEncodeError:  # not where `begin` was called

@@ -57,11 +57,14 @@ VERB = """
 import sys
 from pathlib import Path
 from pipelines.cli import Verb, run_verb
+from pipelines.errors import UserError
 from pipelines.speech import begin, show
 def start(args):
     for i in range(20000):
         show(f"line {i}")
     Path("work").write_text("done")
+    if len(sys.argv) > 1:
+        raise UserError("found something")
     return 0
 begin()
 sys.exit(run_verb("prog", {"verb": Verb("a verb", lambda parser: None, start)}, ["verb"]))
@@ -149,15 +152,29 @@ def test_training_waits_only_a_moment_for_one_who_does_not_read(tmp_path: Path) 
         assert len(file.read()) >= 1 << 15
 
 
-@pytest.mark.parametrize(("kind", "code", "said"), [("pipe", 0, ""), ("full", 1, "No space left on device")])
-def test_a_verb_does_its_work_whole_whoever_listens(kind: str, code: int, said: str, tmp_path: Path) -> None:
+FULL = (
+    "error: the output could not be written (No space left on device): make room, or send it elsewhere, and try again"
+)
+FOUND = "error: found something"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "code", "said"),
+    [
+        ("pipe", [], 0, []),
+        ("pipe", ["fails"], 2, [FOUND]),
+        ("full", [], 1, [FULL]),
+        ("full", ["fails"], 2, [FOUND, FULL]),
+    ],
+)
+def test_a_verb_does_its_work_whole_whoever_listens(
+    kind: str, words: list[str], code: int, said: list[str], tmp_path: Path
+) -> None:
     """`| head` ends quietly; what is wanted and cannot be written is a failure."""
     with deaf(kind) as number:
-        done = python_c(VERB, cwd=tmp_path, stdout=number, stderr=subprocess.PIPE)
-    assert done.returncode == code
+        done = python_c(VERB, *words, cwd=tmp_path, stdout=number, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.splitlines()) == (code, said)
     assert (tmp_path / "work").read_text() == "done"
-    assert said in done.stderr
-    assert len(done.stderr.splitlines()) == bool(said)
 
 
 def test_a_long_tmpdir_does_not_stop_the_workers(tmp_path: Path) -> None:
