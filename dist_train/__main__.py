@@ -12,10 +12,12 @@ from dist_train import cli
 from dist_train.analysis.verbs import SHARED, VERBS
 from dist_train.ranks import kin, launcher
 from pipelines.cli import refuse, run_verb
+from pipelines.speech import begin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; see `dist_train.outcomes`."""
+    begin()
     kin.bind()
     words = list(sys.argv[1:] if argv is None else argv)
     if before := launcher.end_before():

@@ -20,6 +20,7 @@ from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.status import Announcement
 from pipelines.cli import interrupted, nearest
 from pipelines.errors import UserError
+from pipelines.speech import train_on
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, str]:
@@ -55,6 +56,7 @@ def default_name(stem: str) -> str:
 
 def train(argv: Sequence[str]) -> int:
     """Train a net as this command line says. Returns the exit code; exits for --help and --print_config."""
+    train_on()
     try:
         config, stem = parse(argv)
         name = default_name(stem)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +26,9 @@ from dist_train.rundir.state import Progress
 from dist_train.rundir.status import Announcement
 from dist_train.train import Trainer
 from pipelines.errors import UserError
+from pipelines.files import readable_jsonl
 from pipelines.shards import ShardSet
+from pipelines.speech import say, show
 
 TOLD_BEFORE = ("numerics", "accelerator")  # whose change `restore` has told
 
@@ -69,7 +70,7 @@ def _missing(error: UserError, announcement: Announcement) -> Ended:
 
 def _tell(end: Ended, announcement: Announcement) -> None:
     """Say why the run does not begin, in status.json too where nobody is there to read it, or the run has suffered."""
-    print(f"error: {end}", file=sys.stderr)
+    say(f"error: {end}")
     if end.state or not launcher.attended():
         announcement.fail(str(end), rank=launcher.rank(), node=socket.gethostname(), error=type(end).__name__)
     else:
@@ -86,7 +87,7 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         terminal = Terminal(is_first=world.rank == 0)
         path = Path(config.run.dir)
         run = RunDirectory(path, terminal.say, keep=config.checkpoint.keep, writes=world.rank == 0)
-        wandb = WandbRun(path, config.monitor)
+        wandb = WandbRun(path, config.monitor, terminal.say)
         compiled = config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda")
         announcement.say("the net is compiled" if compiled else "the net is built")
         try:  # before anything is claimed
@@ -105,7 +106,7 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
     if world.rank == 0:
         wandb.open(as_dict(config))
         wandb.publish(resumed.record_bytes)
-        words.close = partial(_close, run, wandb)
+        words.close = partial(_put_away, run, run.close, wandb.close)
     size = f"{world.size} x {world.device.type}, {len(sets[0])} images"
     _announce(run, trainer.progress, resumed, asdict(trainer.settled), size)
     if advice := data.small_share(config, world.size, world.device.type):
@@ -116,11 +117,9 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         run.say(str(end))
         return end
     run.status.set(end.state, str(end), step=trainer.progress.step, epoch=trainer.progress.epoch)
-    run.close()
-    wandb.publish(run.record.size)
-    wandb.close()
+    _put_away(run, run.close, lambda: wandb.publish(run.record.size), wandb.close)
     if world.rank == 0:
-        _show(path, end, trainer.progress, run.say)
+        show(summary(path, end, trainer.progress))
     return end
 
 
@@ -167,11 +166,6 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: 
     run.say(f"{run.path}: {size}, {deterministic}, epoch {progress.epoch + 1}")
 
 
-def _close(run: RunDirectory, wandb: WandbRun) -> None:
-    run.close()
-    wandb.close()
-
-
 def _end_of(training: Callable[[], None]) -> Ended:
     try:
         training()
@@ -180,29 +174,56 @@ def _end_of(training: Callable[[], None]) -> Ended:
     return Done()
 
 
-def _show(path: Path, end: Ended, progress: Progress, say: Callable[[str], None]) -> None:
-    """The run has come to its end whether or not it can be shown."""
-    try:
-        print(summary(path, end, progress), flush=True)
-    except Exception as error:
-        say(f"the summary of {path} cannot be shown ({type(error).__name__}: {error})")
+def _put_away(run: RunDirectory, *works: Callable[[], None]) -> None:
+    """The run has come to its end whether or not all can be put away."""
+    for work in works:
+        try:
+            work()
+        except Exception as error:
+            run.say(f"at the end of {run.path}: {type(error).__name__}: {error}")
 
 
 def summary(path: Path, end: Ended, progress: Progress) -> str:
-    """What is printed at the end of a run."""
-    lines = record.read(path)
-    checks = [line for line in lines if line["kind"] == "validation"]
-    rates = [line["images_per_s"] for line in lines if line["kind"] == "step"]
+    """What is shown at the end of a run, as far as it can be: that it has come to its end is not in doubt."""
     reason = f": {end}" if str(end) else ""
     rows = [("outcome", end.state + reason), ("epochs", f"{progress.epoch} ({progress.step} steps)")]
+    lines: list[dict[str, Any]] = []
+
+    def readable() -> list[tuple[str, str]]:
+        found, damaged = readable_jsonl(path / record.FILE)
+        lines.extend(found)
+        numbers = ", ".join(map(str, damaged[:8]))
+        return [("record", f"damaged in line {numbers} of {path / record.FILE}, left out here")] if damaged else []
+
+    def curves() -> list[tuple[str, str]]:
+        picture = draw_curves(path, lines)
+        return [("curves", str(picture))] if picture else []
+
+    for label, work in (
+        ("record", readable),
+        ("accuracy", lambda: _accuracies(lines)),
+        ("images/s", lambda: _rate(lines)),
+        ("curves", curves),
+    ):
+        try:
+            rows += work()
+        except Exception as error:
+            rows.append((label, f"cannot be shown ({type(error).__name__}: {' '.join(str(error).split())})"))
+    rows.append(("run", str(path)))
+    return "\n".join(f"{label:>14}  {text}" for label, text in rows)
+
+
+def _accuracies(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    checks = [line for line in lines if line.get("kind") == "validation"]
+    rows = []
     if checks:
-        best = min(checks, key=lambda line: line["top1_error"])
+        best = min(checks, key=lambda line: float(line["top1_error"]))
         for label, line in (("best", best), ("last", checks[-1])):
             top1, top5 = 1 - line["top1_error"], 1 - line["top5_error"]
             rows.append((f"{label} accuracy", f"top-1 {top1:.2%}, top-5 {top5:.2%} (epoch {line['epoch'] + 1})"))
-    if rates:
-        rows.append(("images/s", f"{sorted(rates)[len(rates) // 2]:.0f} (median)"))
-    if picture := draw_curves(path):
-        rows.append(("curves", str(picture)))
-    rows.append(("run", str(path)))
-    return "\n".join(f"{label:>14}  {text}" for label, text in rows)
+    return rows
+
+
+def _rate(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    rates = [line["images_per_s"] for line in lines if line.get("kind") == "step"]
+    return [("images/s", f"{sorted(rates)[len(rates) // 2]:.0f} (median)")] if rates else []

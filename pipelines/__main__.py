@@ -17,7 +17,7 @@ from pipelines.rows import mapped, sides
 from pipelines.scan import REJECTED, reasons
 from pipelines.shards import INDEX, ShardSet
 from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
-from pipelines.speech import show
+from pipelines.speech import begin, show
 
 PACK_USAGE = """
 pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
@@ -149,7 +149,7 @@ def start_preview(args: Namespace) -> int:
     from pipelines import preview
 
     preview.draw(args.directory, args.out, resize=args.resize, crop=args.crop, rows=args.rows, seed=args.seed)
-    print(args.out)
+    show(str(args.out))
     return 0
 
 
@@ -165,7 +165,7 @@ def start_bench(args: Namespace) -> int:
         raise UsageError(f"--read-ms is {args.read_ms:g}: it must be 0 or more milliseconds")
     from pipelines import bench
 
-    print(bench.measure(args.directory, resize=args.resize, crop=args.crop, batch=args.batch, read_ms=args.read_ms))
+    show(bench.measure(args.directory, resize=args.resize, crop=args.crop, batch=args.batch, read_ms=args.read_ms))
     return 0
 
 
@@ -191,7 +191,7 @@ def _report(manifest: Manifest, directory: Path, more: str = "") -> None:
     line = _contents(manifest, directory)
     if count := (directory / REJECTED).read_text().count("\n"):
         line += f"; {count} rejected, see {directory / REJECTED}"
-    print(line + more)
+    show(line + more)
 
 
 def _contents(manifest: Manifest, directory: Path) -> str:
@@ -219,6 +219,7 @@ VERBS = {
 
 
 def main() -> int:
+    begin()
     return run_verb("python -m pipelines", VERBS, sys.argv[1:])
 
 

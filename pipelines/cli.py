@@ -6,14 +6,14 @@ A verb's options are declared apart from what it starts, so that `--help` and a 
 from __future__ import annotations
 
 import difflib
-import sys
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from pipelines import speech
 from pipelines.errors import UsageError, UserError
 
-USAGE, INTERRUPTED = 2, 130  # exit codes; the latter is the shell's for Ctrl-C
+FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; the last is the shell's for Ctrl-C
 PRINT_CONFIG = "--print_config"  # the one option that is passed on without a value
 
 
@@ -94,12 +94,24 @@ def run_verb(
     told: Callable[[int, str], object] = lambda *_: None,
 ) -> int:
     """Run the verb that `argv` begins with. Returns the exit code: the verb's, 2 after one sentence on stderr, 130 for
-    Ctrl-C.
+    Ctrl-C, 1 if its output could not be written. That a reader has left (`| head`) changes nothing.
 
     Args:
         speaks: whether this process prints the sentence; under a launcher one rank does for all.
         told: hears a code of 2 and the sentence.
     """
+    code = _run_verb(prog, verbs, argv, speaks, told)
+    lost = speech.unheard()
+    if lost is None or speech.left(lost):
+        return code
+    why = f"the output could not be written ({lost.strerror}): make room, or send it elsewhere, and try again"
+    told(code or FAILED, why)
+    return refuse(why, code or FAILED, speaks=speaks)
+
+
+def _run_verb(
+    prog: str, verbs: Mapping[str, Verb], argv: Sequence[str], speaks: bool, told: Callable[[int, str], object]
+) -> int:
     try:
         name = " ".join(argv[:2])  # `submit pack` is a verb, and `submit` is one
         if name not in verbs:
@@ -120,14 +132,14 @@ def run_verb(
 def refuse(error: Exception | str, code: int = USAGE, *, speaks: bool = True) -> int:
     """Print the one sentence, if this process speaks; the exit code."""
     if speaks:
-        print(f"error: {error}", file=sys.stderr)
+        speech.say(f"error: {error}")
     return code
 
 
 def interrupted(remedy: str = "", *, speaks: bool = True) -> int:
     """Say that Ctrl-C has ended the command, and what to do, if this process speaks; the exit code."""
     if speaks:
-        print(f"interrupted: {remedy}" if remedy else "interrupted", file=sys.stderr)
+        speech.say(f"interrupted: {remedy}" if remedy else "interrupted")
     return INTERRUPTED
 
 
@@ -161,7 +173,9 @@ def _without_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> 
     if argv and argv[0] in ("-h", "--help", "help"):
         width = max(map(len, verbs))
         lines = [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
-        print("\n".join([f"usage: {prog} VERB ...", "", *lines, "", f"Each has its own help: {prog} VERB --help"]))
+        speech.show(
+            "\n".join([f"usage: {prog} VERB ...", "", *lines, "", f"Each has its own help: {prog} VERB --help"])
+        )
         return 0
     if not argv:
         raise UsageError(f"{prog} needs a verb: one of {', '.join(verbs)}")

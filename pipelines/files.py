@@ -82,6 +82,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [parsed_json(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
+def readable_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The objects of a JSONL file, and the numbers, from 1, of the lines that are none. No such file: nothing."""
+    found, damaged = list[dict[str, Any]](), list[int]()
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if isinstance(values, dict):
+            found.append(values)
+        else:
+            damaged.append(number)
+    return found, damaged
+
+
 def parsed_json(path: Path, text: bytes) -> Any:
     """The value of `text`, which was read from a file. Raises UserError, which names the file, for a damaged one."""
     try:

@@ -8,7 +8,6 @@ DALI holds no random state.
 from __future__ import annotations
 
 import queue
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
@@ -30,6 +29,7 @@ from pipelines.order import Ints, even_split
 from pipelines.plan import Plan
 from pipelines.reading import Encoded, Fetch, Reader
 from pipelines.search import undecodable
+from pipelines.speech import say
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -226,7 +226,7 @@ class Loader:
     def _blame(self, sample: int, why: str) -> None:
         if sample not in self.bad:
             self.bad.add(sample)
-            print(f"{why}: another sample takes its place", file=sys.stderr)
+            say(f"{why}: another sample takes its place")
 
     def _feed(self, epoch: int, encoded: Encoded, samples: Ints, start: int) -> Feed:
         views = self.plan.views(epoch, samples, start)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.util import get_temp_dir
 from threading import Thread
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from pipelines.speech import bar
 
 T = TypeVar("T")
 R = TypeVar("R")
+SOCKET = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")  # bytes that are left for the folder of a socket: unix(7)
 _count: Any = None  # in a worker: number of images that all workers have done
 
 
@@ -30,18 +32,18 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images
 
     The first error ends all workers and is raised; ChildProcessError if a worker was killed.
     """
+    _place_socket()
     context = get_context("forkserver")
     context.set_forkserver_preload([work.__module__])  # its imports take seconds: once, not once per worker
     count = context.Value("q", 0)
     pool = ProcessPoolExecutor(max(1, min(workers, len(tasks))), context, _start, (count,))
-    interval = 0.1 if sys.stderr.isatty() else 10
     try:
-        with tqdm(total=images, desc=label, unit="img", mininterval=interval, dynamic_ncols=True) as bar:
+        with bar(images, label, "img", lines=True) as shown:
             futures = [pool.submit(work, task) for task in tasks]
             pending = set(futures)
             while pending:
                 done, pending = wait(pending, 0.2, FIRST_COMPLETED)
-                bar.update(count.value - bar.n)
+                shown.update(count.value - shown.n)
                 for future in done:
                     future.result()
         pool.shutdown()
@@ -55,6 +57,17 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images
                 f"{label}: a worker was killed, perhaps for want of memory: repeat the command with fewer --workers"
             ) from error
         raise
+
+
+def _place_socket() -> None:
+    """Let the socket of the server of workers lie in /tmp where TMPDIR is too long for it, as one of a job may be."""
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) > SOCKET:
+        try:
+            tempfile.tempdir = "/tmp"
+            get_temp_dir()  # which keeps it
+        finally:
+            tempfile.tempdir = usual
 
 
 def _start(count: Any) -> None:

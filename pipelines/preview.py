@@ -14,6 +14,7 @@ from pipelines.augment import Augment
 from pipelines.loader import Loader
 from pipelines.order import Ints
 from pipelines.plan import TrainingPlan
+from pipelines.png import as_png, literal
 from pipelines.shards import ShardSet
 from pipelines.sources import upright_rgb
 
@@ -64,10 +65,10 @@ def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed:
             cell.imshow(image, interpolation="nearest")
             cell.set(xticks=[], yticks=[], frame_on=False)
     for row, cell in zip(shards.rows(plan.chosen), axes[:, 0], strict=True):
-        label = f"{shards.classes[row['label']]}\n{row['width']}x{row['height']}"
-        cell.set_ylabel(label, rotation=0, ha="right", va="center")
+        label = f"{literal(shards.classes[row['label']])}\n{row['width']}x{row['height']}"
+        cell.set_ylabel(label, parse_math=False, rotation=0, ha="right", va="center")
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png", dpi=120)
+    out.write_bytes(as_png(figure, dpi=120))
 
 
 def decoded(shards: ShardSet, sample: int) -> NDArray[np.uint8]:

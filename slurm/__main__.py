@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dist_train.config import UNDOTTED
 from pipelines.cli import Parser, Verb, natural, positive, run_verb
+from pipelines.speech import begin, say, show
 from slurm import cluster, submissions
 from slurm.submissions import SlurmError, Submission, SubmittedRun
 
@@ -37,15 +38,15 @@ def _submit(args: Namespace) -> int:
     folder = planned.top / "slurm"
     wanted = parameters(args, planned.top.name, folder)
     if args.dry_run:
-        print(script(folder, wanted, len(planned.runs) if args.array else 0))
+        show(script(folder, wanted, len(planned.runs) if args.array else 0))
         return 0
     ranks = f"{args.nodes} nodes x {wanted['ntasks_per_node']} tasks"
     runs = [run for run, _ in planned.runs]
     for run, submission in zip(runs, submit(planned, folder, wanted, local=args.local), strict=True):
-        print(f"job {submission.job}: {ranks}, {run.directory}")
+        show(f"job {submission.job}: {ranks}, {run.directory}")
     name, first = shlex.quote(SubmittedRun(planned.top).name), shlex.quote(runs[0].name)
     for verb, words in (("watch", f"status {name}"), ("read", f"logs {first} --follow"), ("stop", f"cancel {name}")):
-        print(f"  {verb:6} python -m slurm {words}")
+        show(f"  {verb:6} python -m slurm {words}")
     return 0
 
 
@@ -68,8 +69,8 @@ def _submit_pack(args: Namespace) -> int:
     from slurm.submit import submit_pack
 
     array, last, folder = submit_pack(args)
-    print(f"job {array}: {args.tasks} tasks pack {args.source}; job {last} then writes {args.directory}/manifest.json")
-    print(f"  watch  squeue --jobs={array},{last}\n  read   {folder}/*_log.out\n  stop   scancel {array} {last}")
+    show(f"job {array}: {args.tasks} tasks pack {args.source}; job {last} then writes {args.directory}/manifest.json")
+    show(f"  watch  squeue --jobs={array},{last}\n  read   {folder}/*_log.out\n  stop   scancel {array} {last}")
     return 0
 
 
@@ -85,7 +86,7 @@ def _status(args: Namespace) -> int:
         runs = submissions.all_runs()
     else:
         runs = [run for text in args.runs for run in submissions.find_runs(text)]
-    print(status_table(runs) if runs else f"no submitted runs under {submissions.ROOT}/")
+    show(status_table(runs) if runs else f"no submitted runs under {submissions.ROOT}/")
     return 0
 
 
@@ -118,7 +119,7 @@ def _cancel(args: Namespace) -> int:
     for run in submissions.find_runs(args.run):
         submission = run.last
         if cluster.ended(submission):
-            print(f"{run.name}: job {submission.job} has ended already")
+            show(f"{run.name}: job {submission.job} has ended already")
             continue
         submission.no_requeue.touch()
         if cluster.entry(submission).state == "RUNNING" and not args.now:
@@ -126,7 +127,7 @@ def _cancel(args: Namespace) -> int:
         if not cluster.ended(submission):
             cluster.end(submission)
         newest = newest_name(run.directory)
-        print(f"{run.name}: job {submission.job} is cancelled; {f'saved: {newest}' if newest else 'nothing was saved'}")
+        show(f"{run.name}: job {submission.job} is cancelled; {f'saved: {newest}' if newest else 'nothing was saved'}")
     return 0
 
 
@@ -137,7 +138,7 @@ def _stop(run: SubmittedRun, submission: Submission) -> None:
     try:
         cluster.wait(partial(cluster.ended, submission), patience, "it does not stop")
     except SlurmError as error:
-        print(f"{run.name}: {error}; ending it without a save", file=sys.stderr)
+        say(f"{run.name}: {error}; ending it without a save")
 
 
 def _requeue_options(parser: Parser) -> None:
@@ -160,7 +161,7 @@ def _requeue(args: Namespace) -> int:
         else:
             wanted = submission.parameters | ({"exclude": args.exclude} if args.exclude else {})
             (submission,) = launch([run], Path(submission.folder), wanted, local=submission.local)
-        print(f"{run.name}: job {submission.job} is in the queue")
+        show(f"{run.name}: job {submission.job} is in the queue")
     return 0
 
 
@@ -202,6 +203,7 @@ VERBS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run a verb. Returns its exit code: 0, 2 after one sentence, or 130."""
+    begin()
     return run_verb("python -m slurm", VERBS, argv)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.status import Announcement
 from pipelines.misc import cpus
+from pipelines.speech import begin, say
 from slurm.cluster import entry
 from slurm.submissions import CRASH, Submission, SubmittedRun
 
@@ -40,6 +40,7 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         self.directory = directory
 
     def __call__(self) -> None:
+        begin()
         here, announcement = JobEnvironment(), Announcement(self.directory, writes=False)
         _bind(here)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores; the trainer's watch is not there yet
@@ -83,6 +84,7 @@ class Pack(Checkpointable):  # type: ignore[misc]
         self.source, self.directory, self.options, self.part = source, directory, options, part
 
     def __call__(self) -> None:
+        begin()
         bind()
         from pipelines.pack import Options, pack, pack_share
         from pipelines.sources import ImageFolder
@@ -137,7 +139,7 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
             f"no progress in {restarts.LIMIT} starts (on {nodes}): read the log, mend it, then "
             f"`python -m slurm requeue`"
         )
-        print(f"error: {reason}", file=sys.stderr)
+        say(f"error: {reason}")
         status.write(run.directory, "failed", reason, **where)
         submission.no_requeue.touch()
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +21,7 @@ from dist_train.config import Config, dump
 from dist_train.data import check_batch, check_tars, open_sets, to_pack
 from pipelines.files import read_text, write_atomically
 from pipelines.misc import ceil_div
+from pipelines.speech import flush
 from slurm.cluster import entry
 from slurm.job import Job, Pack
 from slurm.submissions import SlurmError, Submission, SubmittedRun
@@ -221,7 +221,7 @@ def _outside() -> Iterator[None]:
 @contextmanager
 def _aside(log: Path) -> Iterator[None]:
     """Lend our output to `log`: submitit's local controller inherits it, and would hold a pipe open to its end."""
-    sys.stdout.flush()
+    flush()
     ours = [os.dup(1), os.dup(2)]
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 from dist_train.rundir import record, status
 from pipelines.errors import UserError
 from pipelines.files import parsed_json
+from pipelines.speech import show, unheard
 from slurm.cluster import Entry, entry, look
 from slurm.submissions import SlurmError, Submission, SubmittedRun
 
@@ -105,10 +105,11 @@ def read_log(run: SubmittedRun, rank: int, follow: bool) -> Iterator[str]:
 
 
 def show_log(run: SubmittedRun, rank: int, follow: bool) -> None:
-    """Print the pieces of `read_log` as they come."""
+    """Print the pieces of `read_log` as they come, as long as somebody reads them."""
     for text in read_log(run, rank, follow):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        show(text, end="")
+        if unheard():
+            return
 
 
 def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str, str]:

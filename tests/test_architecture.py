@@ -24,7 +24,7 @@ ARROWS = """
     train     build process validate monitor rundir ranks models optim probe config outcomes pipelines
     monitor   validate rundir config pipelines
     validate  ranks pipelines
-    pictures  rundir pipelines
+    pictures  pipelines
     build     ranks models config pipelines
     process   machine ranks models config
     rundir    ranks optim config outcomes pipelines
@@ -157,6 +157,38 @@ def test_one_truth_one_place() -> None:
             if isinstance(word, str) and word in HOMES and here not in HOMES[word].split():
                 offenders.append(f"{module.at(node)}: {word}")
     assert not offenders, "\n".join(offenders)
+
+
+def test_one_place_speaks() -> None:
+    """`pipelines.speech` alone writes to the two streams and draws progress bars: what it writes cannot raise. The name
+    of a bar's class may be imported for a type."""
+    offenders = []
+    for module in MODULES.values():
+        if module.name == "pipelines.speech":
+            continue
+        for node in ast.walk(module.tree):
+            said = ast.unparse(node.func if isinstance(node, ast.Call) else node)
+            calls = isinstance(node, ast.Call) and said.split(".")[-1] in ("print", "print_exc", "tqdm", "input")
+            if calls or (isinstance(node, ast.Attribute) and said in ("sys.stdout", "sys.stderr")):
+                offenders.append(f"{module.at(node)}: {said}")
+    assert not offenders, "\n".join(offenders)
+
+
+def test_each_program_begins_with_a_guard() -> None:
+    """Before any file is opened: see `pipelines.speech.begin`."""
+    for name, function in (
+        ("pipelines.__main__", "main"),
+        ("dist_train.__main__", "main"),
+        ("slurm.__main__", "main"),
+        ("slurm.job", "__call__"),
+    ):
+        found = [f for f in functions(MODULES[name].tree) if f.name == function]
+        assert found
+        for f in found:
+            body = [
+                node for node in f.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+            ]
+            assert ast.unparse(body[0]) == "begin()", f"{name}: {function}"
 
 
 def test_every_arrow_is_needed() -> None:

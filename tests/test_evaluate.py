@@ -21,6 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from dist_train import models
 from dist_train.__main__ import main
+from dist_train.analysis import evaluate as evaluation
 from dist_train.analysis.evaluate import describe
 from dist_train.analysis.predict import probabilities
 from dist_train.analysis.trained import Trained, open_run
@@ -179,6 +180,21 @@ def test_the_numbers_of_one_run_go_into_it(
     assert out.splitlines()[-1] == str(path)
     labels = [label for _, label in images(shard_sets)]
     check(json.loads(path.read_text()), reference(runs["nine"], shard_sets, "one"), labels)
+
+
+def test_the_numbers_are_written_before_they_are_shown_and_shown_in_any_case(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads them may leave, and a disk may be full, after hours of work."""
+    path, there = tmp_path / "x.json", list[bool]()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "show", lambda text: there.append(path.exists()))
+        assert evaluate(capsys, runs["nine"], f"--json={path}")[0] == 0
+    assert there == [True, True]
+    code, out, err = evaluate(capsys, runs["nine"], f"--json={tmp_path / 'nowhere' / 'x.json'}")
+    assert code == 2
+    assert "top-1 error" in out
+    assert "choose another place with --json" in err
 
 
 def test_the_best_checkpoint_and_another_split(

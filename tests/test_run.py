@@ -24,6 +24,7 @@ from pipelines.pack import Options, index, pack
 from pipelines.sources import ImageFolder
 from tests.helpers.compare import newest, records, status
 from tests.helpers.launch import STEPS, command, finish, launch, spawn
+from tests.helpers.server import fork
 
 pytestmark = pytest.mark.integration
 
@@ -241,12 +242,22 @@ def test_what_one_rank_refuses_all_hear(shard_sets: Path, tmp_path: Path) -> Non
         assert not (tmp_path / "r").exists()
 
 
-def test_nobody_reads_what_it_prints(shard_sets: Path, tmp_path: Path) -> None:
-    """As behind `| head -1`: the run goes on to its end, and that is its exit code."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    words = command(shard_sets, tmp_path / "r", "--train.epochs=1", ranks=0)
-    done = subprocess.run(words, stdout=writer, stderr=writer, timeout=60, check=False)
-    os.close(writer)
-    assert done.returncode == 0
+def test_a_full_disk_takes_what_it_prints(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    """The run goes on to its end, and that is its exit code; also where the loader has something to tell."""
+    words, full = command(damaged[0], tmp_path / "r", "--train.epochs=1", ranks=0), Path("/dev/full")
+    assert fork(words, {**os.environ, "OMP_NUM_THREADS": "1"}, Path.cwd(), full, full).wait(60) == 0
     assert status(tmp_path / "r")["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["2>&1 | head -0; exit ${PIPESTATUS[0]}", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_nobody_reads_what_it_prints(how: str, ranks: int, damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
+    """Nor does a file of the run get the number of a stream that is closed: what is printed would go into it."""
+    sets, _ = damaged
+    before = {path: path.read_bytes() for path in sets.rglob("*.*")}
+    words = command(sets, tmp_path / "r", "--train.epochs=1", ranks=ranks)
+    assert subprocess.run(["bash", "-c", f'"$@" {how}', "bash", *words], timeout=120, check=False).returncode == 0
+    assert status(tmp_path / "r")["state"] == "done"
+    assert [r["step"] for r in records(tmp_path / "r", "step")] == list(range(1, STEPS + 1))
+    assert before == {path: path.read_bytes() for path in sets.rglob("*.*")}

@@ -22,12 +22,13 @@ from dist_train.ranks import launcher
 from dist_train.ranks.world import World, join
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
+from pipelines.speech import show
 
 CLASSES, CONFUSIONS = 20, 10  # rows that are printed; the JSON holds all
 
 
 def start(args: Namespace) -> int:
-    """Print the errors and write them as JSON. Returns the exit code of this rank. Raises UsageError."""
+    """Write the errors as JSON and print them. Returns the exit code of this rank. Raises UsageError."""
     with device_option():
         world = join(args.device)
     code = _evaluate(args, world)
@@ -42,8 +43,12 @@ def _evaluate(args: Namespace, world: World) -> int:
         table = predict(runs, world, views=views, batch=args.batch)
         report = {"crops": args.crops, "views": views} | summarise(table, runs)
         if world.rank == 0:
-            print(describe(report))
-            _write(report, args)
+            try:
+                path = _write(report, args)
+            finally:  # what has taken hours is shown in any case
+                show(describe(report))
+            if path:
+                show(f"\n{path}")
     except (UserError, OSError) as error:  # on all ranks, but for a file that rank 0 cannot write
         return launcher.end_refused(error)
     return 0
@@ -112,16 +117,15 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write(report: dict[str, Any], args: Namespace) -> None:
-    """Write the whole report as JSON to --json; without it into the run, if there is only one."""
-    if args.json:
-        path = args.json
-    elif len(args.runs) == 1:
+def _write(report: dict[str, Any], args: Namespace) -> Path | None:
+    """Write the whole report as JSON to --json; without it into the run, if there is only one. Returns where it is."""
+    path: Path | None = args.json
+    if path is None and len(args.runs) == 1:
         path = args.runs[0] / f"evaluation-{args.crops}.json"
-    else:
-        return
+    if path is None:
+        return None
     try:
         write_atomically(path, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror}): choose another place with --json") from error
-    print(f"\n{path}")
+    return path

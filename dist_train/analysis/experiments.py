@@ -13,12 +13,12 @@ from queue import Queue
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from dist_train.analysis.arms import Experiment
 from dist_train.analysis.tables import report
 from dist_train.rundir import status
 from pipelines.misc import cpus
+from pipelines.speech import bar, say, show
 
 ENDED = ("done", "diverged")  # a run that diverged is a result
 TRAINER = [sys.executable, "-m", "dist_train"]
@@ -46,9 +46,9 @@ def start(args: Namespace, experiments: Sequence[Experiment]) -> int:
         failed = run_all(experiments, args.rest, args.jobs or torch.cuda.device_count() or cpus())
     for experiment in experiments:
         for path in report(experiment, args.out):
-            print(path)
+            show(str(path))
     for failure in failed:
-        print(f"error: {failure}", file=sys.stderr)
+        say(f"error: {failure}")
     return 1 if failed else 0
 
 
@@ -70,9 +70,11 @@ def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) 
             places.put(place)
 
     todo = _todo(experiments)
-    with ThreadPoolExecutor(jobs) as pool:
-        results = tqdm(pool.map(run, todo), total=len(todo), unit="run", disable=not sys.stderr.isatty())
-        failed = [failure for failure in results if failure]
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool, bar(len(todo), "", "run") as done:
+        for failure in pool.map(run, todo):
+            failed += [failure] if failure else []
+            done.update()
     for experiment in experiments:
         failed += _average(experiment)
     return failed

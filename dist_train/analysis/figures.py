@@ -7,10 +7,8 @@ nearest.png   figure 4, right: the training images that the last hidden layer ta
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +35,10 @@ from dist_train.pictures.text import fit
 from dist_train.pictures.top5 import BARS, draw_top5
 from dist_train.ranks.world import pick_device
 from pipelines.files import write_atomically
+from pipelines.png import as_png
 from pipelines.preview import decoded
 from pipelines.shards import ShardSet
+from pipelines.speech import say, show
 
 RUN_NAME = 250  # width in points
 
@@ -62,7 +62,7 @@ def start(args: Namespace) -> int:
     run = open_run(args.run, device, args.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     rows = write_figures(run, out, images=args.images, neighbours=args.neighbours, train_images=args.train_images)
-    print("\n".join(f"{label:>14}  {text}" for label, text in rows))
+    show("\n".join(f"{label:>14}  {text}" for label, text in rows))
     return 0
 
 
@@ -93,13 +93,11 @@ def write_figures(run: Trained, out: Path, *, images: int, neighbours: int, trai
         try:
             figure, same_class = drawing()
         except FigureError as error:
-            print(f"{path.name} is left out: {error}", file=sys.stderr)
+            say(f"{path.name} is left out: {error}")
             continue
         if same_class:
             results.append(("same class", same_class))
-        png = BytesIO()
-        figure.savefig(png, format="png", dpi=figure.dpi, pil_kwargs={"optimize": True})
-        write_atomically(path, png.getvalue())
+        write_atomically(path, as_png(figure, dpi=figure.dpi, pil_kwargs={"optimize": True}))
         paths.append((name, str(path)))
     return results + paths
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.files import write_atomically
+from pipelines.speech import show
 
 STATES = ("ok", "left out", "warn", "failed")  # of a part, in the order in which one hides another
 
@@ -38,7 +39,7 @@ class Findings:
 
     def tell(self, text: str) -> None:
         """Let the user know what is done now."""
-        print(text, flush=True)
+        show(text)
 
     def _write(self) -> None:
         found = {"state": self._state, "reason": "; ".join(self._reasons), "result": self.result}

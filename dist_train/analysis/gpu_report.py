@@ -29,6 +29,7 @@ from pipelines.cli import INTERRUPTED, interrupted
 from pipelines.errors import UsageError
 from pipelines.files import read_json, write_atomically
 from pipelines.shards import ShardSet
+from pipelines.speech import say, show
 
 ROOT = Path(__file__).resolve().parents[2]  # a clone, or the folder that packages are installed in
 FORMAT = 1
@@ -76,8 +77,8 @@ def start(args: Namespace) -> int:
     report = Report(files, args.minutes, {"code": code(), "command": _typed(args), "gpus": count})
     with _signals_as_ctrl_c():
         ended = report.run(parts)
-    print(files[1].read_text(), end="")
-    print(f"{files[0]} and {files[1].name} are written: attach both to an issue", file=sys.stderr)
+    show(files[1].read_text(), end="")
+    say(f"{files[0]} and {files[1].name} are written: attach both to an issue")
     return interrupted() if ended == INTERRUPTED else ended
 
 
@@ -244,7 +245,7 @@ class Report:
 
     def _say(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
-        print(f"{minutes:2}:{seconds:02}  {text}", file=sys.stderr, flush=True)
+        say(f"{minutes:2}:{seconds:02}  {text}")
 
 
 def rounded(value: Any) -> Any:

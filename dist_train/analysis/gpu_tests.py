@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 from dist_train.analysis.findings import Findings
 from dist_train.analysis.gpu_site import Site
+from pipelines.speech import say
 
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSE = "REHEARSE"  # the variable by which tests/ does on CPU operators and gloo what is meant for a GPU
@@ -54,7 +55,7 @@ def _run(chosen: str, findings: Findings, site: Site) -> None:
     ) as process:
         assert process.stdout
         for line in process.stdout:
-            print(line, end="", file=sys.stderr, flush=True)  # kept, to be shown if the part fails
+            say(line, end="")  # kept, to be shown if the part fails
             if found := DONE.match(line):
                 findings.tell(f"{found[1]} {found[2].lower()}")
                 findings.keep(found[1], found[2].lower(), under="tests")  # the XML comes at the end only

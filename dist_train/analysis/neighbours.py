@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dist_train import build
 from dist_train.analysis.trained import Trained
@@ -18,6 +17,7 @@ from dist_train.ranks.world import World
 from pipelines.errors import UserError
 from pipelines.order import SAMPLES, Ints, permutation
 from pipelines.shards import ShardSet
+from pipelines.speech import bar
 
 BATCH = 128  # images in a forward pass
 LOOKED = 512  # validation images among which examples are picked
@@ -62,10 +62,10 @@ def outputs(run: Trained, shards: ShardSet, samples: Ints, text: str) -> Iterato
     device = next(run.model.parameters()).device
     batch = min(BATCH, len(samples))
     loader = build.fixed_loader(run.config, World.single(device), shards, run.train, batch=batch, samples=samples)
-    with tqdm(total=len(samples), desc=text, unit="img", dynamic_ncols=True, disable=None) as bar:
+    with bar(len(samples), text, "img") as done:
         for images in loader.epoch():
             yield images.samples, *forward(run.model, images.inputs.to(device))
-            bar.update(len(images.samples))
+            done.update(len(images.samples))
 
 
 def occurrence(labels: NDArray[Any]) -> Ints:

@@ -101,7 +101,7 @@ class Pace:
         began = time.perf_counter()
         terminal = Terminal(is_first=world.rank == 0)
         directory = RunDirectory(scratch, terminal.say, keep=2, writes=False)
-        wandb = WandbRun(scratch, config.monitor)
+        wandb = WandbRun(scratch, config.monitor, terminal.say)
         silent = Terminal(is_first=False)
         self._trainer = Trainer(config, world, watch, directory, (shards, shards), silent, wandb)
         self._synchronize()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from dist_train import build
 from dist_train.analysis.trained import Trained
@@ -20,6 +18,7 @@ from pipelines.loader import Loader
 from pipelines.manifest import ShardError
 from pipelines.misc import ceil_div
 from pipelines.order import Ints
+from pipelines.speech import bar
 
 # Columns of `predict`'s table. Those from BEFORE_OF_RUNS on belong to the single runs.
 LEFT_OUT, PREDICTED, BEFORE, BEFORE_OF_RUNS = range(4)
@@ -58,12 +57,11 @@ def _own_rows(runs: Sequence[Trained], world: World, views: int, batch: int) -> 
     """`predict`'s table with the rows of this rank's images; the others are 0."""
     table = np.zeros((len(runs[0].val), BEFORE_OF_RUNS + len(runs)), np.int64)
     steps = ceil_div(len(runs[0].val.good), batch * world.size)
-    hidden = world.rank > 0 or not sys.stderr.isatty()
     mean: Tensor | None = None
     total = steps * views * len(runs)
-    with tqdm(total=total, unit="batch", desc="evaluate", dynamic_ncols=True, disable=hidden) as bar:
+    with bar(total, "evaluate", "batch", speaks=world.rank == 0) as done:
         for i, run in enumerate(runs):
-            own = probabilities(run, world, views, batch, bar.update)
+            own = probabilities(run, world, views, batch, done.update)
             labels = run.val.labels(own.samples)
             table[own.samples, LEFT_OUT] |= own.bad
             table[own.samples, BEFORE_OF_RUNS + i] = more_probable(own.probabilities, labels)

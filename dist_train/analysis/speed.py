@@ -30,6 +30,7 @@ from dist_train.rundir.last_words import LastWords
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.shards import ShardSet
+from pipelines.speech import show
 
 FORMAT = 1
 
@@ -83,9 +84,13 @@ def _speed(args: Namespace, config: Config, world: World, watch: Watch) -> None:
     report = facts(config, world) | pace.facts() | profile_of(rows, config.train.global_batch)
     report["warm_up"] = {"build_s": pace.build_seconds, "first_steps_s": pace.warm_up_seconds}
     report["config"] = as_dict(config)
+    try:
+        world.together(lambda: _write(report, args.out.resolve()), on=[0])
+    finally:
+        if world.rank == 0:
+            show(describe(report))
     if world.rank == 0:
-        print(describe(report))
-    world.together(lambda: _write(report, args.out.resolve()), on=[0])
+        show(f"{'profile':>10}  {args.out.resolve()}")
 
 
 def _opened(config: Config, world: World) -> ShardSet | None:
@@ -234,4 +239,3 @@ def _write(report: dict[str, Any], path: Path) -> None:
         write_atomically(path, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror}): choose another place with --out") from error
-    print(f"{'profile':>10}  {path}")

@@ -18,6 +18,7 @@ from dist_train.probe import stable_lr
 from dist_train.rundir import record, status
 from dist_train.rundir.state import MEMORY
 from pipelines.files import read_json, write_atomically
+from pipelines.png import as_png
 
 # A training error that says that a net has begun to learn: it is right twice as often as guessing among ten classes,
 # which all of configs/experiments have.
@@ -74,11 +75,11 @@ def report(experiment: Experiment, out: Path) -> list[Path]:
         name: [Curve([r["step"] for r in run.steps], [r["loss"] for r in run.steps]) for run in found]
         for name, found in runs.items()
     }
-    draw_arms(curves, errors, experiment.name, _batches(runs)).savefig(paths[1])
+    write_atomically(paths[1], as_png(draw_arms(curves, errors, experiment.name, _batches(runs))))
     probed = {name: found[0] for name, found in runs.items() if found[0].probes}
     if probed:
         paths.append(out / f"{experiment.name}-layers.png")
-        draw_layers(list(probed), measured(list(probed.values()))).savefig(paths[2])
+        write_atomically(paths[2], as_png(draw_layers(list(probed), measured(list(probed.values())))))
     return paths
 
 

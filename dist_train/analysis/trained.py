@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from dist_train.rundir.checkpoint import Checkpoint, CheckpointError, find, newe
 from pipelines.errors import UsageError, UserError
 from pipelines.manifest import MANIFEST
 from pipelines.shards import ShardSet
+from pipelines.speech import say
 
 
 class RunError(UserError):
@@ -137,7 +137,7 @@ def _checkpoint(directory: Path, which: str) -> Checkpoint:
             raise RunError(f"{directory} has no checkpoint {which}: choose last")
         raise RunError(f"{directory} has no checkpoint yet: train on, the first comes after an epoch at the latest")
     if bad:
-        print(f"{directory}: bad checkpoints are passed over ({reasons})", file=sys.stderr)
+        say(f"{directory}: bad checkpoints are passed over ({reasons})")
     return found
 
 

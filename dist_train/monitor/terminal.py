@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from dist_train.rundir.state import Progress
+from pipelines.speech import bar, say, watched
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 BAR, LINES = 0.5, 30.0  # seconds between two updates of the bar's text, and between two plain lines
 
@@ -26,14 +26,11 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line for the user."""
         if self._shows:
-            with suppress(OSError):  # who reads it may be gone
-                tqdm.write(text, file=sys.stderr)
-                sys.stderr.flush()
+            say(text)
 
     def begin_epoch(self, progress: Progress, epochs: int, steps: int) -> None:
-        if self._shows and sys.stderr.isatty():
-            label = f"epoch {progress.epoch + 1}/{epochs}"
-            self._bar = tqdm(total=steps, initial=progress.step_in_epoch, desc=label, unit="step", dynamic_ncols=True)
+        if self._shows and watched():
+            self._bar = bar(steps, f"epoch {progress.epoch + 1}/{epochs}", "step", initial=progress.step_in_epoch)
 
     def end_epoch(self) -> None:
         if self._bar is not None:

@@ -18,7 +18,7 @@ class Named(NamedTuple):
     name: str
 
 
-def show(cell: Axes, image: Pixels) -> None:
+def fill(cell: Axes, image: Pixels) -> None:
     """Fill a cell with an image, whole and without a frame."""
     cell.imshow(image)
     cell.set(xticks=[], yticks=[], anchor="S")  # directly above its label, whatever its shape

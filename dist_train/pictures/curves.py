@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from dist_train.pictures.style import CURVES_DPI, plain
-from dist_train.rundir import record
+from pipelines.files import write_atomically
+from pipelines.png import as_png, literal
 
 
-def draw_curves(run: Path) -> Path | None:
+def draw_curves(run: Path, records: Sequence[dict[str, Any]]) -> Path | None:
     """Write `curves.png` into the directory of a run: training loss, validation errors, and where the learning rate was
-    divided. Returns its path; None before the first record."""
-    records = record.read(run)
-    steps = [r for r in records if r["kind"] == "step"]
-    checks = [r for r in records if r["kind"] == "validation"]
+    divided. Returns its path; None before the first record. Raises OSError."""
+    steps = [r for r in records if r.get("kind") == "step"]
+    checks = [r for r in records if r.get("kind") == "validation"]
     if not steps:
         return None
     from matplotlib.figure import Figure  # not while a run starts
@@ -33,7 +35,7 @@ def draw_curves(run: Path) -> Path | None:
                 axes.axvline(before["epoch"] + 1, color="grey", ls=":", lw=1)
     right.legend()
     plain(left, right)
-    figure.suptitle(run.name)
+    figure.suptitle(literal(run.name), parse_math=False)
     path = run / "curves.png"
-    figure.savefig(path)
+    write_atomically(path, as_png(figure))
     return path

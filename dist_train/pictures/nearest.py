@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dist_train.pictures.cells import Named, show
+from dist_train.pictures.cells import Named, fill
 from dist_train.pictures.style import IMAGES_DPI, RED, SMALL, TITLE
 from dist_train.pictures.text import fit, wrap
 
@@ -37,12 +37,12 @@ def draw_nearest(
     figure.suptitle(wrap(title, width, TITLE), fontsize=TITLE, parse_math=False)
     cells = figure.subplots(n, k + 2, squeeze=False, width_ratios=[1, GAP, *[1] * k])
     for i, (first, gap, *others) in enumerate(cells):
-        show(first, tests[i].image)
+        fill(first, tests[i].image)
         name = fit(tests[i].name, NAME, SMALL, "bold")
         first.set_xlabel(name, fontsize=SMALL, fontweight="bold", parse_math=False)
         gap.set_axis_off()
         for j, cell in enumerate(others):
-            show(cell, found[i][j].image)
+            fill(cell, found[i][j].image)
             text = f"{fit(found[i][j].name, NAME)}\n{distances[i, j]:.3g}"
             colour = "black" if same[i, j] else RED
             cell.set_xlabel(text, fontsize=SMALL, color=colour, parse_math=False)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dist_train.pictures.style import SWEEP_DPI, plain
+from pipelines.png import literal
 
 SMOOTHED = 25  # steps of which a point of a curve is the mean
 COLOURS = 10  # of the colour map; further arms have them again, in other line styles
@@ -73,17 +74,19 @@ def draw_arms(
     for i, (arm, values) in enumerate(errors.items()):
         colour, line = colormaps["tab10"](i % COLOURS), LINES[i // COLOURS % len(LINES)]
         for j, curve in enumerate(curves.get(arm, ())):
-            label = arm if j == 0 else None  # once in the legend
+            label = literal(arm) if j == 0 else None  # once in the legend
             left.plot(*_smooth(curve), line, color=colour, lw=1.3, label=label)
         right.plot([100 * value for value in values], [i] * len(values), "o", color=colour, alpha=0.75)
         if values:
             right.plot(100 * np.mean(values), i, "|", color="black", ms=16, mew=1.5)
     left.set(xlabel=f"step ({batch} images)", ylabel=f"training loss (nats, mean of {SMOOTHED} steps)", ylim=(0, LOSS))
     right.set(xlabel="top-1 validation error (%), bar: mean of the runs", ylim=(len(errors) - 0.4, -0.6))
-    right.set_yticks(range(len(errors)), list(errors))
+    right.set_yticks(range(len(errors)), list(map(literal, errors)), parse_math=False)
     plain(left, right)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    figure.suptitle(title)
+    legend = figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    figure.suptitle(literal(title), parse_math=False)
     return figure
 
 
@@ -94,14 +97,14 @@ def draw_layers(arms: Sequence[str], probes: Sequence[Probed]) -> Figure:
     figure = Figure(figsize=(6.2 * len(probes), rows * height), dpi=SWEEP_DPI, layout="constrained")
     axes = figure.subplots(rows, len(probes), squeeze=False)
     for j, probe in enumerate(probes):
-        labels = list(arms) if j == 0 else []
+        labels = list(map(literal, arms)) if j == 0 else []
         for cell, panel in zip(axes[:, j], PANELS, strict=False):
             _heat(cell, probe.values[panel.key], probe.layers, panel.logarithmic)
-            cell.set_yticks(range(len(arms)), labels, fontsize="small")
+            cell.set_yticks(range(len(arms)), labels, fontsize="small", parse_math=False)
             cell.set_title(f"step {probe.step}: {panel.title}", fontsize="medium")
         ratio = axes[-1, j]
         _ratios(ratio, probe.ratios)
-        ratio.set_yticks(range(len(arms)), labels)
+        ratio.set_yticks(range(len(arms)), labels, parse_math=False)
         ratio.set_title(f"step {probe.step}: lr / largest stable lr of the last layer (SGD)", fontsize="medium")
     return figure
 

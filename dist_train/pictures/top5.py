@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dist_train.pictures.cells import Named, show
+from dist_train.pictures.cells import Named, fill
 from dist_train.pictures.style import BLUE, IMAGES_DPI, PINK, SMALL, TITLE
 from dist_train.pictures.text import fit, wrap
 from pipelines.misc import ceil_div
@@ -51,7 +51,7 @@ def draw_top5(
             above.set_axis_off()
             below.set_axis_off()
             continue
-        show(above, images[i].image)
+        fill(above, images[i].image)
         name = fit(images[i].name, NAME_BELOW, SMALL + 1, "bold")
         above.set_xlabel(name, fontsize=SMALL + 1, fontweight="bold", parse_math=False)
         _bars(below, probabilities[i], labels[i], outputs, bars)

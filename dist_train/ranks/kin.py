@@ -9,7 +9,6 @@ import ctypes
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 from dist_train.outcomes import FAILED
 from dist_train.ranks.launcher import launched, leave, rank, submitted
+from pipelines.speech import say
 
 TORCHRUN, STEP = ("torchrun", "pt_elastic"), "slurmstepd"  # names of the processes; torch gives torchrun the second one
 REAPERS = ("systemd", "init")  # who takes in the children of the dead
@@ -48,7 +48,7 @@ def bind() -> None:
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or _taken_in(parent):
-        print(f"rank {rank()}: what launched this process is gone: leaving", file=sys.stderr)
+        say(f"rank {rank()}: what launched this process is gone: leaving")
         leave(FAILED)
     above = _launcher()
     if above is not None and above.pid != parent:

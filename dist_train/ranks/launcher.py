@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from dist_train.outcomes import DIVERGED, DONE, FAILED, STOPPED
 from pipelines.cli import INTERRUPTED, USAGE, refuse
+from pipelines.speech import flush, say
 
 FINAL = (USAGE, DIVERGED)  # codes of ends that another try would not change
 
@@ -108,9 +108,7 @@ def end_refused(error: Exception) -> int:
 
 def leave(code: int) -> NoReturn:
     """End the process. All is written by now; threads of libraries were seen to abort it while Python unloads them."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # there is none, nobody reads it, or it is closed
-            stream.flush()
+    flush()
     os._exit(code)
 
 
@@ -122,7 +120,7 @@ def leave_with(main: Callable[[], int]) -> NoReturn:
     except SystemExit as exiting:  # of --help
         code = exiting.code if isinstance(exiting.code, int) else int(bool(exiting.code))
     except BaseException as error:
-        traceback.print_exc()
+        say(traceback.format_exc(), end="")
         code = end(FAILED, f"{type(error).__name__}: {error}")
     leave(code)
 

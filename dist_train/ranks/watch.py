@@ -18,6 +18,7 @@ POLL = 0.2  # seconds between two looks at the clock
 ECHO = 2.0  # seconds within which a second signal is the first one's: Ctrl-C comes from terminal and torchrun
 QUIET = 1.0  # seconds without a heartbeat after which it is asked, as often, whether another rank has failed
 MARGIN = 10.0  # seconds by which faulthandler is slower than the watch
+STDERR = 2  # that of this process, or the null device: see `speech.begin`
 LONGEST = 1e9  # seconds: more is an error to faulthandler
 ROOT = Path(__file__).parents[2]
 
@@ -75,9 +76,7 @@ class Watch:
         self._words = words
         self._open, self._begun = True, False
         self._patience, self._armed = 0.0, 0.0
-        # Not where there is no stderr: its number may be that of any file then.
-        self._shown = 2 if sys.stderr is not None else os.open(os.devnull, os.O_WRONLY)
-        faulthandler.enable(self._shown)  # shows where a signal like SIGSEGV has struck
+        faulthandler.enable(STDERR)  # shows where a signal like SIGSEGV has struck
         self._hear(patience)
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -101,7 +100,7 @@ class Watch:
     def _hear(self, patience: float) -> None:
         before, self._patience, self._heard = self._patience, patience, time.monotonic()
         if patience != before or self._heard - self._armed > 1:  # now and then: it starts a thread
-            faulthandler.dump_traceback_later(min(patience + MARGIN, LONGEST), exit=True, file=self._shown)
+            faulthandler.dump_traceback_later(min(patience + MARGIN, LONGEST), exit=True, file=STDERR)
             self._armed = self._heard
 
     def _run(self) -> None:

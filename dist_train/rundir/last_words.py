@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from dist_train.ranks import kin, launcher
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.errors import Failure, Standstill
 from dist_train.rundir.status import Announcement, Status
+from pipelines.speech import cry, flush
 
 T = TypeVar("T")
 LIMIT, EACH = 5.0, 2.0  # seconds that all this, and each piece, may take: a file system may hang
@@ -153,7 +153,7 @@ class LastWords:
         if first.kind != "Hang" or first.rank == self._rank:  # of which the first rank finds out more
             self._ask(lambda: self._tell(first), None)
         self._ask(self.close, None)
-        self._ask(sys.stdout.flush, None)
+        self._ask(flush, None)
         os._exit(FAILED)
 
     def _begin_to_leave(self) -> None:
@@ -171,7 +171,7 @@ class LastWords:
         return done[0] if done else otherwise
 
     def _print(self, text: str) -> None:
-        _attempt(lambda: print(text, file=sys.stderr, flush=True)).join(max(0.5, self._left(1)))
+        _attempt(lambda: cry(text)).join(max(0.5, self._left(1)))
 
     def _tell(self, first: Failure) -> None:
         if self._status:

@@ -1,0 +1,301 @@
+"""Nobody who stops listening ends what runs: a full disk, a pipe without a reader, a terminal that was closed, no
+output at all; and the end of a run does not fail for a name, a line or a disk.
+
+The trainer itself: `test_run.py::test_nobody_reads_what_it_prints`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dist_train.config import MonitorConfig
+from dist_train.monitor.wandb import WandbRun
+from dist_train.outcomes import Done
+from dist_train.pictures.cells import Named
+from dist_train.pictures.nearest import draw_nearest
+from dist_train.pictures.sweeps import Curve, Probed, draw_arms, draw_layers
+from dist_train.pictures.text import fit
+from dist_train.pictures.top5 import draw_top5
+from dist_train.run import summary
+from dist_train.rundir import record
+from dist_train.rundir.state import Progress
+from pipelines import speech
+from pipelines.png import as_png
+
+NAME = "a $x_{$ b, 日本\n\udcff"
+TALKS = """
+import logging, sys, warnings
+from pipelines import speech
+speech.begin()
+data = open(sys.argv[1], "w")  # the first file that is opened
+with speech.bar(2, "a bar", "img", lines=True) as bar:
+    bar.update()
+    speech.say("a line")
+logging.error("logged")
+warnings.warn("warned")
+print("printed", file=sys.stderr, flush=True)
+sys.stdout.write("kept in a buffer")
+speech.show("a result")
+lost = speech.unheard()
+data.write(f"{data.fileno()} {lost and lost.errno}")
+"""
+VERB = """
+import sys
+from pathlib import Path
+from pipelines.cli import Verb, run_verb
+from pipelines.errors import UserError
+from pipelines.speech import begin, show
+def start(args):
+    for i in range(20000):
+        show(f"line {i}")
+    Path("work").write_text("done")
+    if len(sys.argv) > 1:
+        raise UserError("found something")
+    return 0
+begin()
+sys.exit(run_verb("prog", {"verb": Verb("a verb", lambda parser: None, start)}, ["verb"]))
+"""
+
+
+def python_c(text: str, *args: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", text, *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)} | options.pop("env", {})
+    return subprocess.run(words, cwd=cwd, env=env, text=True, timeout=60, check=False, **options)
+
+
+@contextmanager
+def deaf(kind: str) -> Iterator[int]:
+    """A file descriptor that cannot be written to."""
+    if kind == "full":
+        ours = os.open("/dev/full", os.O_WRONLY)
+    else:
+        other, ours = os.pipe() if kind == "pipe" else pty.openpty()
+        os.close(other)
+    try:
+        yield ours
+    finally:
+        os.close(ours)
+
+
+@pytest.mark.parametrize(("kind", "why"), [("full", errno.ENOSPC), ("pipe", errno.EPIPE), ("terminal", errno.EIO)])
+def test_who_does_not_listen_is_spoken_to_in_vain(kind: str, why: int, tmp_path: Path) -> None:
+    """Lines, bars, loggers, warnings, and what Python flushes when it ends: no error, and the usual exit code."""
+    with deaf(kind) as number:
+        done = python_c(TALKS, "data", cwd=tmp_path, stdout=number, stderr=number)
+    assert done.returncode == 0
+    assert (tmp_path / "data").read_text().split()[1] == str(why)
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
+    words = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c", TALKS, "data"]
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, check=False)
+    assert done.returncode == 0
+    number, why = (tmp_path / "data").read_text().split()
+    assert int(number) > 2
+    assert why == "None", "who closes it wants to hear nothing"
+
+
+def test_what_the_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    text = "from pipelines import speech; speech.begin(); [f('ä 本 \\udcff') for f in (speech.say, speech.show, print)]"
+    done = python_c(text, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "\\xe4 \\u672c \\udcff\n")
+    assert done.stdout == 2 * "\\xe4 \\u672c \\udcff\n"
+
+
+@pytest.mark.parametrize("broken", [None, "closed", "ascii"])
+def test_say_and_bars_never_raise(broken: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a program that has not called `begin`."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii") if broken else None
+    if broken == "closed" and stream:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert not speech.watched()
+    with speech.bar(3, "bär", "img", lines=True) as shown:
+        shown.update()
+        speech.say("ä")
+        speech.cry("ä")
+        speech.show("ä")
+    speech.flush()
+    if broken == "ascii" and stream:
+        stream.seek(0)
+        assert stream.read().count("\\xe4") >= 3
+
+
+def test_training_waits_only_a_moment_for_one_who_does_not_read(tmp_path: Path) -> None:
+    """As with Ctrl-S, or `| less`: the pipe is full. Results are waited for."""
+    text = (
+        "from pipelines import speech; speech.PATIENCE = 0.2; speech.begin(); speech.train_on(); "
+        "[speech.say('x' * 8000) for _ in range(100)]"
+    )
+    reader, writer = os.pipe()
+    began = time.monotonic()
+    done = python_c(text, cwd=tmp_path, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0
+    assert time.monotonic() - began < 10, "a moment, and not for each line"
+    with open(reader, "rb") as file:
+        assert len(file.read()) >= 1 << 15
+
+
+FULL = (
+    "error: the output could not be written (No space left on device): make room, or send it elsewhere, and try again"
+)
+FOUND = "error: found something"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "code", "said"),
+    [
+        ("pipe", [], 0, []),
+        ("pipe", ["fails"], 2, [FOUND]),
+        ("full", [], 1, [FULL]),
+        ("full", ["fails"], 2, [FOUND, FULL]),
+    ],
+)
+def test_a_verb_does_its_work_whole_whoever_listens(
+    kind: str, words: list[str], code: int, said: list[str], tmp_path: Path
+) -> None:
+    """`| head` ends quietly; what is wanted and cannot be written is a failure."""
+    with deaf(kind) as number:
+        done = python_c(VERB, *words, cwd=tmp_path, stdout=number, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.splitlines()) == (code, said)
+    assert (tmp_path / "work").read_text() == "done"
+
+
+def test_a_long_tmpdir_does_not_stop_the_workers(tmp_path: Path) -> None:
+    """The path of a Unix socket has 107 bytes at most."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    text = (
+        "import operator; from pipelines.parallel import parallel; "
+        "print(parallel(operator.neg, [1, 2], workers=2, images=None, label='x'))"
+    )
+    done = python_c(text, cwd=tmp_path, env={"TMPDIR": str(folder)}, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "[-1, -2]\n"), done.stderr
+
+
+def steps(*more: str) -> str:
+    line = '{"kind": "step", "step": 1, "progress": 0.5, "loss": 1.5, "images_per_s": 7}\n'
+    return line + '{"kind": "validation", "epoch": 0, "top1_error": 0.25, "top5_error": 0, "lr": 1}\n' + "".join(more)
+
+
+def test_the_end_of_a_run_shows_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / NAME
+    run.mkdir()
+    (run / record.FILE).write_text(steps('{"kind": "st\n', "5\n"))
+    shown = summary(run, Done(), Progress(epoch=1, step=1))
+    assert "curves.png" in shown
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "top-1 75.00%" in shown
+    assert "damaged in line 3, 4 of" in shown
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dist_train.pictures.curves.write_atomically", full)
+    shown = summary(run, Done(), Progress(epoch=1, step=1))
+    assert "curves  cannot be shown (OSError: [Errno 28] No space left on device)" in shown
+    (run / record.FILE).write_text('{"kind": "validation"}\n' + steps())
+    shown = summary(run, Done(), Progress(epoch=1, step=1))
+    assert "accuracy  cannot be shown (KeyError" in shown
+    assert "7 (median)" in shown
+    assert shown.splitlines()[0].split() == ["outcome", "done"]
+
+
+def test_a_name_is_a_name_in_every_picture() -> None:
+    """Whatever matplotlib makes of it: mathematics, letters that no font has, what is no character."""
+    image = Named(np.zeros((8, 8, 3), np.uint8), NAME)
+    chances = np.full((1, 2), 0.5, np.float32)
+    probed = Probed(
+        1, ["conv1"], {key: np.ones((1, 1)) for key in ("signal", "output", "gradient", "dead")}, np.ones(1)
+    )
+    figures = [
+        draw_top5([image], [0], chances, [NAME, NAME], NAME),
+        draw_nearest([image], [[image]], np.ones((1, 1), np.float32), np.ones((1, 1), np.bool_), NAME),
+        draw_arms({NAME: [Curve([1], [1.0])]}, {NAME: [0.5]}, NAME, "24"),
+        draw_layers([NAME], [probed]),
+    ]
+    for figure in figures:
+        assert as_png(figure, dpi=30).startswith(b"\x89PNG")
+    assert "\n" not in fit(NAME, 500)
+
+
+class Wandb:
+    """In wandb's place: asks for a key where it can, and its service has died."""
+
+    def __init__(self) -> None:
+        self.modes: list[str] = []
+        self.Settings = SimpleNamespace
+
+    def init(self, mode: str, **_: object) -> Wandb:
+        self.modes.append(mode)
+        assert not sys.stdin.isatty(), "this would be a question"
+        if mode == "online":
+            raise ValueError("No API key configured. Use `wandb login` to log in.")
+        return self
+
+    def define_metric(self, *_: object, **__: object) -> None: ...
+
+    def log(self, *_: object, **__: object) -> None:
+        raise ConnectionError("the service has died")
+
+    def finish(self) -> None:
+        raise BrokenPipeError
+
+
+def test_wandb_ends_nothing_and_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb, said = Wandb(), list[str]()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    (tmp_path / record.FILE).write_text('{"kind": "step", "step": 1, "images": 24}\n')
+    ours, terminal = pty.openpty()
+    with open(terminal) as stdin, open(ours, "wb"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        shown = WandbRun(tmp_path, MonitorConfig(wandb="online"), said.append)
+        shown.open({})
+        assert sys.stdin is stdin
+    assert wandb.modes == ["online", "offline"]
+    assert "wandb login" in said[0]
+    for _ in range(2):
+        shown.publish(1000)
+    shown.close()
+    assert len(said) == 2
+    assert "the service has died" in said[1]
+
+
+@pytest.mark.slow
+def test_the_real_wandb_asks_nothing(tmp_path: Path) -> None:
+    """In a terminal, without a key."""
+    text = (
+        "import sys; from pathlib import Path; from dist_train.config import MonitorConfig; "
+        "from dist_train.monitor import wandb; wandb.FALLBACK['online'] = 'disabled'; "
+        "assert sys.stdin.isatty() and sys.stderr.isatty(); "
+        "wandb.WandbRun(Path('run'), MonitorConfig(wandb='online'), print).open({})"
+    )
+    (tmp_path / "run").mkdir()
+    ours, terminal = pty.openpty()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path.cwd()), "TERM": "xterm"}
+    words = [sys.executable, "-c", text]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=env, stdin=terminal, stderr=terminal, stdout=subprocess.PIPE, timeout=60, check=False
+    )
+    os.close(terminal)
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"wandb online does not work" in done.stdout
+    assert b"wandb login" in done.stdout
