@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines import origin
 from pipelines.cli import Parser, Verb, interrupted, natural, positive, run_verb
-from pipelines.errors import UsageError
+from pipelines.errors import SourceError, UsageError
 from pipelines.files import read_text
+from pipelines.folders import PASSED_OVER
 from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.misc import cpus
 from pipelines.rows import mapped, sides
 from pipelines.scan import REJECTED
 from pipelines.shards import INDEX, QUARANTINE, ShardSet
-from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
+from pipelines.sources import ImageFolder, Source
+from pipelines.speech import say, show
+from pipelines.torchvision_sets import Torchvision
 
 PACK_USAGE = """
 pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
 pack fashion-mnist DST     a torchvision data set (stl10, cifar10, ...) into DST/train and DST/val
+
+Links are followed. What is hidden, and what systems leave among images (__MACOSX, @eaDir, lost+found, Thumbs.db), is
+passed over. DST/rejected.jsonl names that, and each other file that became no sample, with the reason.
 """
+SHOWN = 5  # names, where there may be thousands
 
 
 CONTINUES = "the same command continues"
@@ -49,8 +58,12 @@ def start_pack(args: Namespace) -> int:
     try:
         for source, directory in sets:
             already = (directory / MANIFEST).exists()  # it is written last
+            if not already and isinstance(source, ImageFolder):
+                say(f"{source.root}: {len(source.classes)} classes: {_some(source.classes)}")
             manifest = pack.pack(source, directory, options, split=directory.name, workers=args.workers)
-            _report(manifest, directory, _already(manifest, directory, enlarge) if already else "")
+            _report(manifest, directory, _already(source, manifest, directory, enlarge) if already else "")
+            if empty := _without_image(manifest, directory):
+                say(f"{directory}: there is no image of {_some(empty)}: kept as classes, so that labels mean the same")
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
@@ -69,15 +82,37 @@ def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
     return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
 
 
-def _already(manifest: Manifest, directory: Path, enlarge: int) -> str:
-    """Of a finished set: that it is one, and whether it has images that were kept below `enlarge` pixels."""
+def _some(names: Sequence[str]) -> str:
+    """The first of some names."""
+    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+
+
+def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) -> str:
+    """Of a finished set: that it is one, and what a new one would have otherwise."""
     try:
         least, _ = manifest.sides or sides(mapped(directory / INDEX))
     except Exception:  # whatever numpy makes of garbage: who opens the set is told
         least = enlarge
-    if least >= enlarge:
-        return "; already packed"
-    return f"; already packed, small images as they were: to enlarge them delete {directory} and repeat the command"
+    missed, extra = origin.not_reached(source, directory)
+    changed = origin.newer(source, directory)
+    differs = (
+        (least < enlarge, "small images as they were"),
+        (missed, f"without {missed} files that are found now"),
+        (extra, f"with {extra} files that are passed over now"),
+        (changed, f"{changed} of its files changed since then"),
+    )
+    if told := ", ".join(text for applies, text in differs if applies):
+        return f"; already packed, {told}: to have it otherwise, pack into another directory"
+    return "; already packed"
+
+
+def _without_image(manifest: Manifest, directory: Path) -> list[str]:
+    """The classes that no sample has."""
+    try:
+        used = set(mapped(directory / INDEX)["label"].tolist())
+    except Exception:  # as above
+        return []
+    return [name for label, name in enumerate(manifest.classes) if label not in used]
 
 
 def index_options(parser: Parser) -> None:
@@ -172,9 +207,12 @@ def _report(manifest: Manifest, directory: Path, more: str = "") -> None:
         f"{directory}: {manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards, "
         f"{sum(shard['bytes'] for shard in manifest.shards) / 1e6:.0f} MB"
     )
-    if count := (directory / REJECTED).read_text().count("\n"):
-        line += f"; {count} rejected, see {directory / REJECTED}"
-    print(line + more)
+    lines = (directory / REJECTED).read_bytes()
+    passed_over = lines.count(f'"reason": "{PASSED_OVER}'.encode())
+    counts = {"rejected": lines.count(b"\n") - passed_over, "passed over": passed_over}
+    if told := ", ".join(f"{count} {how}" for how, count in counts.items() if count):
+        line += f"; {told}, see {directory / REJECTED}"
+    show(line + more)
 
 
 VERBS = {

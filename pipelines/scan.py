@@ -194,7 +194,9 @@ def _statistics(scans: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
     total = sum(np.array(scan["total"], object) for scan in scans)
     products = sum(np.array(scan["products"], object) for scan in scans)
     mean = np.array(total / pixels, np.float64) / 255
-    covariance = np.array(products / pixels, np.float64) / 255**2 - np.outer(mean, mean)
+    # In integers to the end: of a channel that never varies nothing is left, and not a rounding error below zero.
+    scatter = products * pixels - np.outer(total, total)
+    covariance = np.array(scatter / pixels**2, np.float64) / 255**2
     values, vectors = np.linalg.eigh(covariance)
     values, vectors = values[::-1].clip(0), vectors[:, ::-1]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # the sign of an eigenvector is free

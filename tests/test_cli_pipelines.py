@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from pipelines import pack as packing
-from pipelines import preview
+from pipelines import origin, preview
 from pipelines.__main__ import main
 from pipelines.cli import Verb, run_verb
 from pipelines.manifest import Manifest
@@ -65,8 +64,8 @@ def test_pack_imagefolder(
     assert call(monkeypatch, *args) == 0
     assert capsys.readouterr().out == done.stdout.replace("\n", "; already packed\n")
     assert call(monkeypatch, *args, "--seed", 1) == 2
-    message = f"error: {out} already holds another shard set, or the same images packed with other options: "
-    message += "choose another directory or delete it\n"
+    message = f"error: {out} already holds 21 images in 1 shards, packed with --seed 0 and not 1: "
+    message += f"pack into another directory, or remove {out} with all of these first\n"
     assert capsys.readouterr() == ("", message)
 
 
@@ -81,9 +80,7 @@ def test_pack_keep_small(
     assert call(monkeypatch, *args, "--keep-small") == 0
     assert capsys.readouterr().out.endswith("; already packed\n")
     assert call(monkeypatch, *args) == 0  # as the command was before there was this option
-    told = (
-        f"; already packed, small images as they were: to enlarge them delete {tmp_path}/set and repeat the command\n"
-    )
+    told = "; already packed, small images as they were: to have it otherwise, pack into another directory\n"
     assert capsys.readouterr().out.endswith(told)
     assert (tmp_path / "set" / "manifest.json").read_bytes() == before
     assert call(monkeypatch, "pack", "imagefolder", image_folder / "val", tmp_path / "new", "--shorter-side", 90) == 0
@@ -99,8 +96,8 @@ def test_already_packed_is_said_without_opening_the_set(
     assert call(monkeypatch, *args) == 0
     replace(Manifest.read(out), sides=[]).write(out)
     (out / "index.npy").unlink()
-    plan = packing._plan
-    monkeypatch.setattr(packing, "_plan", lambda *args: (planned.append(args), plan(*args))[1])
+    plan = origin.fingerprints
+    monkeypatch.setattr(origin, "fingerprints", lambda *args: (planned.append(args), plan(*args))[1])
     capsys.readouterr()
     assert call(monkeypatch, *args) == 0
     assert capsys.readouterr().out.endswith("; already packed\n")

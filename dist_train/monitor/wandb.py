@@ -45,7 +45,7 @@ class WandbRun:
         if not self._run:
             return
         mark = self._folder / "sent"
-        sent = int(mark.read_text()) if mark.exists() else 0
+        sent = int(mark.read_text(encoding="utf-8")) if mark.exists() else 0
         with open(self._record, "rb") as file:
             file.seek(sent)
             for line in file.read(max(0, size - sent)).splitlines():
@@ -69,7 +69,7 @@ class WandbRun:
             write_atomically(mark, uuid.uuid4().hex[:8].encode())
         began = wandb.init(
             project=self._config.wandb_project,
-            id=mark.read_text(),
+            id=mark.read_text(encoding="utf-8"),
             name=self._path.name,
             dir=str(self._path),
             mode=mode,

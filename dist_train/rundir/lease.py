@@ -33,7 +33,7 @@ class Lease:
         """Whether the run is still this start's: asked before every write and rename. Raises OSError if the directory
         is gone."""
         if not self.lost:
-            self.lost = (self.run / FILE).read_text() != self.token
+            self.lost = (self.run / FILE).read_text(encoding="utf-8") != self.token
         return not self.lost
 
     def loss(self) -> LeaseLost:

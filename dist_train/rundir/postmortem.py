@@ -21,7 +21,7 @@ def diverged(run: Path, step: Step, loss: float, keys: list[str], *, writes: boo
     what = "gradient" if math.isfinite(loss) else "loss"
     if writes:
         report = {"what": what, "step": step.number, "epoch": step.epoch, "lr": step.lr, "keys": keys}
-        (run / FILE).write_text(json.dumps(report, indent=1))
+        (run / FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
     return (
         f"the {what} is not finite at step {step.number} (epoch {step.epoch + 1}, lr {step.lr:g}), batch {keys[0]} ... "
         f"{keys[-1]} (all keys in {FILE}): lower optim.lr; the last checkpoint is good"

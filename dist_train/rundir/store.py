@@ -99,7 +99,7 @@ class Store:
             self._moment("written")
             self._flush(file)
         meta = meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}
-        with open(temporary / META, "w") as text:
+        with open(temporary / META, "w", encoding="utf-8") as text:
             json.dump(meta, text, indent=1)
             self._flush(text)
 
