@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines import origin
@@ -28,7 +27,6 @@ pack fashion-mnist DST     a torchvision data set (stl10, cifar10, ...) into DST
 Links are followed. What is hidden, and what systems leave among images (__MACOSX, @eaDir, lost+found, Thumbs.db), is
 passed over. DST/rejected.jsonl names that, and each other file that became no sample, with the reason.
 """
-SHOWN = 5  # names, where there may be thousands
 
 
 CONTINUES = "the same command continues"
@@ -41,7 +39,7 @@ def pack_options(parser: Parser) -> None:
     parser.add_argument("--shorter-side", type=natural, metavar="PX", help="scale images to it; 0: keep them")
     parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
     parser.add_argument("--quality", type=natural, default=90, help="of JPEGs that are written anew, 1 to 95")
-    parser.add_argument("--shard-mb", type=float, default=64, help="aimed size of a shard in 10^6 bytes")
+    parser.add_argument("--shard-mb", type=float, default=64.0, help="aimed size of a shard in 10^6 bytes")
     parser.add_argument("--seed", type=natural, default=0, help="of the order of the samples in the shards")
     _workers(parser)
 
@@ -56,14 +54,17 @@ def start_pack(args: Namespace) -> int:
     enlarge = 0 if args.keep_small else side
     options = pack.Options(side, args.quality, args.shard_mb, args.seed, args.keep_small)
     try:
+        for _, directory in sets:  # before one is made
+            if not (directory / MANIFEST).exists():
+                origin.refuse_strangers(directory)
         for source, directory in sets:
             already = (directory / MANIFEST).exists()  # it is written last
             if not already and isinstance(source, ImageFolder):
-                say(f"{source.root}: {len(source.classes)} classes: {_some(source.classes)}")
+                say(f"{source.root}: {origin.named(source.classes)}")
             manifest = pack.pack(source, directory, options, split=directory.name, workers=args.workers)
             _report(manifest, directory, _already(source, manifest, directory, enlarge) if already else "")
             if empty := _without_image(manifest, directory):
-                say(f"{directory}: there is no image of {_some(empty)}: kept as classes, so that labels mean the same")
+                say(f"{directory}: there is no image of {origin.some(empty)}, which stay classes: labels count them")
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
@@ -80,11 +81,6 @@ def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
         raise SourceError(f"pack {name} takes DST alone: it fetches the images itself")
     raw = destination / "raw"
     return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of some names."""
-    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
 def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) -> str:

@@ -62,6 +62,15 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in LITTER
 
 
+def is_utf8(name: bytes) -> bool:
+    """Whether a name can stand in a manifest, which is read everywhere."""
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def top(root: Path) -> Folder:
     """The folder that everything else is named below."""
     real = root.resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.files import write_atomically
+from pipelines.files import as_text, write_atomically
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -58,6 +59,8 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write atomically, with a checksum over everything else."""
         body = asdict(self)
+        for shard in body["shards"]:
+            shard["name"] = as_text(shard["name"])
         body["checksum"] = _checksum(body)
         write_atomically(directory / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False).encode())
 
@@ -87,6 +90,8 @@ class Manifest:
                 manifest = Manifest(**{name: value for name, value in body.items() if name in known})
                 if wrong := next(_wrong(manifest), None):
                     raise ValueError(f"its {wrong} cannot be right")
+                for shard in manifest.shards:
+                    shard["name"] = os.fsdecode(shard["name"].encode())  # as a locale without its letters has it, too
                 return manifest
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             remedy = f"run `python -m pipelines index {directory}` to make it anew"

@@ -24,6 +24,7 @@ FILES = "files.npy"  # in a set: which files of the user's were packed
 PACKED = np.dtype([("name", "<u8"), ("size", "<i8")])  # a hash of the name, and bytes
 # What lies in a set, besides shards and what is hidden; `slurm submit pack` keeps its logs there.
 OURS = {MANIFEST, INDEX, REJECTED, QUARANTINE, FILES, "slurm"}
+SHOWN = 5  # names
 
 
 class Fingerprints(NamedTuple):
@@ -33,7 +34,7 @@ class Fingerprints(NamedTuple):
         fingerprint: of the names and sizes of the files, the classes and the options.
         small_kept: the same with small images kept, where they are not: as long as there was no other way,
             `keep_small` was no part of it.
-        earlier: as long as sizes were no part of it.
+        earlier: the same by programs of an earlier day, which knew of no sizes.
     """
 
     fingerprint: str
@@ -126,25 +127,35 @@ def refuse_strangers(directory: Path, source: Source | None = None) -> None:
         if not (name in OURS or is_litter(name) or (begun and re.fullmatch(r"shard-\d+\.tar", name)))
     ]
     if strange:
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise ShardError(
-            f"{directory} holds {', '.join(strange[:3])}{more}, which `pack` did not make: pack into an empty or "
-            f"a new directory"
+            f"{directory} holds {some(strange)}, which `pack` did not make: pack into an empty or a new directory"
         )
+
+
+def named(classes: Sequence[str]) -> str:
+    """So many classes, and what they are called."""
+    return f"{len(classes)} classes: {some(classes)}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of names of which there may be thousands."""
+    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
 def _fingerprints(
     classes: list[str], items: list[Item], sizes: list[int] | None, stored: dict[str, Any], split: str
 ) -> Fingerprints:
+    head = json.dumps([items, classes, split], default=str, ensure_ascii=False)[:-1]
     known = {name: value for name, value in stored.items() if name != "keep_small"}
-    text = json.dumps([items, classes, split, known], default=str, ensure_ascii=False)
-    kept = _hash(text)
+    # A program of an earlier day wrote 64 where that was the default, and 64.0 where it was given.
+    ways = [known | {"shard_mb": kind(known["shard_mb"])} for kind in (float, int)]
+    kept = tuple(_hash(f"{head}, {json.dumps(way)}]") for way in ways)
     enlarges = stored["shorter_side"] and not stored["keep_small"]
-    names = _hash(f"{kept}, small images enlarged") if enlarges else kept
+    names = tuple(_hash(f"{way}, small images enlarged") for way in kept) if enlarges else kept
     if sizes is None:
-        return Fingerprints(names, (kept,) if enlarges else ())
-    sized, sized_kept = (_hash(f"{known}, of {sizes} bytes") for known in (names, kept))
-    return Fingerprints(sized, (sized_kept, kept) if enlarges else (), (names,))
+        return Fingerprints(names[0], kept if enlarges else (), names[1:])
+    sized, sized_kept = (_hash(f"{way[0]}, of {sizes} bytes") for way in (names, kept))
+    return Fingerprints(sized, (sized_kept, *kept) if enlarges else (), names)
 
 
 def _changes(source: Source, directory: Path) -> str:

@@ -21,7 +21,7 @@ import webdataset
 from pipelines import origin
 from pipelines.errors import SourceError, first_line
 from pipelines.files import as_text
-from pipelines.folders import NO_FILE, unreadable
+from pipelines.folders import NO_FILE, is_utf8, unreadable
 from pipelines.manifest import MANIFEST, Manifest, ShardError, refuse_tar
 from pipelines.order import PACK, even_split, permutation
 from pipelines.parallel import parallel, tick
@@ -123,10 +123,12 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
     tars = sorted(directory.glob("*.tar"))
     if not tars:
         raise ShardError(f"no shards in {directory}: expected uncompressed *.tar files of WebDataset samples")
+    if strange := [name for name in (os.fsencode(tar.name) for tar in tars) if not is_utf8(name)]:
+        raise ShardError(f"the tar {strange[0]!r} in {directory} has a name that is not UTF-8: rename it")
     if classes is None:
         classes = _known_names(directory)
     plan = json.dumps([[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
-    fingerprint = hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
+    fingerprint = hashlib.sha256(plan.encode()).hexdigest()
     with _working_folder(directory, None, origin.Fingerprints(fingerprint), _Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
         return finish(directory, tars, classes, as_text(split), {}, "", [])

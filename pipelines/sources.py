@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipelines.errors import SourceError
-from pipelines.folders import Content, Found, content, contents, top
+from pipelines.folders import Content, Found, content, contents, is_utf8, top
 
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
@@ -85,14 +85,9 @@ class ImageFolder(Light):
     @cached_property
     def classes(self) -> list[str]:
         names = [folder.name for folder in self._top.folders]
-        for name in names:
-            try:
-                name.encode()
-            except UnicodeEncodeError as error:
-                raw = name.encode(errors="surrogateescape")
-                raise SourceError(
-                    f"the class folder {raw!r} in {self.root} has a name that is not UTF-8: rename it"
-                ) from error
+        for raw in (name.encode(errors="surrogateescape") for name in names):
+            if not is_utf8(raw):
+                raise SourceError(f"the class folder {raw!r} in {self.root} has a name that is not UTF-8: rename it")
         if names and all(name.lower() in SPLITS for name in names):
             each = " and ".join(str(self.root / name) for name in names[:2])
             raise SourceError(

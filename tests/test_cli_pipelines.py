@@ -32,10 +32,10 @@ ROOT = Path(__file__).parent.parent
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
-def python_m_pipelines(*args: object) -> subprocess.CompletedProcess[str]:
+def python_m_pipelines(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
     """A process of its own."""
     command = [sys.executable, "-m", "pipelines", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
@@ -53,18 +53,22 @@ def test_pack_imagefolder(
     (tmp_path / "src" / "blue").mkdir(parents=True)
     (tmp_path / "src" / "amber").symlink_to(image_folder / "val" / "amber")
     (tmp_path / "src" / "blue" / "no-image.jpg").write_text("garbage")
-    out = tmp_path / "sets" / "val"
+    (tmp_path / "src" / "été").mkdir()
+    shutil.copy(image_folder / "val" / "blue" / "000.jpg", tmp_path / "src" / "été" / "ü.jpg")
+    out = tmp_path / "sets" / "évaluer"
     args = ("pack", "imagefolder", tmp_path / "src", out, "--shorter-side", 64, "--workers", 1)
-    done = python_m_pipelines(*args)
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = python_m_pipelines(*args, **ascii_locale)
     assert done.returncode == 0, done.stderr
-    line = rf"{out}: 21 images of 2 classes in 1 shards, \d+ MB; 1 rejected, see {out}/rejected.jsonl\n"
+    line = rf"{out}: 22 images of 3 classes in 1 shards, \d+ MB; 1 rejected, see {out}/rejected.jsonl\n"
     assert re.fullmatch(line, done.stdout)
-    assert ShardSet(out).classes == ["amber", "blue"]
+    assert ShardSet(out).classes == ["amber", "blue", "été"]
+    assert ShardSet(out).manifest.split == "évaluer"
     assert ShardSet(out).sides == (64, 64)
     assert call(monkeypatch, *args) == 0
     assert capsys.readouterr().out == done.stdout.replace("\n", "; already packed\n")
     assert call(monkeypatch, *args, "--seed", 1) == 2
-    message = f"error: {out} already holds 21 images in 1 shards, packed with --seed 0 and not 1: "
+    message = f"error: {out} already holds 22 images in 1 shards, packed with --seed 0 and not 1: "
     message += f"pack into another directory, or remove {out} with all of these first\n"
     assert capsys.readouterr() == ("", message)
 

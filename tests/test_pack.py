@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
+from pipelines import sources
 from pipelines.errors import SourceError
 from pipelines.manifest import Manifest, ShardError
 from pipelines.pack import Options, finished, index, pack
@@ -267,6 +268,18 @@ def test_an_image_that_would_become_too_long(tmp_path: Path) -> None:
     assert rejections(tmp_path / "set") == {"a/line.png": reason}
     pack(ImageFolder(tmp_path / "folder"), tmp_path / "kept", Options(keep_small=True), split="x", workers=1)
     assert ShardSet(tmp_path / "kept").sides == (2, 72)
+
+
+@pytest.mark.parametrize(("size", "side", "has"), [((30, 9000), 25, "25x7500"), ((30, 9000), 0, "30x9000")])
+def test_an_image_that_keep_small_would_not_help(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], side: int, has: str
+) -> None:
+    """As one of 300x90000 pixels, whose shorter side is more than 256."""
+    monkeypatch.setattr(sources, "JPEG_LONGEST", 6550)
+    reason = f"would have {has} pixels, and a JPEG has at most 6550 a side: leave it out or cut it"
+    for keep_small in (False, True):
+        with pytest.raises(ValueError, match=f"^{reason}$"):
+            to_jpeg(encoded(Image.new("L", size), "PNG"), side, 90, keep_small)
 
 
 # The options of an earlier day, when small images were always kept. -------------------------------------
@@ -591,6 +604,33 @@ def test_torchvision_names() -> None:
         _ = Torchvision("no-such-set", True, Path("raw")).items
     with pytest.raises(SourceError, match="EuroSAT has no train and test split: save it as folders and pack those"):
         _ = Torchvision("eurosat", True, Path("raw")).items
+
+
+def test_torchvision_with_other_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pets have trainval and test: what fits is taken. Where nothing fits, what there is is named."""
+    folder = tmp_path / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for split, count in (("trainval", 3), ("test", 2)):
+        lines = [f"pet{i}_{split} {i + 1} 1 1" for i in range(count)]
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines))
+        for i in range(count):
+            Image.new("RGB", (20, 30)).save(folder / "images" / f"pet{i}_{split}.jpg")
+    for training, count in ((True, 3), (False, 2)):
+        source = Torchvision("oxfordiiitpet", training, tmp_path)
+        assert [item.label for item in source.items] == list(range(count))
+        assert source.classes == [f"Pet{i}" for i in range(count)]
+        assert source.load(0).size == (20, 30)
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(SourceError, match=r"Imagenette cannot be had \(network is unreachable\)"):  # has train and val
+        _ = Torchvision("imagenette", False, tmp_path).items
+    told = "Places365 has the splits .*'train-challenge'.* and neither train nor trainval: save it as folders and pack"
+    with pytest.raises(SourceError, match=told):
+        _ = Torchvision("places365", True, tmp_path).items
 
 
 def test_torchvision_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
