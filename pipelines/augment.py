@@ -19,7 +19,7 @@ from pipelines.manifest import Manifest
 from pipelines.order import VIEWS, philox
 
 Inputs = Literal["mean_subtracted", "minus_one_to_one", "standardized"]  # how pixels are scaled
-LEAST_STD = 1e-6  # of pixels in [0, 1]; in sets of an earlier day rounding has left 1e-8 of a channel without any
+LEAST_STD = 1 / 255  # one level, of pixels in [0, 1]: a JPEG rounds as much into a channel that never varies
 WORDS = 8  # raw 64-bit words per position: x, y, reflection, four for two Box-Muller pairs, one spare
 BLOCKS = WORDS // 4  # Philox4x64 makes four words per block, and `advance` counts blocks
 
@@ -175,14 +175,14 @@ def random_views(
 
 def scale(inputs: Inputs, statistics: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean to subtract from each channel, and deviation to divide it by then, in levels: float32 [3] each. Raises
-    UserError if that would divide by nothing."""
+    UserError if that would divide by next to nothing."""
     if inputs == "minus_one_to_one":
         return np.full(3, 127.5, np.float32), np.full(3, 127.5, np.float32)
     if inputs == "standardized" and min(statistics.std) < LEAST_STD:
         channels = [name for name, std in zip(("red", "green", "blue"), statistics.std, strict=True) if std < LEAST_STD]
         raise UserError(
-            f"data.inputs standardized divides each channel by its deviation, and {' and '.join(channels)} "
-            f"never varies in the training set: set data.inputs to mean_subtracted"
+            f"data.inputs standardized divides each channel by its deviation, which is less than one level of 255 for "
+            f"{' and '.join(channels)} in the training set: set data.inputs to mean_subtracted"
         )
     mean, std = (255 * np.array(values, np.float32) for values in (statistics.mean, statistics.std))
     return mean, std if inputs == "standardized" else np.ones(3, np.float32)
