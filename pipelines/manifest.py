@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.files import as_text, write_atomically
+from pipelines.files import write_atomically
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -59,8 +59,6 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write atomically, with a checksum over everything else."""
         body = asdict(self)
-        for shard in body["shards"]:
-            shard["name"] = as_text(shard["name"])
         body["checksum"] = _checksum(body)
         write_atomically(directory / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False).encode())
 
