@@ -301,6 +301,21 @@ def test_errors_are_one_sentence_and_exit_code_2(
     assert out == ""
 
 
+def test_nothing_is_packed_where_one_of_two_sets_has_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path is in the user's directory, which a shell leaves as it is in `--classes=~/x`, and a script everywhere."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sets" / "val").mkdir(parents=True)
+    (tmp_path / "sets" / "val" / "notes.txt").touch()
+    assert call(monkeypatch, "pack", "fashion-mnist", "~/sets") == 2
+    assert f"error: {tmp_path}/sets/val holds notes.txt, which `pack` did not make: " in capsys.readouterr().err
+    assert os.listdir(tmp_path / "sets") == ["val"]
+    (tmp_path / "sets" / "val" / "a.tar").touch()
+    assert call(monkeypatch, "index", tmp_path / "sets" / "val", "--classes=~/names.txt") == 2
+    assert f"No such file or directory: '{tmp_path}/names.txt'" in capsys.readouterr().err
+
+
 def test_what_follows_two_dashes_is_no_option(
     shard_sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
