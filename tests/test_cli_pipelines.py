@@ -304,7 +304,7 @@ def test_errors_are_one_sentence_and_exit_code_2(
 def test_nothing_is_packed_where_one_of_two_sets_has_no_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The path is in the user's directory, which a shell leaves as it is in `--classes=~/x`, and a script everywhere."""
+    """The path lies in the home of the user: a shell leaves the `~` of `--classes=~/x` as it is, a script every one."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "sets" / "val").mkdir(parents=True)
     (tmp_path / "sets" / "val" / "notes.txt").touch()
