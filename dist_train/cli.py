@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from dist_train.config import DEFAULT, UNDOTTED, Config, ConfigError, as_dict
+from dist_train.config import DEFAULT, UNDOTTED, Config, ConfigError, as_dict, at_home
 from dist_train.ranks import kin, launcher
 from dist_train.ranks.watch import Watch
 from dist_train.rundir import restarts
@@ -25,9 +26,14 @@ from pipelines.speech import train_on
 
 def parse(argv: Sequence[str]) -> tuple[Config, str]:
     """The configuration of a command line and the name of the YAML file it came from. Without `--config` the embedded
-    default, `configs/quickstart.yaml`, is used. Raises ConfigError; exits for --help and --print_config."""
+    default, `configs/quickstart.yaml`, is used. Where `argv` names a set without `data.source`, that of the file falls
+    away: nothing is packed where a user's own set is looked for. Raises ConfigError; exits for --help and
+    --print_config."""
     parser = _parser()
     argv = list(argv)
+    named = _named(argv)
+    if named & {"data.train", "data.val"} and "data.source" not in named:
+        argv.append("--data.source=")
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
         argv = ["--config", str(DEFAULT), *argv]
     try:
@@ -37,7 +43,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
         raise ConfigError(_explain(str(error))) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config is not a text file in UTF-8 ({error.reason}): write it anew") from error
-    return Config(**{f.name: groups[f.name] for f in fields(Config)}), Path(str(namespace.config[-1])).stem
+    config = Config(**{f.name: groups[f.name] for f in fields(Config)})
+    return at_home(config), Path(str(namespace.config[-1])).stem
 
 
 def overrides_of(line: str, file: Path) -> list[str]:
@@ -96,6 +103,20 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file")
     parser.add_class_arguments(Config, None, as_group=False)
     return parser
+
+
+def _named(argv: Sequence[str]) -> set[str]:
+    """The keys that a command line gives, also in a group such as `--data '{"train": ...}'`."""
+    named = set[str]()
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, given, value = word.partition("=")
+        if name.startswith("--"):
+            named.add(name.removeprefix("--"))
+        if name == "--data":
+            with suppress(yaml.YAMLError):
+                group = yaml.safe_load(value if given else following)
+                named |= {f"data.{key}" for key in group} if isinstance(group, dict) else set()
+    return named
 
 
 def _explain(message: str) -> str:

@@ -6,7 +6,8 @@ Precedence: these defaults < a YAML file < `--optim.lr 0.02` on the command line
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import os
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -242,6 +243,22 @@ class Config:
                 f"data.crop {self.data.crop} is larger than data.resize {self.data.resize}, the shorter side that "
                 f"it is cut from: raise data.resize"
             )
+
+
+def at_home(config: Config) -> Config:
+    """The same with `~` in paths replaced by the user's directory, which a shell does not do in `--data.train=~/x`."""
+    data, model, run = config.data, config.model, config.run
+    return replace(
+        config,
+        data=replace(data, train=_path(data.train), val=_path(data.val)),
+        model=replace(model, init_from=_path(model.init_from)),
+        run=replace(run, root=_path(run.root), dir=_path(run.dir)),
+    )
+
+
+def _path(text: str) -> str:
+    """The name as the system takes it, in a locale without its characters, too."""
+    return os.fsdecode(os.path.expanduser(text).encode(errors="surrogateescape"))
 
 
 # Options of the trainer without a dot: a file, and each group as a mapping.

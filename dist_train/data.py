@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.config import Config, ConfigError
+from pipelines.augment import scale
 from pipelines.manifest import MANIFEST, ShardError
 from pipelines.misc import cpus
 from pipelines.shards import ShardSet
-from pipelines.sources import Torchvision
+from pipelines.torchvision_sets import Torchvision
 
 SHARE = 32  # samples of a batch on a GPU that keep it busy, about (docs/performance.md)
 
@@ -22,11 +23,22 @@ def to_pack(config: Config) -> bool:
 
 def pack_source(config: Config) -> None:
     """Pack training and validation set from `data.source`. Raises SourceError, ShardError, OSError."""
+    from pipelines import origin
     from pipelines.pack import Options, pack  # webdataset imports torch
 
-    for path, training in ((config.data.train, True), (config.data.val, False)):
-        source = Torchvision(config.data.source, training, Path(config.data.train).parent / "raw")
-        pack(source, Path(path), Options(shorter_side=0), split=Path(path).name, workers=cpus())
+    sets = {Path(config.data.train): True, Path(config.data.val): False}
+    missing = [path for path in sets if not (path / MANIFEST).exists()]
+    try:
+        for path in missing:  # before anything is fetched
+            origin.refuse_strangers(path)
+        for path, training in sets.items():
+            source = Torchvision(config.data.source, training, Path(config.data.train).parent / "raw")
+            pack(source, path, Options(shorter_side=0), split=path.name, workers=cpus())
+    except ShardError as error:
+        raise ShardError(
+            f"data.source {config.data.source} is not packed, though there is no set in "
+            f"{' and '.join(map(str, missing))}: {error}; or, for sets of your own, leave out data.source"
+        ) from error
 
 
 def check_batch(config: Config, ranks: int) -> None:
@@ -57,9 +69,10 @@ def small_share(config: Config, ranks: int, device: str) -> str:
 
 
 def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
-    """The training and the validation set. Raises ShardError and ConfigError if they do not fit together."""
+    """The training and the validation set. Raises UserError if they do not fit together, or the settings."""
     data, batch = config.data, config.train.global_batch
     train, val = ShardSet(data.train), ShardSet(data.val)
+    scale(data.inputs, train.manifest)
     if train.classes != val.classes:
         raise ShardError(
             f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ "

@@ -40,7 +40,11 @@ def nvidia_smi(*options: str, seconds: float = ANSWER) -> Answer:
     """Ask it. Never raises, and never waits longer."""
     try:
         process = subprocess.Popen(
-            ["nvidia-smi", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            ["nvidia-smi", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError as error:
         return Answer("", f"nvidia-smi cannot be started ({error.strerror})")
@@ -69,7 +73,7 @@ def hidden() -> bool:
 def version() -> str:
     """Of the driver; "" if there is none, or none that answers."""
     with suppress(OSError):
-        if found := kernel_module(Path("/proc/driver/nvidia/version").read_text()):
+        if found := kernel_module(Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")):
             return found
     return next((card.driver for card in known_cards()), "")
 

@@ -145,7 +145,7 @@ def system() -> Check:
     with suppress(OSError):
         name = platform.freedesktop_os_release().get("PRETTY_NAME", "")
     kernel = f"{platform.system()} {platform.release()}"
-    model = processor(Path("/proc/cpuinfo").read_text()) or platform.machine()
+    model = processor(Path("/proc/cpuinfo").read_text(encoding="utf-8")) or platform.machine()
     mine, all_of_them = cpus(), os.cpu_count() or 0
     count = f"{mine} CPU{'' if mine == 1 else 's'}" + (f" of {all_of_them}" if mine != all_of_them else "")
     memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:,.1f} GB of memory"

@@ -111,7 +111,7 @@ def prepare_compiler(world: World, *, deterministic: bool) -> None:
 def compiler_cache() -> Path:
     """A folder of the user for each kind of CPU: what is compiled for one need not run on another."""
     about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
     kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
     digest = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

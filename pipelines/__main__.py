@@ -7,21 +7,27 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from pipelines import origin
 from pipelines.cli import Parser, Verb, interrupted, natural, positive, run_verb
-from pipelines.errors import UsageError, UserError
+from pipelines.errors import SourceError, UsageError, UserError
 from pipelines.files import read_text
+from pipelines.folders import PASSED_OVER
 from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.misc import cpus
 from pipelines.quarantine import QUARANTINE
 from pipelines.rows import mapped, sides
 from pipelines.scan import REJECTED, reasons
 from pipelines.shards import INDEX, ShardSet
-from pipelines.sources import ImageFolder, Source, SourceError, Torchvision
-from pipelines.speech import begin, show
+from pipelines.sources import ImageFolder, Source
+from pipelines.speech import begin, say, show
+from pipelines.torchvision_sets import Torchvision
 
 PACK_USAGE = """
 pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
 pack fashion-mnist DST     a torchvision data set (stl10, cifar10, ...) into DST/train and DST/val
+
+Links are followed. What is hidden, and what systems leave among images (__MACOSX, @eaDir, lost+found, Thumbs.db), is
+passed over. DST/rejected.jsonl names that, and each other file that became no sample, with the reason.
 """
 
 
@@ -35,7 +41,7 @@ def pack_options(parser: Parser) -> None:
     parser.add_argument("--shorter-side", type=natural, metavar="PX", help="scale images to it; 0: keep them")
     parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
     parser.add_argument("--quality", type=natural, default=90, help="of JPEGs that are written anew, 1 to 95")
-    parser.add_argument("--shard-mb", type=float, default=64, help="aimed size of a shard in 10^6 bytes")
+    parser.add_argument("--shard-mb", type=float, default=64.0, help="aimed size of a shard in 10^6 bytes")
     parser.add_argument("--seed", type=natural, default=0, help="of the order of the samples in the shards")
     _workers(parser)
 
@@ -50,10 +56,17 @@ def start_pack(args: Namespace) -> int:
     enlarge = 0 if args.keep_small else side
     options = pack.Options(side, args.quality, args.shard_mb, args.seed, args.keep_small)
     try:
+        for _, directory in sets:  # before one is made
+            if not (directory / MANIFEST).exists():
+                origin.refuse_strangers(directory)
         for source, directory in sets:
             already = (directory / MANIFEST).exists()  # it is written last
+            if not already and isinstance(source, ImageFolder):
+                say(f"{source.root}: {origin.named(source.classes)}")
             manifest = pack.pack(source, directory, options, split=directory.name, workers=args.workers)
-            _report(manifest, directory, _already(manifest, directory, enlarge) if already else "")
+            _report(manifest, directory, _already(source, manifest, directory, enlarge) if already else "")
+            if empty := _without_image(manifest, directory):
+                say(f"{directory}: there is no image of {origin.some(empty)}, which stay classes: labels count them")
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
@@ -72,15 +85,32 @@ def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
     return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
 
 
-def _already(manifest: Manifest, directory: Path, enlarge: int) -> str:
-    """Of a finished set: that it is one, and whether it has images that were kept below `enlarge` pixels."""
+def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) -> str:
+    """Of a finished set: that it is one, and what a new one would have otherwise."""
     try:
         least, _ = manifest.sides or sides(mapped(directory / INDEX))
     except Exception:  # whatever numpy makes of garbage: who opens the set is told
         least = enlarge
-    if least >= enlarge:
-        return "; already packed"
-    return f"; already packed, small images as they were: to enlarge them delete {directory} and repeat the command"
+    missed, extra = origin.not_reached(source, directory)
+    changed = origin.newer(source, directory)
+    differs = (
+        (least < enlarge, "small images as they were"),
+        (missed, f"without {missed} files that are found now"),
+        (extra, f"with {extra} files that are passed over now"),
+        (changed, f"{changed} of its files changed since then"),
+    )
+    if told := ", ".join(text for applies, text in differs if applies):
+        return f"; already packed, {told}: to have it otherwise, pack into another directory"
+    return "; already packed"
+
+
+def _without_image(manifest: Manifest, directory: Path) -> list[str]:
+    """The classes that no sample has."""
+    try:
+        used = set(mapped(directory / INDEX)["label"].tolist())
+    except Exception:  # as above
+        return []
+    return [name for label, name in enumerate(manifest.classes) if label not in used]
 
 
 def index_options(parser: Parser) -> None:
@@ -188,10 +218,11 @@ def _check_crop(args: Namespace) -> None:
 
 def _report(manifest: Manifest, directory: Path, more: str = "") -> None:
     """Print what a packed set holds."""
-    line = _contents(manifest, directory)
-    if count := (directory / REJECTED).read_text().count("\n"):
-        line += f"; {count} rejected, see {directory / REJECTED}"
-    show(line + more)
+    lines = (directory / REJECTED).read_bytes()
+    passed_over = lines.count(f'"reason": "{PASSED_OVER}'.encode())
+    counts = {"rejected": lines.count(b"\n") - passed_over, "passed over": passed_over}
+    told = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
+    show(_contents(manifest, directory) + (f"; {told}, see {directory / REJECTED}" if told else "") + more)
 
 
 def _contents(manifest: Manifest, directory: Path) -> str:

@@ -14,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.bounds import least
+from pipelines.errors import UserError
+from pipelines.manifest import Manifest
 from pipelines.order import VIEWS, philox
 
 Inputs = Literal["mean_subtracted", "minus_one_to_one", "standardized"]  # how pixels are scaled
+LEAST_STD = 1 / 255  # one level, of pixels in [0, 1]: a JPEG rounds as much into a channel that never varies
 WORDS = 8  # raw 64-bit words per position: x, y, reflection, four for two Box-Muller pairs, one spare
 BLOCKS = WORDS // 4  # Philox4x64 makes four words per block, and `advance` counts blocks
 
@@ -168,3 +171,18 @@ def random_views(
     shift = 255 * augment.lighting * normal @ components.T
     flipped = (uniform[:, 2] < 0.5) & augment.mirror
     return Views(now, corner, flipped, shift.astype(np.float32), size)
+
+
+def scale(inputs: Inputs, statistics: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean to subtract from each channel, and deviation to divide it by then, in levels: float32 [3] each. Raises
+    UserError if that would divide by next to nothing."""
+    if inputs == "minus_one_to_one":
+        return np.full(3, 127.5, np.float32), np.full(3, 127.5, np.float32)
+    if inputs == "standardized" and min(statistics.std) < LEAST_STD:
+        channels = [name for name, std in zip(("red", "green", "blue"), statistics.std, strict=True) if std < LEAST_STD]
+        raise UserError(
+            f"data.inputs standardized divides each channel by its deviation, which is less than one level of 255 for "
+            f"{' and '.join(channels)} in the training set: set data.inputs to mean_subtracted"
+        )
+    mean, std = (255 * np.array(values, np.float32) for values in (statistics.mean, statistics.std))
+    return mean, std if inputs == "standardized" else np.ones(3, np.float32)

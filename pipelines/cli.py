@@ -6,8 +6,10 @@ A verb's options are declared apart from what it starts, so that `--help` and a 
 from __future__ import annotations
 
 import difflib
+import os
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from pipelines import speech
@@ -29,6 +31,8 @@ class Parser(ArgumentParser):
         self.names += [name for name in names if name.startswith("--")]
         if names[0].startswith("-") and not any(options.get("default") is none for none in (None, False, SUPPRESS)):
             options["help"] += " (default: %(default)s)"
+        if options.get("type") is Path:
+            options["type"] = _path
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -156,6 +160,11 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """An argument's type: an integer not below 0."""
     return _at_least(0, text)
+
+
+def _path(text: str) -> Path:
+    """A shell leaves the `~` of `--out=~/x` as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def _at_least(minimum: int, text: str) -> int:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Inputs
-from pipelines.manifest import Manifest
 from pipelines.misc import cpus
 
 with warnings.catch_warnings():
@@ -170,11 +169,3 @@ def collect(pipeline: Pipeline) -> list[Tensor]:
     except RuntimeError as error:
         raise DecodeError(str(error)) from error
     return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
-
-
-def scale(inputs: Inputs, statistics: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean to subtract from each channel, and deviation to divide it by then, in levels: float32 [3] each."""
-    if inputs == "minus_one_to_one":
-        return np.full(3, 127.5, np.float32), np.full(3, 127.5, np.float32)
-    mean, std = (255 * np.array(values, np.float32) for values in (statistics.mean, statistics.std))
-    return mean, std if inputs == "standardized" else np.ones(3, np.float32)

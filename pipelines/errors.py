@@ -9,6 +9,10 @@ class UserError(ValueError):
     """Something a user can mend. The message is one sentence that names the thing and the remedy."""
 
 
+class SourceError(UserError):
+    """A source that cannot be packed; the message names it and the remedy."""
+
+
 class UsageError(UserError):
     """A command line that cannot be understood."""
 

@@ -55,6 +55,11 @@ def replacing(path: Path, by: str = "", *, durable: bool = True) -> Iterator[Bin
         raise
 
 
+def as_text(name: str) -> str:
+    """A name of the file system as it is in UTF-8, whatever the locale is; bytes that are no UTF-8 as escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()

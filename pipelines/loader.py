@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment import framed
-from pipelines.dali import DEPTH, Decode, DecodeError, Feed, collect, graph, scale
+from pipelines.augment import framed, scale
+from pipelines.dali import DEPTH, Decode, DecodeError, Feed, collect, graph
 from pipelines.handover import HandOver
 from pipelines.manifest import Manifest
 from pipelines.misc import ceil_div

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -64,8 +66,14 @@ class Manifest:
     def read(directory: Path) -> Manifest:
         """The manifest of a set. Raises ShardError with the remedy if there is no usable one."""
         path = directory / MANIFEST
+        refuse_tar(directory)
         if not path.exists():
             if not any(directory.glob("*.tar")):
+                if directory.is_dir() and any(inside.is_dir() for inside in directory.iterdir()):
+                    raise ShardError(
+                        f"no shards in {directory}: if its folders are classes of images, make shards of them with "
+                        f"`python -m pipelines pack imagefolder {directory} DST`, and name DST here"
+                    )
                 raise ShardError(f"no shards in {directory}: make them with `python -m pipelines pack ... {directory}`")
             raise ShardError(
                 f"{directory} has shards but no {MANIFEST}: repeat the pack command to finish an interrupted pack, "
@@ -80,11 +88,22 @@ class Manifest:
                 manifest = Manifest(**{name: value for name, value in body.items() if name in known})
                 if wrong := next(_wrong(manifest), None):
                     raise ValueError(f"its {wrong} cannot be right")
+                for shard in manifest.shards:
+                    shard["name"] = os.fsdecode(shard["name"].encode())  # as a locale without its letters has it, too
                 return manifest
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             remedy = f"run `python -m pipelines index {directory}` to make it anew"
             raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
         raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
+
+
+def refuse_tar(directory: Path) -> None:
+    """Raises ShardError for a tar, or a pattern of tars, in place of the directory that holds them."""
+    if directory.is_file() or (not directory.is_dir() and re.search(r"[{}*]|\.tar$", str(directory))):
+        raise ShardError(
+            f"{directory} is {'a file' if directory.is_file() else 'no directory'}: give the directory that holds the "
+            f"tars, after `python -m pipelines index {directory.parent}` if another tool made them"
+        )
 
 
 def _wrong(manifest: Manifest) -> Iterator[str]:

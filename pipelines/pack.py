@@ -13,18 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 import numpy as np
 import webdataset
 
-from pipelines.errors import first_line
-from pipelines.manifest import MANIFEST, Manifest, ShardError
+from pipelines import origin
+from pipelines.errors import SourceError, first_line
+from pipelines.files import as_text
+from pipelines.folders import NO_FILE, is_utf8, unreadable
+from pipelines.manifest import MANIFEST, Manifest, ShardError, refuse_tar
 from pipelines.order import PACK, even_split, permutation
 from pipelines.parallel import parallel, tick
 from pipelines.rows import HEADER
 from pipelines.scan import WORK, finish, scan_file, scan_shard
-from pipelines.sources import Item, Source, SourceError, to_jpeg
+from pipelines.sources import Item, Source, to_jpeg
 from pipelines.speech import say
 from pipelines.tars import passed_over
 
@@ -67,10 +70,14 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
     if manifest := finished(source, directory, options, split=split):
         shutil.rmtree(directory / WORK, ignore_errors=True)  # of a run that was killed after its last write
         return manifest
-    plan = _plan(source, directory, options, split)
-    with _working_folder(directory, plan, _Work.PACK):
+    origin.refuse_strangers(directory)
+    split = as_text(split)
+    plan = origin.fingerprints(source, directory, vars(options), split)
+    with _working_folder(directory, source, plan, _Work.PACK):
         tasks = _tasks(source, directory, options)
         parallel(_pack_shard, tasks, workers=workers, images=len(source.items), label=f"pack {split}")
+        if source.files:
+            origin.write_files(directory, source.files.found)
         tars = [task.path for task in tasks]
         return finish(directory, tars, source.classes, split, vars(options), plan.fingerprint, source.rejected)
 
@@ -78,16 +85,15 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
 def finished(source: Source, directory: Path, options: Options, *, split: str) -> Manifest | None:
     """The manifest if `pack` with these arguments has nothing left to do; None if there is no manifest yet.
 
-    A set that a program of an earlier day packed, which always kept small images, counts as finished with and without
-    `keep_small`. Raises SourceError, or ShardError if the directory holds another set.
+    A set that a program of an earlier day packed counts as finished if that saw the same names; when small images were
+    always kept, with and without `keep_small`. Raises SourceError, or ShardError if the directory holds another set.
     """
     if not (directory / MANIFEST).exists():
         return None
-    if (manifest := Manifest.read(directory)).source not in _plan(source, directory, options, split):
-        raise ShardError(
-            f"{directory} already holds another shard set, or the same images packed with other options: "
-            f"choose another directory or delete it"
-        )
+    manifest, stored, split = Manifest.read(directory), vars(options), as_text(split)
+    known = manifest.source in origin.fingerprints(source, directory, stored, split).counts
+    if not known and not origin.packed_earlier(source, manifest, stored, split):
+        raise origin.another(source, directory, manifest, stored)
     return manifest
 
 
@@ -98,7 +104,9 @@ def pack_share(
     same arguments then does what is missing, and writes the manifest. Raises SourceError or ShardError."""
     if finished(source, directory, options, split=split):
         return
-    with _working_folder(directory, _plan(source, directory, options, split), _Work.SHARE):
+    origin.refuse_strangers(directory)
+    plan = origin.fingerprints(source, directory, vars(options), as_text(split))
+    with _working_folder(directory, source, plan, _Work.SHARE):
         tasks = _tasks(source, directory, options)
         low, high = even_split(len(tasks), *share)
         tasks = tasks[low:high]
@@ -113,18 +121,22 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
         classes: the class names in the order of their labels; None: those of the manifest that is there, or the numbers
             themselves.
     """
+    refuse_tar(directory)
     tars = sorted(tar for tar in directory.glob("*.tar") if not tar.name.startswith("."))
     if passed := passed_over(directory):
         say(f"{directory}: only uncompressed *.tar files that lie in it itself are indexed, and not {passed}")
     if not tars:
         raise ShardError(f"no shards in {directory}: expected uncompressed *.tar files of WebDataset samples")
+    if strange := [name for name in (os.fsencode(tar.name) for tar in tars) if not is_utf8(name)]:
+        raise ShardError(f"the tar {strange[0]!r} in {directory} has a name that is not UTF-8: rename it")
     if classes is None:
         classes = _known_names(directory)
     # 2: scans of an earlier day had lying images in them as they lie.
     plan = json.dumps([2] + [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
-    with _working_folder(directory, _Plan(hashlib.sha256(plan.encode()).hexdigest()), _Work.INDEX):
+    fingerprint = hashlib.sha256(plan.encode()).hexdigest()
+    with _working_folder(directory, None, origin.Fingerprints(fingerprint), _Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
-        return finish(directory, tars, classes, split, {}, "", [])
+        return finish(directory, tars, classes, as_text(split), {}, "", [])
 
 
 @dataclass
@@ -135,26 +147,6 @@ class _Shard:
     source: Source
     samples: list[tuple[str, Item]]
     options: Options
-
-
-class _Plan(NamedTuple):
-    """What decides the bytes of a set, as a hash in hex, and the same with small images kept ("": there is none): as
-    long as there was no other way, `keep_small` was no part of it."""
-
-    fingerprint: str
-    small_kept: str = ""
-
-
-def _plan(source: Source, directory: Path, options: Options, split: str) -> _Plan:
-    """Raises SourceError."""
-    if not source.items:
-        raise SourceError(f"no images to pack into {directory}: expected SRC/<class>/<image>")
-    stored = {name: value for name, value in vars(options).items() if name != "keep_small"}
-    plan = json.dumps([source.items, source.classes, split, stored], default=str, ensure_ascii=False)
-    small_kept = hashlib.sha256(plan.encode(errors="surrogateescape")).hexdigest()
-    if options.keep_small or not options.shorter_side:
-        return _Plan(small_kept, small_kept)
-    return _Plan(hashlib.sha256(f"{small_kept}, small images enlarged".encode()).hexdigest(), small_kept)
 
 
 def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
@@ -184,6 +176,8 @@ def _pack_shard(task: _Shard) -> None:
             for key, item in task.samples:
                 try:
                     jpeg = _jpeg(task.source, item, task.options)
+                except SourceError:
+                    raise
                 except Exception as error:  # whatever a decoder makes of garbage
                     rejected.append({"file": item.name, "reason": first_line(error)})
                 else:
@@ -195,7 +189,15 @@ def _pack_shard(task: _Shard) -> None:
 
 
 def _jpeg(source: Source, item: Item, options: Options) -> bytes:
-    return to_jpeg(source.load(item.reference), options.shorter_side, options.quality, options.keep_small)
+    """Raises SourceError where a file is there and cannot be read: that may pass, and says nothing of the image. Raises
+    whatever a decoder makes of garbage."""
+    try:
+        data = source.load(item.reference)
+    except OSError as error:
+        if error.errno and error.errno not in NO_FILE:
+            raise unreadable(os.fsencode(error.filename or item.name), "file", error) from error
+        raise
+    return to_jpeg(data, options.shorter_side, options.quality, options.keep_small)
 
 
 def _index_shard(path: Path) -> None:
@@ -221,15 +223,15 @@ class _Work(Enum):
 
 
 @contextmanager
-def _working_folder(directory: Path, plan: _Plan, work: _Work) -> Iterator[None]:
+def _working_folder(directory: Path, source: Source | None, plan: origin.Fingerprints, work: _Work) -> Iterator[None]:
     """Hold the set's working folder while the body works, only for the plan that it was begun with. It is removed
     when the set is finished. Raises ShardError."""
     folder = directory / WORK
-    if work is not _Work.INDEX and not folder.exists() and any(directory.glob("*.tar")):
-        raise ShardError(f"{directory} holds tars of something else: choose another directory")
+    if work is not _Work.INDEX:
+        origin.refuse_strangers(directory, source)
     folder.mkdir(parents=True, exist_ok=True)
     lock = fcntl.LOCK_SH if work is _Work.SHARE else fcntl.LOCK_EX
-    with os.fdopen(os.open(folder / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+") as begun:
+    with os.fdopen(os.open(folder / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="ascii") as begun:
         try:
             fcntl.flock(begun, lock | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -240,22 +242,21 @@ def _working_folder(directory: Path, plan: _Plan, work: _Work) -> Iterator[None]
         shutil.rmtree(folder)
 
 
-def _settle(file: TextIO, directory: Path, plan: _Plan, work: _Work) -> None:
+def _settle(file: TextIO, directory: Path, plan: origin.Fingerprints, work: _Work) -> None:
     """Write the plan, or go on with it if it is the one that was begun. Raises ShardError for another one."""
     begun = file.read()
     line = f"{'index' if work is _Work.INDEX else 'pack'} {plan.fingerprint}"
     if begun == line:
         return
-    if begun == f"pack {plan.small_kept}":
-        raise ShardError(
-            f"{directory} holds an unfinished pack that keeps small images: go on with --keep-small, or delete "
-            f"{directory} and begin anew"
-        )
-    if begun:
+    if begun and begun not in [f"pack {earlier}" for earlier in plan.earlier]:
         if not (work is _Work.INDEX and begun.startswith("index ")):
+            kept = begun in [f"pack {kept}" for kept in plan.small_kept]
+            of = "that keeps small images" if kept else "of other files, or with other options"
+            remedy = "go on with --keep-small" if kept else "repeat that command"
+            done = len(list((directory / WORK).glob("*.json")))
             raise ShardError(
-                f"{directory} holds an unfinished pack with another source or other options: repeat that command, or "
-                f"delete {directory} and begin anew"
+                f"{directory} holds an unfinished pack {of}: {remedy}, pack into another directory, or remove "
+                f"{directory} with the {done} shards that are done"
             )
         for old in (directory / WORK).glob("*.json"):  # scans of tars that have changed since
             old.unlink()
@@ -276,6 +277,8 @@ def _shard_count(source: Source, trial: list[Item], total: int, options: Options
     for item in trial:
         try:
             sizes.append(len(_jpeg(source, item, options)))
+        except SourceError:  # with another number of shards a later start would not go on but mix two packs
+            raise
         except Exception:  # it is rejected, and named, when it is packed
             continue
     mean = float(np.mean(sizes)) if sizes else 0.0

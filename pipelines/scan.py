@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipelines import quarantine
 from pipelines.errors import first_line
-from pipelines.files import jsonl, replacing, sha256, write_atomically
+from pipelines.files import as_text, jsonl, replacing, sha256, write_atomically
 from pipelines.manifest import Manifest, ShardError
 from pipelines.parallel import tick
 from pipelines.quarantine import QUARANTINE
@@ -76,7 +76,12 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
     np.save(data, np.array(rows, SAMPLE))
     write_atomically(_rows_file(path), data.getvalue())
     scan = {
-        "shard": {"name": path.name, "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)},
+        "shard": {
+            "name": as_text(path.name),
+            "samples": len(rows),
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        },
         "pixels": pixels,
         "total": [int(v) for v in total],
         "products": [[int(v) for v in row] for row in products],

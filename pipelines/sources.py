@@ -1,15 +1,10 @@
-"""Sources of images: folders and torchvision data sets, as (name, reference, label) and a way to load each."""
+"""Sources of images, as (name, reference, label) and a way to load each; folders; and what is stored of an image."""
 
 from __future__ import annotations
 
-import gzip
-import inspect
 import os
-import re
-import shutil
-import subprocess
-import tempfile
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -18,15 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipelines.errors import UserError, first_line
+from pipelines.errors import SourceError
+from pipelines.folders import Content, Found, content, contents, is_utf8, top
 
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 JPEG_LONGEST = 65500  # pixels per side that libjpeg writes
-
-
-class SourceError(UserError):
-    """A source that cannot be packed; the message names it and the remedy."""
+SPLITS = {"train", "training", "val", "valid", "validate", "validation", "dev", "test", "testing", "trainval"}
 
 
 class Item(NamedTuple):
@@ -37,6 +30,18 @@ class Item(NamedTuple):
     label: int
 
 
+class Files(NamedTuple):
+    """The files of a source that a user may change.
+
+    Attributes:
+        found: that of each item.
+        before: gives classes and items as they were listed on an earlier day.
+    """
+
+    found: list[Found]
+    before: Callable[[], tuple[list[str], list[Item]]]
+
+
 class Source(Protocol):
     """A source of `pack`. Sources are pickled to worker processes, so they hold little."""
 
@@ -45,11 +50,13 @@ class Source(Protocol):
     @property
     def items(self) -> list[Item]: ...
     @property
+    def files(self) -> Files | None: ...
+    @property
     def rejected(self) -> list[dict[str, str]]: ...
     def load(self, reference: Any) -> bytes | Image.Image: ...
 
 
-class _Light:
+class Light:
     """Pickles as its fields alone: what was read from the disk is read again when it is needed."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,8 +64,8 @@ class _Light:
 
 
 @dataclass
-class ImageFolder(_Light):
-    """`root/<class>/**/<image>`: classes are the sub-folders, sorted."""
+class ImageFolder(Light):
+    """`root/<class>/**/<image>`: classes are the sub-folders, sorted; one without an image is a class, too."""
 
     root: Path
 
@@ -67,87 +74,62 @@ class ImageFolder(_Light):
             raise SourceError(f"{self.root} is not a folder: give the one whose sub-folders are the classes")
 
     @cached_property
+    def _top(self) -> Content:
+        return content(top(self.root))
+
+    @cached_property
+    def _below(self) -> list[list[Content]]:
+        """All that lies in the folder of each class."""
+        return [list(contents(folder)) for _, folder in zip(self.classes, self._top.folders, strict=True)]
+
+    @cached_property
     def classes(self) -> list[str]:
-        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
+        names = [folder.name for folder in self._top.folders]
+        for raw in (name.encode(errors="surrogateescape") for name in names):
+            if not is_utf8(raw):
+                raise SourceError(f"the class folder {raw!r} in {self.root} has a name that is not UTF-8: rename it")
+        if names and all(name.lower() in SPLITS for name in names):
+            each = " and ".join(str(self.root / name) for name in names[:2])
+            raise SourceError(
+                f"the folders of {self.root}, {', '.join(names)}, look like splits and not like classes: pack {each} "
+                f"each by itself, or rename them if they are classes"
+            )
+        return names
 
     @cached_property
     def items(self) -> list[Item]:
         items = []
-        for label, name in enumerate(self.classes):
+        for label, below in enumerate(self._below):
+            items += [Item(file.name, file.name, label) for inside in below for file in inside.files]
+        return items
+
+    @cached_property
+    def files(self) -> Files:
+        found = [file for below in self._below for inside in below for file in inside.files]
+        return Files(found, self._before)
+
+    @property
+    def rejected(self) -> list[dict[str, str]]:
+        reason = "no label: it lies outside the class folders"
+        loose = [{"file": file.name, "reason": reason} for file in self._top.files]
+        return (
+            self._top.rejected + loose + [line for below in self._below for inside in below for line in inside.rejected]
+        )
+
+    def _before(self) -> tuple[list[str], list[Item]]:
+        """As the program of an earlier day saw it: no links followed, nothing passed over."""
+        classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
+        items = []
+        for label, name in enumerate(classes):
             for folder, folders, files in os.walk(self.root / name):
                 folders.sort()
                 paths = (os.path.relpath(os.path.join(folder, file), self.root) for file in sorted(files))
                 items += [Item(path, path, label) for path in paths]
-        return items
-
-    @property
-    def rejected(self) -> list[dict[str, str]]:
-        loose = sorted(entry.name for entry in os.scandir(self.root) if not entry.is_dir())
-        return [{"file": name, "reason": "no label: it lies outside the class folders"} for name in loose]
+        return classes, items
 
     def load(self, reference: str) -> bytes:
-        return (self.root / reference).read_bytes()
-
-
-@dataclass
-class Torchvision(_Light):
-    """A labelled image data set of `torchvision.datasets`, by class name: `FashionMNIST`, `STL10`, `CIFAR10`, ...
-
-    Args:
-        name: the class in `torchvision.datasets`, spelled in any case, with or without dashes.
-        train: the training split, otherwise the test split.
-        root: where torchvision keeps (and downloads) its files.
-    """
-
-    name: str
-    train: bool
-    root: Path
-    rejected: list[dict[str, str]] = field(default_factory=list)
-
-    @cached_property
-    def data(self) -> Any:
-        from torchvision import datasets
-
-        known = {name.lower(): name for name in datasets.__all__}
-        plain = re.sub(r"[^a-z0-9]", "", self.name.lower())
-        if plain not in known:
-            raise SourceError(f"torchvision has no data set {self.name!r}; it has {', '.join(sorted(known.values()))}")
-        factory = getattr(datasets, known[plain])
-        options = inspect.signature(factory).parameters
-        if "train" in options:
-            split: dict[str, Any] = {"train": self.train}
-        elif "split" in options:
-            split = {"split": "train" if self.train else "test"}
-        else:
-            raise SourceError(f"{known[plain]} has no train and test split: save it as folders and pack those")
-        if known[plain] == "FashionMNIST":
-            _fashion_mnist_from_debian(self.root)
-        download: dict[str, Any] = {"download": True} if "download" in options else {}
-        try:
-            return factory(str(self.root), **split, **download)
-        except (RuntimeError, OSError, ValueError, ImportError) as error:
-            remedy = f"fetch it where there is a network and put it under {self.root}"
-            if known[plain] == "FashionMNIST":
-                remedy += ", or install Debian's package dataset-fashion-mnist"
-            raise SourceError(f"{known[plain]} cannot be had ({first_line(error)}): {remedy}") from error
-
-    @cached_property
-    def labels(self) -> list[int]:
-        known = [getattr(self.data, name) for name in ("targets", "labels", "_labels") if hasattr(self.data, name)]
-        return [int(k) for k in (known[0] if known else (label for _, label in self.data))]
-
-    @cached_property
-    def classes(self) -> list[str]:
-        numbers = range(max(self.labels) + 1)  # SVHN has no names
-        return [str(name) for name in getattr(self.data, "classes", numbers)]
-
-    @cached_property
-    def items(self) -> list[Item]:
-        return [Item(self.classes[k], i, k) for i, k in enumerate(self.labels)]
-
-    def load(self, reference: int) -> Image.Image:
-        image: Image.Image = self.data[reference][0]
-        return image
+        with open(os.path.join(os.fsencode(self.root), reference.encode(errors="surrogateescape")), "rb") as file:
+            return file.read()
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -183,46 +165,15 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_sma
         if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1 and fits:
             return data
     image = upright_rgb(image)
-    if (size := wanted(image.size)) != image.size:
-        if max(size) > JPEG_LONGEST:  # before memory is taken for it
-            raise ValueError(
-                f"would have {size[0]}x{size[1]} pixels, and a JPEG has at most {JPEG_LONGEST} a side: leave it out or "
-                f"pack with --keep-small"
-            )
+    size = wanted(image.size)
+    if max(size) > JPEG_LONGEST:  # before memory is taken for it
+        kept = min(image.size) < shorter_side and max(image.size) <= JPEG_LONGEST
+        remedy = "leave it out or pack with --keep-small" if kept else "leave it out or cut it"
+        raise ValueError(
+            f"would have {size[0]}x{size[1]} pixels, and a JPEG has at most {JPEG_LONGEST} a side: {remedy}"
+        )
+    if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
     out = BytesIO()
     image.save(out, "JPEG", quality=quality)
     return out.getvalue()
-
-
-def _fashion_mnist_from_debian(root: Path) -> None:
-    """Put the files of Debian's dataset-fashion-mnist where torchvision looks.
-
-    They are taken from the installed package, or fetched with apt into a folder of our own, which needs no root. Does
-    nothing if neither is possible.
-    """
-    raw = root / "FashionMNIST" / "raw"
-    if raw.exists():
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        files = Path("usr/share/datasets/fashion-mnist")
-        source = Path("/") / files
-        if not source.exists() and shutil.which("apt-get") and shutil.which("dpkg-deb"):
-            lists = Path(scratch) / "lists"
-            lists.mkdir()
-            own = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={scratch}"]
-            commands = (
-                ["apt-get", *own, "update"],
-                ["apt-get", *own, "-o", "APT::Sandbox::User=root", "download", "dataset-fashion-mnist"],
-                ["sh", "-c", "dpkg-deb -x dataset-fashion-mnist_*.deb ."],
-            )
-            done = all(subprocess.run(c, cwd=scratch, capture_output=True).returncode == 0 for c in commands)
-            source = Path(scratch) / files if done else source
-        if not source.exists():
-            return
-        half = root / ".raw"  # renamed when it is whole: torchvision would not repair half of it
-        half.mkdir(parents=True, exist_ok=True)
-        for packed in source.glob("*.gz"):
-            (half / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-        raw.parent.mkdir(exist_ok=True)
-        half.rename(raw)

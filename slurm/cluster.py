@@ -115,7 +115,7 @@ def wait(until: Callable[[], bool], seconds: float, complaint: str) -> None:
 def command(*words: str) -> str:
     """Output of a command. Raises SlurmError with its complaint."""
     try:
-        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(words, check=True, capture_output=True, encoding="utf-8", errors="replace").stdout
     except FileNotFoundError as error:
         raise SlurmError(f"there is no {words[0]} here: use a node of the cluster, or submit with --local") from error
     except subprocess.CalledProcessError as error:

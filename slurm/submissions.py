@@ -122,7 +122,8 @@ class SubmittedRun:
             told: what status.json says.
         """
         try:
-            end, seconds, code, error = self.last.crash.read_text(errors="replace").rstrip("\n").split(" ", 3)
+            text = self.last.crash.read_text(encoding="utf-8", errors="replace")
+            end, seconds, code, error = text.rstrip("\n").split(" ", 3)
             ended, began = float(end), float(end) - float(seconds)
         except (OSError, ValueError):  # nothing is there, or half of it
             return ""
@@ -139,7 +140,7 @@ class SubmittedRun:
 
     def append(self, **values: Any) -> None:
         """Add a line to starts.jsonl."""
-        with open(self.folder / "starts.jsonl", "a") as file:
+        with open(self.folder / "starts.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), **values}) + "\n")
 
     def history(self) -> list[dict[str, Any]]:

@@ -20,8 +20,10 @@ from dist_train.cli import default_name, overrides_of, parse
 from dist_train.config import Config, dump
 from dist_train.data import check_batch, check_tars, open_sets, to_pack
 from pipelines.files import read_text, write_atomically
+from pipelines.manifest import MANIFEST
 from pipelines.misc import ceil_div
-from pipelines.speech import flush
+from pipelines.sources import ImageFolder
+from pipelines.speech import flush, say
 from slurm.cluster import entry
 from slurm.job import Job, Pack
 from slurm.submissions import SlurmError, Submission, SubmittedRun
@@ -154,11 +156,14 @@ def launch(runs: list[SubmittedRun], folder: Path, wanted: dict[str, Any], *, lo
 def submit_pack(options: Namespace) -> tuple[str, str, Path]:
     """Submit a packing array and the task after it that writes the manifest. Returns both job numbers and the folder of
     the logs."""
+    from pipelines import origin
     from pipelines.pack import Options
 
     source, directory = options.source.absolute(), options.directory.absolute()
-    if not source.is_dir():
-        raise SlurmError(f"{source} is not a folder: give the one whose sub-folders are the classes")
+    photographs = ImageFolder(source)
+    say(f"{source}: {origin.named(photographs.classes)}")  # what is wrong with them need not wait in the queue
+    if not (directory / MANIFEST).exists():
+        origin.refuse_strangers(directory, photographs)
     _check_text(directory)
     stored = asdict(Options(options.shorter_side, options.quality, options.shard_mb, options.seed, options.keep_small))
     folder = directory / "slurm"

@@ -255,6 +255,24 @@ def test_no_module_hands_on_the_names_of_another() -> None:
     assert not offenders, "\n".join(offenders)
 
 
+def test_every_text_has_its_encoding() -> None:
+    """In a locale that is ASCII, too, a class may be called "café": what is read or written as text says how."""
+    offenders = []
+    for module in MODULES.values():
+        for node in ast.walk(module.tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            named = {keyword.arg for keyword in node.keywords}
+            texts = name.endswith((".read_text", ".write_text")) or "text" in named  # the latter of a process
+            if name in ("open", "os.fdopen"):
+                modes = [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
+                texts = "b" not in str(modes[0] if modes else "r")
+            if texts and "encoding" not in named:
+                offenders.append(f"{module.at(node)}: {name}")
+    assert not offenders, "\n".join(offenders)
+
+
 def test_sizes() -> None:
     offenders = []
     for module in MODULES.values():

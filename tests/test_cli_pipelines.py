@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from pipelines import pack as packing
-from pipelines import preview
+from pipelines import origin, preview
 from pipelines.__main__ import main
 from pipelines.cli import Verb, run_verb
 from pipelines.manifest import Manifest
@@ -34,10 +33,10 @@ ROOT = Path(__file__).parent.parent
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
-def python_m_pipelines(*args: object) -> subprocess.CompletedProcess[str]:
+def python_m_pipelines(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
     """A process of its own."""
     command = [sys.executable, "-m", "pipelines", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
@@ -55,19 +54,23 @@ def test_pack_imagefolder(
     (tmp_path / "src" / "blue").mkdir(parents=True)
     (tmp_path / "src" / "amber").symlink_to(image_folder / "val" / "amber")
     (tmp_path / "src" / "blue" / "no-image.jpg").write_text("garbage")
-    out = tmp_path / "sets" / "val"
+    (tmp_path / "src" / "été").mkdir()
+    shutil.copy(image_folder / "val" / "blue" / "000.jpg", tmp_path / "src" / "été" / "ü.jpg")
+    out = tmp_path / "sets" / "évaluer"
     args = ("pack", "imagefolder", tmp_path / "src", out, "--shorter-side", 64, "--workers", 1)
-    done = python_m_pipelines(*args)
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = python_m_pipelines(*args, **ascii_locale)
     assert done.returncode == 0, done.stderr
-    line = rf"{out}: 21 images of 2 classes in 1 shards, \d+ MB; 1 rejected, see {out}/rejected.jsonl\n"
+    line = rf"{out}: 22 images of 3 classes in 1 shards, \d+ MB; 1 rejected, see {out}/rejected.jsonl\n"
     assert re.fullmatch(line, done.stdout)
-    assert ShardSet(out).classes == ["amber", "blue"]
+    assert ShardSet(out).classes == ["amber", "blue", "été"]
+    assert ShardSet(out).manifest.split == "évaluer"
     assert ShardSet(out).sides == (64, 64)
     assert call(monkeypatch, *args) == 0
     assert capsys.readouterr().out == done.stdout.replace("\n", "; already packed\n")
     assert call(monkeypatch, *args, "--seed", 1) == 2
-    message = f"error: {out} already holds another shard set, or the same images packed with other options: "
-    message += "choose another directory or delete it\n"
+    message = f"error: {out} already holds 22 images in 1 shards, packed with --seed 0 and not 1: "
+    message += f"pack into another directory, or remove {out} with all of these first\n"
     assert capsys.readouterr() == ("", message)
 
 
@@ -82,9 +85,7 @@ def test_pack_keep_small(
     assert call(monkeypatch, *args, "--keep-small") == 0
     assert capsys.readouterr().out.endswith("; already packed\n")
     assert call(monkeypatch, *args) == 0  # as the command was before there was this option
-    told = (
-        f"; already packed, small images as they were: to enlarge them delete {tmp_path}/set and repeat the command\n"
-    )
+    told = "; already packed, small images as they were: to have it otherwise, pack into another directory\n"
     assert capsys.readouterr().out.endswith(told)
     assert (tmp_path / "set" / "manifest.json").read_bytes() == before
     assert call(monkeypatch, "pack", "imagefolder", image_folder / "val", tmp_path / "new", "--shorter-side", 90) == 0
@@ -100,8 +101,8 @@ def test_already_packed_is_said_without_opening_the_set(
     assert call(monkeypatch, *args) == 0
     replace(Manifest.read(out), sides=[]).write(out)
     (out / "index.npy").unlink()
-    plan = packing._plan
-    monkeypatch.setattr(packing, "_plan", lambda *args: (planned.append(args), plan(*args))[1])
+    plan = origin.fingerprints
+    monkeypatch.setattr(origin, "fingerprints", lambda *args: (planned.append(args), plan(*args))[1])
     capsys.readouterr()
     assert call(monkeypatch, *args) == 0
     assert capsys.readouterr().out.endswith("; already packed\n")
@@ -340,6 +341,21 @@ def test_errors_are_one_sentence_and_exit_code_2(
     out, err = capsys.readouterr()
     assert fill(message) in err
     assert out == ""
+
+
+def test_nothing_is_packed_where_one_of_two_sets_has_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path lies in the home of the user: a shell leaves the `~` of `--classes=~/x` as it is, a script every one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sets" / "val").mkdir(parents=True)
+    (tmp_path / "sets" / "val" / "notes.txt").touch()
+    assert call(monkeypatch, "pack", "fashion-mnist", "~/sets") == 2
+    assert f"error: {tmp_path}/sets/val holds notes.txt, which `pack` did not make: " in capsys.readouterr().err
+    assert os.listdir(tmp_path / "sets") == ["val"]
+    (tmp_path / "sets" / "val" / "a.tar").touch()
+    assert call(monkeypatch, "index", tmp_path / "sets" / "val", "--classes=~/names.txt") == 2
+    assert f"No such file or directory: '{tmp_path}/names.txt'" in capsys.readouterr().err
 
 
 def test_what_follows_two_dashes_is_no_option(

@@ -1,12 +1,20 @@
 """One line of configuration, three ways; bad ones end with one sentence."""
 
+import os
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dist_train import data
+from dist_train.analysis.gpu_site import Photographs
 from dist_train.cli import parse
 from dist_train.config import CONFIGS, Config, ConfigError, as_dict, dump
+from pipelines.errors import UserError
+from pipelines.manifest import Manifest, ShardError
 
 
 def test_the_defaults_are_the_paper() -> None:
@@ -50,6 +58,113 @@ def test_without_arguments_the_embedded_default() -> None:
         67,
         4096,
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "source"),
+    [
+        (["--data.train=mine/train", "--data.val=mine/val"], ""),
+        (["--data.val", "data/fashion-mnist/vall"], ""),
+        (["--data", '{"train": "mine/train"}'], ""),
+        (["--data={train: mine/train, source: cifar10}"], "cifar10"),
+        (["--data.train=mine/train", "--data.source=cifar10"], "cifar10"),
+        (["--data.crop=60", "--run.name=data.train"], "fashion-mnist"),
+    ],
+)
+def test_where_a_set_is_named_nothing_is_packed_that_was_not_asked_for(words: list[str], source: str) -> None:
+    """Fashion-MNIST among a user's photographs: from `configs/quickstart.yaml`, given or not."""
+    assert parse(words)[0].data.source == source
+    assert parse(["--config", str(CONFIGS / "quickstart.yaml"), *words])[0].data.source == source
+
+
+def test_a_file_that_names_its_sets_and_their_source(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {train: sets/train, val: sets/val, source: cifar10}\n")
+    assert parse(["--config", str(file)])[0].data.source == "cifar10"
+
+
+def test_the_users_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `~` in `--data.train=~/x` as it is; what is recorded is the path itself."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("data: {val: ~/sets/val}\nmodel: {init_from: ~/runs/a}\n")
+    config, _ = parse(
+        ["--config=~/c.yaml", "--data.train=~/sets/train", "--run.dir=~/runs/b", "--run.root=~nobody.x/r"]
+    )
+    flat = as_dict(config)
+    for key, path in {
+        "data.train": "sets/train",
+        "data.val": "sets/val",
+        "model.init_from": "runs/a",
+        "run.dir": "runs/b",
+    }.items():
+        assert flat[key] == f"{tmp_path}/{path}"
+    assert config.run.root == "~nobody.x/r"
+    assert "~/" not in dump(config)
+
+
+def test_what_is_no_directory_of_shards(shard_sets: Path, tmp_path: Path) -> None:
+    """A tar, a pattern of tars and a folder of images in the place of a shard set."""
+    shutil.copy(shard_sets / "val" / "shard-000000.tar", tmp_path / "a.tar")
+    (tmp_path / "photos" / "ant").mkdir(parents=True)
+    remedy = (
+        f"give the directory that holds the tars, after `python -m pipelines index {tmp_path}` if another tool made"
+    )
+    for name, sentence in {
+        "a.tar": f"{tmp_path}/a.tar is a file: {remedy}",
+        "b.tar": f"{tmp_path}/b.tar is no directory: {remedy}",
+        "a-{0000..0012}.tar": f"{tmp_path}/a-{{0000..0012}}.tar is no directory: {remedy}",
+        "photos": f"`python -m pipelines pack imagefolder {tmp_path}/photos DST`, and name DST here",
+        "phots": f"no shards in {tmp_path}/phots: make them with `python -m pipelines pack ... {tmp_path}/phots`",
+    }.items():
+        config, _ = parse([f"--data.train={tmp_path}/{name}", f"--data.val={shard_sets}/val"])
+        with pytest.raises(ShardError, match=re.escape(sentence)):
+            data.open_sets(config)
+
+
+def test_a_source_is_packed_into_nothing_of_the_users(
+    shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither into a folder of photographs nor beside a set of another kind, and nothing is fetched for it."""
+    monkeypatch.setattr(data, "Torchvision", lambda *args: pytest.fail(f"fetched: {args}"))
+    (tmp_path / "photos" / "ant").mkdir(parents=True)
+    for train, val in ((tmp_path / "photos", tmp_path / "val"), (tmp_path / "train", tmp_path / "photos")):
+        config, _ = parse([f"--data.train={train}", f"--data.val={val}", "--data.source=cifar10"])
+        assert data.to_pack(config)
+        with pytest.raises(ShardError) as error:
+            data.pack_source(config)
+        assert f"{tmp_path}/photos holds ant, which `pack` did not make: pack into an empty or a new" in str(
+            error.value
+        )
+        assert sorted(os.listdir(tmp_path)) == ["photos"]
+
+    photographs = Photographs(40, (30, 30))
+    monkeypatch.setattr(data, "Torchvision", lambda *args: photographs)
+    config, _ = parse([f"--data.train={shard_sets}/train", f"--data.val={tmp_path}/vall", "--data.source=cifar10"])
+    with pytest.raises(ShardError) as error:
+        data.pack_source(config)
+    assert f"data.source cifar10 is not packed, though there is no set in {tmp_path}/vall: " in str(error.value)
+    assert "already holds 240 images in 5 shards, packed with --shorter-side 72" in str(error.value)
+    assert str(error.value).endswith("; or, for sets of your own, leave out data.source")
+    assert not (tmp_path / "vall").exists()
+
+    config, _ = parse([f"--data.train={tmp_path}/new/train", f"--data.val={tmp_path}/new/val", "--data.source=cifar10"])
+    (tmp_path / "new" / "raw").mkdir(parents=True)
+    data.pack_source(config)
+    assert [len(shards) for shards in data.open_sets(replace(config, train=replace(config.train, global_batch=8)))] == [
+        40,
+        40,
+    ]
+
+
+def test_a_channel_without_deviation_is_refused_at_the_start(shard_sets: Path, tmp_path: Path) -> None:
+    shutil.copytree(shard_sets / "train", tmp_path / "train")
+    for std in (0.0, 1e-9):  # the latter as rounding left it on an earlier day
+        replace(Manifest.read(tmp_path / "train"), std=[0.2, std, 0.1]).write(tmp_path / "train")
+        words = [f"--data.train={tmp_path}/train", f"--data.val={shard_sets}/val"]
+        sentence = "less than one level of 255 for green in the training set: set data.inputs to mean_subtracted"
+        with pytest.raises(UserError, match=sentence):
+            data.open_sets(parse([*words, "--data.inputs=standardized"])[0])
+        data.open_sets(parse(words)[0])
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)

@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as F
 
 from dist_train.models.dropout import keys_of_epoch, mask_keys
-from pipelines.augment import Augment
-from pipelines.dali import DEPTH, Decode, Device, Feed, _asking, collect, graph, scale
+from pipelines.augment import Augment, scale
+from pipelines.dali import DEPTH, Decode, Device, Feed, _asking, collect, graph
 from pipelines.handover import HandOver
 from pipelines.loader import Batch, Loader, Read
 from pipelines.manifest import Manifest, ShardError

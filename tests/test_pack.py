@@ -18,6 +18,7 @@ import time
 import tracemalloc
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from PIL import Image
 from torchvision.transforms import functional as F
 from webdataset.tariterators import group_by_keys
 
+from pipelines import sources
+from pipelines.errors import SourceError
 from pipelines.manifest import Manifest, ShardError
 from pipelines.pack import Options, finished, index, pack
 from pipelines.shards import ShardSet
-from pipelines.sources import ImageFolder, SourceError, Torchvision, to_jpeg
+from pipelines.sources import ImageFolder, to_jpeg
+from pipelines.torchvision_sets import Torchvision
 from pipelines.verify import verify
 from tests.conftest import CLASSES, TINTS, photograph
 
@@ -125,7 +129,7 @@ def test_manifest_describes_the_set(shard_sets: Path) -> None:
     stored = {"shorter_side": 72, "quality": 90, "shard_mb": 0.2, "seed": 0, "keep_small": False}
     assert manifest.stored == stored
     assert sorted(files(directory)) == sorted(
-        ["index.npy", "manifest.json", "rejected.jsonl", *(shard["name"] for shard in manifest.shards)]
+        ["files.npy", "index.npy", "manifest.json", "rejected.jsonl", *(shard["name"] for shard in manifest.shards)]
     )
 
 
@@ -150,10 +154,9 @@ def test_a_finished_pack_is_left_alone(shard_sets: Path, image_folder: Path, tmp
     manifest = pack(source, out, Options(shorter_side=72, shard_mb=0.2), split="train", workers=1)
     assert manifest == Manifest.read(out)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(
-        ShardError,
-        match=r"already holds another shard set, or the same .* options: choose another directory or delete it",
-    ):
+    told = "already holds 240 images in 5 shards, packed with --shorter-side 72 --shard-mb 0.2 and not 60, 64.0: "
+    told += "pack into another directory, or remove .* with all of these first"
+    with pytest.raises(ShardError, match=told):
         pack(source, out, Options(shorter_side=60), split="train", workers=1)
 
 
@@ -270,11 +273,23 @@ def test_an_image_that_would_become_too_long(tmp_path: Path) -> None:
     assert ShardSet(tmp_path / "kept").sides == (2, 72)
 
 
+@pytest.mark.parametrize(("size", "side", "has"), [((30, 9000), 25, "25x7500"), ((30, 9000), 0, "30x9000")])
+def test_an_image_that_keep_small_would_not_help(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], side: int, has: str
+) -> None:
+    """As one of 300x90000 pixels, whose shorter side is more than 256."""
+    monkeypatch.setattr(sources, "JPEG_LONGEST", 6550)
+    reason = f"would have {has} pixels, and a JPEG has at most 6550 a side: leave it out or cut it"
+    for keep_small in (False, True):
+        with pytest.raises(ValueError, match=f"^{reason}$"):
+            to_jpeg(encoded(Image.new("L", size), "PNG"), side, 90, keep_small)
+
+
 # The options of an earlier day, when small images were always kept. -------------------------------------
 
 
 def earlier(source: ImageFolder, options: Options, split: str) -> str:
-    """The fingerprint that the program of that day gave to a set."""
+    """The fingerprint that the program of that day gave to a set: of names, without sizes."""
     names = ("shorter_side", "quality", "shard_mb", "seed")
     plan = [source.items, source.classes, split, {name: getattr(options, name) for name in names}]
     return hashlib.sha256(json.dumps(plan, default=str, ensure_ascii=False).encode()).hexdigest()
@@ -283,10 +298,12 @@ def earlier(source: ImageFolder, options: Options, split: str) -> str:
 def test_fingerprints_of_an_earlier_day(image_folder: Path, tmp_path: Path) -> None:
     source = ImageFolder(image_folder / "val")
     for name, options in (("0", Options(0)), ("kept", Options(90, keep_small=True))):
+        manifest = pack(source, tmp_path / name, options, split="val", workers=1)
+        replace(manifest, source=earlier(source, options, "val")).write(tmp_path / name)
         assert pack(source, tmp_path / name, options, split="val", workers=1).source == earlier(source, options, "val")
     enlarged = pack(source, tmp_path / "enlarged", Options(90), split="val", workers=1)
     assert enlarged.source != earlier(source, Options(90), "val")
-    with pytest.raises(ShardError, match="already holds another shard set"):
+    with pytest.raises(ShardError, match="packed with --keep-small False and not True: pack into another directory"):
         pack(source, tmp_path / "enlarged", Options(90, keep_small=True), split="val", workers=1)
 
 
@@ -299,7 +316,7 @@ def test_a_finished_set_of_an_earlier_day_is_left_alone(image_folder: Path, tmp_
         assert finished(source, out, options, split="val") == Manifest.read(out)
     assert files(out) == before
     assert finished(source, tmp_path / "another", Options(), split="val") is None
-    with pytest.raises(ShardError, match="already holds another shard set"):
+    with pytest.raises(ShardError, match="packed with --shorter-side 90 --keep-small True and not 91, False"):
         finished(source, out, Options(91), split="val")
 
 
@@ -308,7 +325,7 @@ def test_an_unfinished_set_of_an_earlier_day(image_folder: Path, tmp_path: Path)
     (tmp_path / ".pack").mkdir()
     (tmp_path / ".pack" / "plan").write_text(f"pack {earlier(source, options, 'val')}")
     with pytest.raises(
-        ShardError, match="holds an unfinished pack that keeps small images: go on with --keep-small, or"
+        ShardError, match="holds an unfinished pack that keeps small images: go on with --keep-small, pack into"
     ):
         pack(source, tmp_path, options, split="val", workers=1)
     assert pack(source, tmp_path, Options(90, keep_small=True), split="val", workers=1).sides == [72, 90]
@@ -322,12 +339,13 @@ def test_shorter_side_0_keeps_size_and_bytes(image_folder: Path, tmp_path: Path)
 
 
 def test_nothing_to_pack(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
+    source = tmp_path / "source"
+    (source / "a").mkdir(parents=True)
     with pytest.raises(SourceError, match=r"no images to pack into .*: expected SRC/<class>/<image>"):
-        pack(ImageFolder(tmp_path), tmp_path / "out", Options(), split="x", workers=1)
-    (tmp_path / "a" / "x.jpg").write_text("garbage")
+        pack(ImageFolder(source), tmp_path / "out", Options(), split="x", workers=1)
+    (source / "a" / "x.jpg").write_text("garbage")
     with pytest.raises(ShardError, match=r"no usable image in .*: 1 were rejected, see .*rejected.jsonl"):
-        pack(ImageFolder(tmp_path), tmp_path / "out", Options(), split="x", workers=1)
+        pack(ImageFolder(source), tmp_path / "out", Options(), split="x", workers=1)
     with pytest.raises(SourceError, match="nowhere is not a folder: give the one whose sub-folders are the classes"):
         ImageFolder(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="--quality is 100: it must lie between 1 and 95"):
@@ -397,7 +415,7 @@ def test_a_killed_pack_continues_with_the_same_bytes(large_images: Path, unharme
 
     with pytest.raises(ShardError, match=r"has shards but no manifest.json: repeat the pack command"):
         ShardSet(out)
-    with pytest.raises(ShardError, match="holds an unfinished pack with another source or other options: repeat"):
+    with pytest.raises(ShardError, match="holds an unfinished pack of other files, or with other options: repeat"):
         pack(ImageFolder(large_images), out, Options(shorter_side=60, shard_mb=0.02), split="set", workers=1)
     with pytest.raises(ShardError, match="holds an unfinished pack"):  # its half would be taken for the whole
         index(out, classes=None, split="set", workers=1)
@@ -459,7 +477,7 @@ def test_two_packs_into_one_directory(image_folder: Path, tmp_path: Path) -> Non
     tars = tmp_path / "tars"
     tars.mkdir()
     (tars / "mine.tar").touch()
-    with pytest.raises(ShardError, match="holds tars of something else: choose another directory"):
+    with pytest.raises(ShardError, match=r"holds mine\.tar, which `pack` did not make: pack into an empty or a new"):
         pack(source, tars, Options(), split="val", workers=1)
 
 
@@ -687,6 +705,33 @@ def test_torchvision_names() -> None:
         _ = Torchvision("no-such-set", True, Path("raw")).items
     with pytest.raises(SourceError, match="EuroSAT has no train and test split: save it as folders and pack those"):
         _ = Torchvision("eurosat", True, Path("raw")).items
+
+
+def test_torchvision_with_other_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pets have trainval and test: what fits is taken. Where nothing fits, what there is is named."""
+    folder = tmp_path / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for split, count in (("trainval", 3), ("test", 2)):
+        lines = [f"pet{i}_{split} {i + 1} 1 1" for i in range(count)]
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines))
+        for i in range(count):
+            Image.new("RGB", (20, 30)).save(folder / "images" / f"pet{i}_{split}.jpg")
+    for training, count in ((True, 3), (False, 2)):
+        source = Torchvision("oxfordiiitpet", training, tmp_path)
+        assert [item.label for item in source.items] == list(range(count))
+        assert source.classes == [f"Pet{i}" for i in range(count)]
+        assert source.load(0).size == (20, 30)
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(SourceError, match=r"Imagenette cannot be had \(network is unreachable\)"):  # has train and val
+        _ = Torchvision("imagenette", False, tmp_path).items
+    told = "Places365 has the splits .*'train-challenge'.* and neither train nor trainval: save it as folders and pack"
+    with pytest.raises(SourceError, match=told):
+        _ = Torchvision("places365", True, tmp_path).items
 
 
 def test_torchvision_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

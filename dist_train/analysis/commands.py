@@ -83,7 +83,7 @@ def _marked(mark: bytes) -> list[int]:
 
 def last_lines(output: Path, many: int = 30) -> list[str]:
     """The end of what a command wrote."""
-    return output.read_text(errors="replace").rstrip().splitlines()[-many:]
+    return output.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-many:]
 
 
 def what_failed(lines: Sequence[str]) -> str:

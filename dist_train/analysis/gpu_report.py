@@ -77,7 +77,7 @@ def start(args: Namespace) -> int:
     report = Report(files, args.minutes, {"code": code(), "command": _typed(args), "gpus": count})
     with _signals_as_ctrl_c():
         ended = report.run(parts)
-    show(files[1].read_text(), end="")
+    show(files[1].read_text(encoding="utf-8"), end="")
     say(f"{files[0]} and {files[1].name} are written: attach both to an issue")
     return interrupted() if ended == INTERRUPTED else ended
 
@@ -92,7 +92,7 @@ def usable(seconds: float, program: str = "print(json.dumps(machine.usable()))")
             return 0, f"CUDA has not answered in {seconds:.0f} s"
         if ended:
             return 0, commands.what_failed(commands.last_lines(output))
-        count, why = json.loads(said.read_text())
+        count, why = json.loads(said.read_text(encoding="utf-8"))
         return count, why
 
 
@@ -118,7 +118,7 @@ def code(root: Path = ROOT) -> dict[str, Any]:
     is None where git does not say). What cannot be found out is ""."""
     project, installed = root / "pyproject.toml", list(root.glob("dist_train-*.dist-info"))
     if project.exists():
-        found = re.search(r'^version = "(.+)"$', project.read_text(), re.MULTILINE)
+        found = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
         version = found[1] if found else ""
     else:
         version = installed[0].name.removesuffix(".dist-info").partition("-")[2] if installed else ""
@@ -135,7 +135,7 @@ def _git(root: Path, *words: str) -> str | None:
         variables = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
         command = ["git", "-C", str(root), *words]
         return subprocess.run(
-            command, env=variables, capture_output=True, text=True, timeout=10, check=True
+            command, env=variables, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
         ).stdout.strip()
     return None
 

@@ -87,6 +87,7 @@ class Photographs:
     size: tuple[int, int]
     classes: list[str] = field(default_factory=lambda: [str(k) for k in range(10)])
     rejected: list[dict[str, str]] = field(default_factory=list)
+    files: None = None
 
     @property
     def items(self) -> list[Item]:

@@ -51,7 +51,7 @@ def _run(chosen: str, findings: Findings, site: Site) -> None:
     if variables:
         findings.say("ok", "without a GPU, the tests were rehearsed on the CPU")
     with subprocess.Popen(
-        words, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, errors="replace"
+        words, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
     ) as process:
         assert process.stdout
         for line in process.stdout:
@@ -64,7 +64,7 @@ def _run(chosen: str, findings: Findings, site: Site) -> None:
     elif not xml.exists():
         findings.say("failed", f"pytest did not come to its end (exit code {process.returncode})")
     else:
-        judge(xml.read_text(), findings)
+        judge(xml.read_text(encoding="utf-8"), findings)
 
 
 def judge(xml: str, findings: Findings) -> None:

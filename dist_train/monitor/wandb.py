@@ -68,7 +68,7 @@ class WandbRun:
 
     def _send(self, size: int) -> None:
         mark = self._folder / "sent"
-        sent = int(mark.read_text()) if mark.exists() else 0
+        sent = int(mark.read_text(encoding="utf-8")) if mark.exists() else 0
         with open(self._record, "rb") as file:
             file.seek(sent)
             for line in file.read(max(0, size - sent)).splitlines():
@@ -89,7 +89,7 @@ class WandbRun:
         with _nobody_is_asked():
             began = wandb.init(
                 project=self._config.wandb_project,
-                id=mark.read_text(),
+                id=mark.read_text(encoding="utf-8"),
                 name=self._path.name,
                 dir=str(self._path),
                 mode=mode,

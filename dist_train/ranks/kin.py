@@ -89,7 +89,7 @@ def began() -> datetime:
     found = _process(os.getppid()) if launched() else None
     if found is None:
         return datetime.now()
-    lines = Path("/proc/stat").read_text().splitlines()
+    lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
     boot = next(int(line.split()[1]) for line in lines if line.startswith("btime"))
     return datetime.fromtimestamp(boot + found.began // os.sysconf("SC_CLK_TCK"))
 
@@ -98,7 +98,8 @@ def _siblings() -> list[tuple[int, dict[str, str]]]:
     """The launcher's children that are not gone, with the environment that it gave them; this process is one."""
     found = []
     with suppress(OSError):
-        for pid in map(int, Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()):
+        children = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_bytes()
+        for pid in map(int, children.split()):
             with suppress(OSError):
                 words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
                 if _process(pid) is not None:
@@ -156,7 +157,7 @@ def _torchrun_answers() -> bool:
 def _process(pid: int) -> Process | None:
     """None if it is gone, whether or not somebody has taken note of that."""
     try:
-        before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
+        before, _, after = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
     except OSError:
         return None
     fields = after.split()

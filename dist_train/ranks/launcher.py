@@ -84,7 +84,7 @@ def end(code: int, sentence: str, *, at: float = 0, final: bool = False, failure
         about = {"message": sentence, "errorCode": code, "final": final or code in FINAL, "failure": failure}
         about["extraInfo"] = {"timestamp": str(int(at or time.time()))}
         with suppress(OSError):  # whole or not at all: torchrun cannot read half of one
-            Path(f"{path}.new").write_text(json.dumps({"message": about}))
+            Path(f"{path}.new").write_text(json.dumps({"message": about}), encoding="utf-8")
             os.replace(f"{path}.new", path)
     return exit_code(code)
 
@@ -131,7 +131,7 @@ def _told(attempt: int) -> Iterator[Said]:
         folder = Path(path).parents[1].with_name(f"attempt_{attempt}")  # attempt_<n>/<local rank>/error.json
         for file in sorted(folder.glob("*/error.json")):
             with suppress(OSError, ValueError, KeyError, TypeError):
-                said = json.loads(file.read_text())["message"]
+                said = json.loads(file.read_text(encoding="utf-8"))["message"]
                 yield Said(said["errorCode"], said["message"], said["final"], said["failure"])
 
 

@@ -66,7 +66,7 @@ class Errors:
         if not self._lease.token or not path.exists():
             return None
         with suppress(ValueError, TypeError):
-            return Failure(**json.loads(path.read_text()))
+            return Failure(**json.loads(path.read_text(encoding="utf-8")))
         return None
 
     def enter(self, failure: Failure) -> Failure:
@@ -76,7 +76,7 @@ class Errors:
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = self.folder / f".{FIRST}.{failure.rank}"
         try:
-            whole.write_text(json.dumps(asdict(failure)))
+            whole.write_text(json.dumps(asdict(failure)), encoding="utf-8")
             os.link(whole, self.folder / FIRST)  # which one succeeds is decided by the file system
         except FileExistsError:
             return self.first() or failure
@@ -86,19 +86,19 @@ class Errors:
 
     def amend(self, failure: Failure) -> None:
         """The first one has found out more. Raises OSError."""
-        (self.folder / FIRST).write_text(json.dumps(asdict(failure)))
+        (self.folder / FIRST).write_text(json.dumps(asdict(failure)), encoding="utf-8")
 
     def write(self, rank: int, text: str) -> None:
         """What a rank says in full. Raises OSError."""
         if self._lease.token and self._lease.holds():
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f"rank-{rank}.txt").write_text(text)
+            (self.folder / f"rank-{rank}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def places(self) -> list[Standstill]:
         """Where the ranks stood still, of those that have said it. Raises OSError."""
         found = []
         for path in self.folder.glob("rank-*.txt"):
-            with open(path) as file:
+            with open(path, encoding="utf-8", errors="replace") as file:
                 if head := HEAD.match(file.readline().rstrip("\n")):
                     found.append(Standstill(int(head[1]), head[2], int(head[3]), head[4]))
         return sorted(found, key=lambda place: place.rank)

@@ -37,7 +37,7 @@ class Lease:
         system does not say."""
         if not self.lost:
             try:
-                self.lost = TAKEN * ((self.run / FILE).read_text() != self.token)
+                self.lost = TAKEN * ((self.run / FILE).read_text(encoding="utf-8") != self.token)
             except FileNotFoundError:
                 self.lost = GONE
         return not self.lost

@@ -116,7 +116,7 @@ class Store:
         """Write state and meta to the disk, under a name that no reader looks at."""
         _remove(temporary)
         temporary.mkdir()  # not its parents: a vanished directory is not made anew
-        with open(temporary / STATE, "wb") as file, open(temporary / META, "w") as text:
+        with open(temporary / STATE, "wb") as file, open(temporary / META, "w", encoding="utf-8") as text:
             hashed = _Hashed(file)
             try:
                 torch.save(state, hashed)  # type: ignore[arg-type]

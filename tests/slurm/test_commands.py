@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from pipelines.errors import UserError
 from slurm.cluster import Entry
 from slurm.submissions import SubmittedRun
-from slurm.submit import TEARDOWN, minutes
+from slurm.submit import TEARDOWN, minutes, submit_pack
 from slurm.table import duration, row
 from tests.helpers.compare import status
 from tests.helpers.launch import alive, children
@@ -107,6 +109,24 @@ def test_what_goes_to_the_trainer_takes_its_value_with_it(outsider: User) -> Non
     words = ["--time=30", *outsider.training, "--run.name", "x", "--optim", '{"lr": 0.5}', "--config", "small.yaml"]
     (outsider.home / "small.yaml").write_text("train: {device: cpu}")
     assert "#SBATCH --job-name=x" in outsider.slurm("submit", "--dry-run", *words)
+
+
+def test_a_pack_that_would_be_refused_is_not_submitted(image_folder: Path, tmp_path: Path) -> None:
+    """A task would say it after hours in the queue."""
+    photographs = image_folder / "train"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for source, directory, complaint in (
+        (image_folder, tmp_path / "set", "look like splits and not like classes: pack"),
+        (photographs, tmp_path / "mine", "holds thesis.tex, which `pack` did not make: pack into an empty or a new"),
+        (photographs, photographs / "set", "lies in .*, whose folders are the classes"),
+        (tmp_path / "nowhere", tmp_path / "set", "nowhere is not a folder: give the one whose sub-folders are the"),
+    ):
+        options = Namespace(source=source, directory=directory, shorter_side=256, quality=90, shard_mb=64.0, seed=0)
+        options.keep_small = False
+        with pytest.raises(UserError, match=complaint):
+            submit_pack(options)
+        assert not (directory / "slurm").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""What a shard set is made of: how a pack knows its own work again, and says what differs; where it may be made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipelines.errors import SourceError
+from pipelines.files import write_atomically
+from pipelines.folders import Found, is_litter
+from pipelines.manifest import MANIFEST, Manifest, ShardError
+from pipelines.quarantine import QUARANTINE
+from pipelines.scan import REJECTED, WORK
+from pipelines.shards import INDEX
+from pipelines.sources import ImageFolder, Item, Source
+
+FILES = "files.npy"  # in a set: which files of the user's were packed
+PACKED = np.dtype([("name", "<u8"), ("size", "<i8")])  # a hash of the name, and bytes
+# What lies in a set, besides shards and what is hidden; `slurm submit pack` keeps its logs there.
+OURS = {MANIFEST, INDEX, REJECTED, QUARANTINE, FILES, "slurm"}
+SHOWN = 5  # names
+
+
+class Fingerprints(NamedTuple):
+    """What decides the bytes of a set, as hashes in hex.
+
+    Attributes:
+        fingerprint: of the names and sizes of the files, the classes and the options.
+        small_kept: the same with small images kept, where they are not: as long as there was no other way,
+            `keep_small` was no part of it.
+        earlier: the same by programs of an earlier day, which knew of no sizes.
+    """
+
+    fingerprint: str
+    small_kept: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """Of sets for which there is nothing left to do."""
+        return (self.fingerprint, *self.small_kept, *self.earlier)
+
+
+def fingerprints(source: Source, directory: Path, stored: dict[str, Any], split: str) -> Fingerprints:
+    """Raises SourceError.
+
+    Args:
+        stored: the options of `pack`.
+    """
+    if not source.items:
+        raise SourceError(f"no images to pack into {directory}: expected SRC/<class>/<image>")
+    sizes = [file.size for file in source.files.found] if source.files else None
+    return _fingerprints(source.classes, source.items, sizes, stored, split)
+
+
+def packed_earlier(source: Source, manifest: Manifest, stored: dict[str, Any], split: str) -> bool:
+    """Whether a set was packed from this source by a program of an earlier day, which saw other files of it."""
+    if not source.files or not manifest.source:
+        return False
+    classes, items = source.files.before()
+    return manifest.source in _fingerprints(classes, items, None, stored, split).counts
+
+
+def write_files(directory: Path, files: Sequence[Found]) -> None:
+    """Note which files are packed."""
+    data = BytesIO()
+    np.save(data, np.array([(_short(file.name), file.size) for file in files], PACKED))
+    write_atomically(directory / FILES, data.getvalue())
+
+
+def another(source: Source, directory: Path, manifest: Manifest, stored: dict[str, Any]) -> ShardError:
+    """What to raise where a set is not what would be packed now."""
+    was = manifest.stored
+    changed = [name for name in stored if name in was and was[name] != stored[name]]
+    if not manifest.source:
+        why = "of which `index` made a set"
+    elif changed:
+        how = " ".join(f"--{name.replace('_', '-')} {was[name]}" for name in changed)
+        why = f"packed with {how} and not {', '.join(str(stored[name]) for name in changed)}"
+    elif told := _changes(source, directory):
+        why = f"packed before the source changed ({told})"
+    else:
+        why = "packed from another source or under another name"
+    holds = f"already holds {manifest.samples:,} images in {len(manifest.shards)} shards, {why}"
+    return ShardError(
+        f"{directory} {holds}: pack into another directory, or remove {directory} with all of these first"
+    )
+
+
+def newer(source: Source, directory: Path) -> int:
+    """How many files of the source were changed after the set was finished."""
+    finished = (directory / MANIFEST).stat().st_mtime_ns
+    return sum(file.changed > finished for file in source.files.found) if source.files else 0
+
+
+def not_reached(source: Source, directory: Path) -> tuple[int, int]:
+    """Of a set of a program of an earlier day: how many files of the source it did not see, as behind a link, and how
+    many it saw that are passed over now."""
+    if not source.files or (directory / FILES).exists():
+        return 0, 0
+    was, now = {item.name for item in source.files.before()[1]}, {item.name for item in source.items}
+    return len(now - was), len(was - now)
+
+
+def refuse_strangers(directory: Path, source: Source | None = None) -> None:
+    """Raises ShardError for a directory that holds anything but a set of ours, finished or not, or that lies in its own
+    source."""
+    if isinstance(source, ImageFolder) and directory.resolve().is_relative_to(source.root.resolve()):
+        raise ShardError(
+            f"{directory} lies in {source.root}, whose folders are the classes: pack into a directory beside it"
+        )
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ShardError(f"{directory} is a file: name a directory to pack into")
+    begun = (directory / WORK).exists() or (directory / MANIFEST).exists()
+    names = sorted(path.name for path in directory.iterdir())
+    strange = [
+        name
+        for name in names
+        if not (name in OURS or is_litter(name) or (begun and re.fullmatch(r"shard-\d+\.tar", name)))
+    ]
+    if strange:
+        raise ShardError(
+            f"{directory} holds {some(strange)}, which `pack` did not make: pack into an empty or a new directory"
+        )
+
+
+def named(classes: Sequence[str]) -> str:
+    """So many classes, and what they are called."""
+    return f"{len(classes)} classes: {some(classes)}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of names of which there may be thousands."""
+    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+
+
+def _fingerprints(
+    classes: list[str], items: list[Item], sizes: list[int] | None, stored: dict[str, Any], split: str
+) -> Fingerprints:
+    head = json.dumps([items, classes, split], default=str, ensure_ascii=False)[:-1]
+    known = {name: value for name, value in stored.items() if name != "keep_small"}
+    # A program of an earlier day wrote 64 where that was the default, and 64.0 where it was given.
+    ways = [known | {"shard_mb": kind(known["shard_mb"])} for kind in (float, int)]
+    kept = tuple(_hash(f"{head}, {json.dumps(way)}]") for way in ways)
+    enlarges = stored["shorter_side"] and not stored["keep_small"]
+    names = tuple(_hash(f"{way}, small images enlarged") for way in kept) if enlarges else kept
+    if sizes is None:
+        return Fingerprints(names[0], kept if enlarges else (), names[1:])
+    sized, sized_kept = (_hash(f"{way[0]}, of {sizes} bytes") for way in (names, kept))
+    return Fingerprints(sized, (sized_kept, *kept) if enlarges else (), names)
+
+
+def _changes(source: Source, directory: Path) -> str:
+    """How the files of the source differ from those that were packed, or nothing if that is not known."""
+    try:
+        rows = np.load(directory / FILES)
+        was = dict(zip(rows["name"].tolist(), rows["size"].tolist(), strict=True))
+    except Exception:  # there is none, or whatever numpy makes of garbage
+        return ""
+    now = {_short(file.name): file for file in source.files.found} if source.files else {}
+    sizes = [file.name for key, file in now.items() if was.get(key, file.size) != file.size]
+    new = [file.name for key, file in now.items() if key not in was]
+    gone = len(was.keys() - now.keys())
+    told = [f"{len(names)} {what}: {names[0]}" for what, names in (("of another size", sizes), ("new", new)) if names]
+    return "; ".join(told + ([f"{gone} gone"] if gone else []))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def _short(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "little")

@@ -1,0 +1,134 @@
+"""The labelled image data sets of torchvision, as sources."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipelines.errors import SourceError, first_line
+from pipelines.sources import Item, Light
+
+
+@dataclass
+class Torchvision(Light):
+    """A labelled image data set of `torchvision.datasets`, by class name: `FashionMNIST`, `STL10`, `CIFAR10`, ...
+
+    Args:
+        name: the class in `torchvision.datasets`, spelled in any case, with or without dashes.
+        train: the training split, otherwise the test split.
+        root: where torchvision keeps (and downloads) its files.
+    """
+
+    name: str
+    train: bool
+    root: Path
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    files: None = None  # they are not the user's own
+
+    @cached_property
+    def data(self) -> Any:
+        from torchvision import datasets
+
+        known = {name.lower(): name for name in datasets.__all__}
+        plain = re.sub(r"[^a-z0-9]", "", self.name.lower())
+        if plain not in known:
+            raise SourceError(f"torchvision has no data set {self.name!r}; it has {', '.join(sorted(known.values()))}")
+        name = known[plain]
+        factory = getattr(datasets, name)
+        options = inspect.signature(factory).parameters
+        if "split" not in options and "train" not in options:
+            raise SourceError(f"{name} has no train and test split: save it as folders and pack those")
+        if name == "FashionMNIST":
+            _fashion_mnist_from_debian(self.root)
+        download: dict[str, Any] = {"download": True} if "download" in options else {}
+        try:
+            if "train" in options:
+                return factory(str(self.root), train=self.train, **download)
+            return self._split(lambda split: factory(str(self.root), split=split, **download))
+        except SourceError as error:
+            raise SourceError(f"{name} {error}: save it as folders and pack those") from error
+        except (RuntimeError, OSError, ValueError, ImportError) as error:
+            remedy = f"fetch it where there is a network and put it under {self.root}"
+            if name == "FashionMNIST":
+                remedy += ", or install Debian's package dataset-fashion-mnist"
+            raise SourceError(f"{name} cannot be had ({first_line(error)}): {remedy}") from error
+
+    def _split(self, make: Callable[[str], Any]) -> Any:
+        """The data set of the first of our splits that it has. Raises SourceError with its own if it has none."""
+        *others, last = ("train", "trainval") if self.train else ("test", "val")
+        for split in (*others, last):
+            try:
+                return make(split)
+            except ValueError as error:
+                own = re.search(r"Valid values are \{?(.*?)\}?\.?$", first_line(error))  # torchvision's verify_str_arg
+                if not (own and f"'{split}'" not in own[1]):
+                    raise
+                refused = own[1]
+        raise SourceError(f"has the splits {refused} and neither {others[0]} nor {last}")
+
+    @cached_property
+    def labels(self) -> list[int]:
+        known = [getattr(self.data, name) for name in ("targets", "labels", "_labels") if hasattr(self.data, name)]
+        try:
+            return [int(k) for k in (known[0] if known else (label for _, label in self.data))]
+        except (TypeError, ValueError) as error:
+            raise SourceError(
+                f"{self.name} has no class number for each image: save it as folders and pack those"
+            ) from error
+
+    @cached_property
+    def classes(self) -> list[str]:
+        numbers = range(max(self.labels) + 1)  # SVHN has no names
+        return [str(name) for name in getattr(self.data, "classes", numbers)]
+
+    @cached_property
+    def items(self) -> list[Item]:
+        return [Item(self.classes[k], i, k) for i, k in enumerate(self.labels)]
+
+    def load(self, reference: int) -> Image.Image:
+        image: Image.Image = self.data[reference][0]
+        return image
+
+
+def _fashion_mnist_from_debian(root: Path) -> None:
+    """Put the files of Debian's dataset-fashion-mnist where torchvision looks.
+
+    They are taken from the installed package, or fetched with apt into a folder of our own, which needs no root. Does
+    nothing if neither is possible.
+    """
+    raw = root / "FashionMNIST" / "raw"
+    if raw.exists():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        files = Path("usr/share/datasets/fashion-mnist")
+        source = Path("/") / files
+        if not source.exists() and shutil.which("apt-get") and shutil.which("dpkg-deb"):
+            lists = Path(scratch) / "lists"
+            lists.mkdir()
+            own = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={scratch}"]
+            commands = (
+                ["apt-get", *own, "update"],
+                ["apt-get", *own, "-o", "APT::Sandbox::User=root", "download", "dataset-fashion-mnist"],
+                ["sh", "-c", "dpkg-deb -x dataset-fashion-mnist_*.deb ."],
+            )
+            done = all(subprocess.run(c, cwd=scratch, capture_output=True).returncode == 0 for c in commands)
+            source = Path(scratch) / files if done else source
+        if not source.exists():
+            return
+        half = root / ".raw"  # renamed when it is whole: torchvision would not repair half of it
+        half.mkdir(parents=True, exist_ok=True)
+        for packed in source.glob("*.gz"):
+            (half / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+        raw.parent.mkdir(exist_ok=True)
+        half.rename(raw)
