@@ -75,13 +75,9 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
     data = BytesIO()
     np.save(data, np.array(rows, SAMPLE))
     write_atomically(_rows_file(path), data.getvalue())
+    shard = {"name": as_text(path.name), "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)}
     scan = {
-        "shard": {
-            "name": as_text(path.name),
-            "samples": len(rows),
-            "bytes": path.stat().st_size,
-            "sha256": sha256(path),
-        },
+        "shard": shard,
         "pixels": pixels,
         "total": [int(v) for v in total],
         "products": [[int(v) for v in row] for row in products],

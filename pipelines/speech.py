@@ -6,6 +6,7 @@ let go, and the work goes on.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -85,7 +86,7 @@ def begin() -> None:
         if name != "stdin":
             setattr(sys, name, _guarded(number, stream))
         elif stream is None:
-            sys.stdin = open(number, closefd=False)  # noqa: SIM115  (open as long as the process)
+            sys.stdin = open(number, closefd=False, encoding="utf-8")  # noqa: SIM115  (open as long as the process)
 
 
 def train_on() -> None:
@@ -173,7 +174,16 @@ def _guarded(number: int, stream: TextIO | None) -> TextIO:
             stream.flush()
         manner = {"encoding": stream.encoding, "line_buffering": stream.line_buffering or stream.write_through}
     raw = _Stream(number, "w", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), errors="backslashreplace", **manner)
+    codecs.register_error("escaped", _escaped)
+    return io.TextIOWrapper(io.BufferedWriter(raw), errors="escaped", **manner)
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What an encoding lacks, as escapes; but where the locale is ASCII, a file's name goes out as it came in."""
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
+        with suppress(UnicodeEncodeError):
+            return error.object[error.start : error.end].encode("ascii", "surrogateescape"), error.end
+    return codecs.backslashreplace_errors(error)
 
 
 def _stream(name: str) -> _Stream | None:

@@ -105,7 +105,7 @@ class WandbRun:
 def _nobody_is_asked() -> Iterator[None]:
     """Without a key wandb asks for one where stdin is a terminal, and waits; where it is none, it raises an error."""
     usual = sys.stdin
-    with open(os.devnull) as sys.stdin:
+    with open(os.devnull, encoding="utf-8") as sys.stdin:
         try:
             yield
         finally:
