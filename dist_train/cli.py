@@ -20,6 +20,7 @@ from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.status import Announcement
 from pipelines.cli import interrupted, nearest
 from pipelines.errors import UserError
+from pipelines.opened import raise_limit
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, str]:
@@ -57,6 +58,7 @@ def train(argv: Sequence[str]) -> int:
     """Train a net as this command line says. Returns the exit code; exits for --help and --print_config."""
     try:
         config, stem = parse(argv)
+        raise_limit()
         name = default_name(stem)
         path = config.run.path(name)
         announcement = Announcement(path, writes=launcher.rank() == 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from dist_train.config import Config, ConfigError
 from pipelines.manifest import MANIFEST, ShardError
 from pipelines.misc import cpus
+from pipelines.opened import PATIENCE
 from pipelines.shards import ShardSet
 from pipelines.sources import Torchvision
 
@@ -59,7 +60,8 @@ def small_share(config: Config, ranks: int, device: str) -> str:
 def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
     """The training and the validation set. Raises ShardError and ConfigError if they do not fit together."""
     data, batch = config.data, config.train.global_batch
-    train, val = ShardSet(data.train), ShardSet(data.val)
+    patience = min(PATIENCE, config.run.step_timeout / 2)  # before the watch calls it a hang
+    train, val = (ShardSet(path, patience) for path in (data.train, data.val))
     if train.classes != val.classes:
         raise ShardError(
             f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from pipelines.errors import UsageError, UserError
+from pipelines.opened import raise_limit
 
 USAGE, INTERRUPTED = 2, 130  # exit codes; the latter is the shell's for Ctrl-C
 PRINT_CONFIG = "--print_config"  # the one option that is passed on without a value
@@ -106,6 +107,7 @@ def run_verb(
             name = argv[0] if argv else ""
         if name not in verbs:
             return _without_verb(prog, verbs, argv)
+        raise_limit()
         verb, words = verbs[name], argv[len(name.split()) :]
         parser = Parser(f"{prog} {name}", verb.help)
         verb.options(parser)

@@ -157,6 +157,27 @@ def test_an_error_in_the_midst_of_training_is_a_failure(shard_sets: Path, tmp_pa
     TABLE.append(("an error in the midst of training", "failed, says why", "-"))
 
 
+@pytest.mark.parametrize(
+    ("n", "step"),
+    [(8, "step-00000007"), pytest.param(12, "step-00000010", marks=pytest.mark.slow)],
+    ids=["training", "validation"],
+)
+def test_a_tar_that_cannot_be_read(n: int, step: str, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """By one rank, which has tried for long: all save what was trained until then, and leave by the same sentence."""
+    run = tmp_path / "run"
+    result = launch(shard_sets, run, EVERY, fault=at("loader", n, "unread", 1))
+    assert result.returncode == 1
+    assert "raise ReadError" not in result.stderr, "no traceback of ours"
+    assert (status(run)["state"], status(run)["step"]) == ("failed", int(step[-2:]))
+    assert status(run)["reason"] == "shard-000002.tar could not be read for 60 s"
+    assert "shard-000002.tar could not be read for 60 s" in report(result.stderr)
+    again = launch(shard_sets, run, EVERY)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing from {step}:" in again.stderr
+    same(run, undisturbed)
+    TABLE.append(("a tar that cannot be read", "failed, saved, same bits", time_lost(run)))
+
+
 def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fault = at("step", 7, "vanish")

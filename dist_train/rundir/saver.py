@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from dist_train.config import CheckpointConfig
-from dist_train.outcomes import NotSaved
+from dist_train.outcomes import NotSaved, Unread
 from dist_train.ranks.world import World
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.state import TrainState
+from pipelines.opened import ReadError
 
 
 class Saver:
@@ -71,6 +72,25 @@ class Saver:
         size = run.record.size()
         run.store.save(state | {"record": size}, self._state.progress.as_meta() | self._meta, best=best)
         self._in_flight = size
+
+    def give_up(self, unread: list[ReadError], *, saves: bool) -> NoReturn:
+        """End the run, on all ranks alike, since one of them cannot read its samples. Raises Unread, or what `finish`
+        raises.
+
+        Args:
+            unread: why this rank cannot, if it is the one.
+            saves: whether the state is as after the last step that was taken.
+        """
+
+        def tell() -> None:
+            if unread:
+                raise unread[0]
+
+        if saves:
+            self.save()
+        self.finish()
+        self._world.together(tell, failure=Unread)
+        raise AssertionError("one of them has said so")
 
     def finish(self) -> None:
         """Wait for the last save, and try once more if it failed. Raises LeaseLost, and NotSaved if it fails again, on
