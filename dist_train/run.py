@@ -91,6 +91,8 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         try:  # before anything is claimed
             trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
             resumed = resume.restore(trainer.state, config, world, sets[0], run, asdict(trainer.settled))
+            config = replace(config, model=replace(config.model, init_from=resumed.init_from))
+            trainer.saver.meta["config"] = as_dict(config)
         except ValueError as error:  # ours, and torch's for sizes that do not fit
             raise Refused(str(error)) from error
         _claim(config, world, run, resumed.bad)

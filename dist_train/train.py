@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +77,7 @@ class Trainer:
     ) -> None:
         training_set, val_set = sets
         self.config, self.world, self.watch, self.run = config, world, watch, run
-        self.settled = process.prepare(config, world, run.say)
+        self.settled = replace(process.prepare(config, world, run.say), precision=build.precision(config, world))
         self.train_loader = build.train_loader(config, world, training_set)
         batch = max(world.dp_size, config.train.global_batch // config.train.accumulate)
         self.val_loader = build.fixed_loader(config, world, val_set, training_set, batch=batch)
@@ -85,7 +85,7 @@ class Trainer:
         self.model = build.model(config, world, len(training_set.classes), compiled=compiled)
         self.net = build.distribute(self.model, config, world, compiled=compiled)
         self.autocast = build.autocast(config, world)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=build.precision(config, world) == "fp16")
+        scaler = torch.amp.GradScaler(world.device.type, enabled=self.settled.precision == "fp16")
         schedule = optim.Schedule(config.schedule, config.optim.lr)
         self.progress = Progress()
         self.state = TrainState(self.model, optim.build(config.optim, self.model), scaler, schedule, self.progress)

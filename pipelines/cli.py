@@ -15,6 +15,7 @@ from pipelines.errors import UsageError, UserError
 from pipelines.opened import raise_limit
 
 USAGE, INTERRUPTED = 2, 130  # exit codes; the latter is the shell's for Ctrl-C
+MOST = (1 << 64) - 1  # that numpy takes
 PRINT_CONFIG = "--print_config"  # the one option that is passed on without a value
 
 
@@ -155,6 +156,8 @@ def _at_least(minimum: int, text: str) -> int:
         raise ArgumentTypeError(f"{text!r} is not a whole number") from None
     if number < minimum:
         raise ArgumentTypeError(f"{text} is below {minimum}")
+    if number > MOST:
+        raise ArgumentTypeError(f"{text} is above {MOST}")
     return number
 
 

@@ -33,7 +33,7 @@ class Saver:
         covered: Callable[[int], None],
     ) -> None:
         self._config, self._world, self._run, self._state = config, world, run, state
-        self._meta, self._covered = meta, covered
+        self.meta, self._covered = meta, covered
         self._saved_at = time.monotonic()
         self._saved_step = -1
         self._in_flight = 0  # bytes of the record that the save in flight covers
@@ -70,7 +70,7 @@ class Saver:
         else:
             self._covered(self._in_flight)  # the save before this one is on the disk; the last one is the run's to tell
         size = run.record.size()
-        run.store.save(state | {"record": size}, self._state.progress.as_meta() | self._meta, best=best)
+        run.store.save(state | {"record": size}, self._state.progress.as_meta() | self.meta, best=best)
         self._in_flight = size
 
     def give_up(self, unread: list[ReadError], *, saves: bool) -> NoReturn:
