@@ -49,9 +49,9 @@ def overrides_of(line: str, file: Path) -> list[str]:
 
 
 def default_name(stem: str) -> str:
-    """The name of the YAML file and the time at which the launcher of this process began, which a restart by the
-    launcher does not change."""
-    return f"{stem}-{kin.began():%Y%m%d-%H%M%S}"
+    """The name of the YAML file, and when the launcher of this process began: no other start's, but that of a restart
+    by the launcher."""
+    return f"{stem}-{kin.stamp()}"
 
 
 def train(argv: Sequence[str]) -> int:

@@ -184,7 +184,7 @@ class RunConfig:
     """Name and place of the run, and how long it may be silent."""
 
     name: str = ""
-    """Default: the name of the configuration, date and time. A run of this name is continued."""
+    """Default: the name of the configuration, date, time and four digits. A run of this name is continued."""
     root: str = "runs"
     dir: str = ""
     """Default: root/name."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 from dist_train.config import Config, ConfigError
 from pipelines.manifest import MANIFEST, ShardError
@@ -12,6 +15,9 @@ from pipelines.opened import PATIENCE
 from pipelines.shards import ShardSet
 from pipelines.sources import Torchvision
 
+LOOK = 5.0  # seconds between two looks at what is packed
+MANY = 1000  # files in a folder
+RAW = "raw"  # the folder beside the sets that a source is downloaded to
 SHARE = 32  # samples of a batch on a GPU that keep it busy, about (docs/performance.md)
 
 
@@ -26,8 +32,49 @@ def pack_source(config: Config) -> None:
     from pipelines.pack import Options, pack  # webdataset imports torch
 
     for path, training in ((config.data.train, True), (config.data.val, False)):
-        source = Torchvision(config.data.source, training, Path(config.data.train).parent / "raw")
+        source = Torchvision(config.data.source, training, Path(config.data.train).parent / RAW)
         pack(source, Path(path), Options(shorter_side=0), split=Path(path).name, workers=cpus())
+
+
+class Packing:
+    """`pack_source` in a thread, so that the caller can see that it goes on."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._error = config, list[BaseException]()
+        self._thread = Thread(target=self._pack, name="pack", daemon=True)
+        self._thread.start()
+
+    def look(self) -> int:
+        """After some seconds: a number above 0 that changes while files are fetched and sets packed. 0: it is over."""
+        self._thread.join(LOOK)
+        if not self._thread.is_alive():
+            return 0
+        data = self._config.data
+        roots = (Path(data.train).parent / RAW, Path(data.train), Path(data.val))
+        return 1 + sum(map(_written, roots))
+
+    def finish(self) -> None:
+        """Raises what `pack_source` has raised."""
+        self._thread.join()
+        for error in self._error:
+            raise error
+
+    def _pack(self) -> None:
+        try:
+            pack_source(self._config)
+        except BaseException as error:
+            self._error.append(error)
+
+
+def _written(root: Path) -> int:
+    """How many files there are, and bytes in those that are not one of very many."""
+    total = 0
+    for folder, _, files in os.walk(root):
+        total += len(files)
+        for file in files if len(files) < MANY else ():
+            with suppress(OSError):  # it is written, so it may have another name by now
+                total += os.lstat(os.path.join(folder, file)).st_size
+    return total
 
 
 def check_batch(config: Config, ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ from pipelines.parallel import parallel, tick
 from pipelines.rows import HEADER
 from pipelines.scan import WORK, finish, scan_file, scan_shard
 from pipelines.sources import Item, Source, SourceError, to_jpeg
+from pipelines.speech import say
 
 TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set
 OVERHEAD = 4 * HEADER  # bytes of a sample beside its image: two headers, the label's block, and what fills up blocks
@@ -229,6 +231,10 @@ def _working_folder(directory: Path, plan: _Plan, work: _Work) -> Iterator[None]
             fcntl.flock(begun, lock | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(f"{directory} is being packed by another process: wait for it") from error
+        except OSError as error:  # Lustre's default, and others': it would be no remedy to pack elsewhere and copy
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            say(f"{directory} cannot be locked ({error.strerror}): see to it that no other process packs into it")
         _settle(begun, directory, plan, work)
         yield
     if work is not _Work.SHARE:

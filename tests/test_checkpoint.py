@@ -305,5 +305,5 @@ def test_what_a_net_never_had_is_no_other_setting(shard_sets: Path, world: World
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"model.hidden": 32}))
     assert Start(tmp_path / "run", shards, world, config).restore().found
     other = replace(config, model=ModelConfig("torchvision:resnet34"))
-    with pytest.raises(CheckpointError, match="model.name was 'torchvision:resnet18', now 'torchvision:resnet34'"):
+    with pytest.raises(CheckpointError, match=r"model.name was 'torchvision:resnet18', now 'torchvision:resnet34'"):
         Start(tmp_path / "run", shards, world, other).restore()

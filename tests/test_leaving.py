@@ -8,11 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from dist_train import data
+from dist_train.config import Config, DataConfig
+from dist_train.ranks import watch
+from dist_train.run import _pack
+from pipelines.manifest import ShardError
 from tests.helpers.compare import status
 from tests.helpers.drills import (
     EVERY,
@@ -276,3 +285,65 @@ def test_an_end_while_packing(number: signal.Signals, tmp_path: Path) -> None:
     late = finish(packing(tmp_path, run))
     assert late.returncode == 0, late.stderr
     TABLE.append((f"{number.name} to torchrun while packing", f"gone in {took:.1f} s, packed, trained", "-"))
+
+
+class Quiet:
+    """Another rank, or this one, that the watch has nothing to say of but a hang."""
+
+    def __init__(self) -> None:
+        self.hung = Event()
+
+    def force(self, why: str, *, begun: bool) -> None:
+        raise AssertionError(why)
+
+    def hang(self, seconds: float, step: int, place: str, stacks: str) -> None:
+        self.hung.set()
+
+    def follow(self, *, signalled: bool, begun: bool) -> bool:
+        return False
+
+
+class One:
+    """A world of one rank."""
+
+    rank = 0
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def together(self, work: Callable[[], Any], *, on: list[int]) -> Any:
+        return work()
+
+
+@pytest.mark.parametrize("stands_still", [False, True])
+def test_packing_takes_longer_than_the_start_may(
+    stands_still: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as something is written it is no hang; and what the packing raises is raised."""
+    monkeypatch.setattr(watch, "signal", Mock(getsignal=signal.getsignal, SIGHUP=1, SIG_IGN=None))
+    monkeypatch.setattr(watch, "faulthandler", Mock(dump_traceback=lambda *_, **__: None))
+    monkeypatch.setattr(watch, "POLL", 0.02)
+    monkeypatch.setattr(data, "LOOK", 0.02)
+    words, packed = Quiet(), Event()
+
+    def pack_source(config: Config) -> None:
+        (tmp_path / "val").mkdir()
+        for i in range(22):
+            time.sleep(0.05)
+            with open(tmp_path / "val" / "shard-000000.tar", "ab") as file:
+                file.write(bytes(1 if not stands_still or i < 4 else 0))
+        packed.set()
+        raise ShardError("this one is of another set")
+
+    monkeypatch.setattr(data, "pack_source", pack_source)
+    watching = watch.Watch(0.7, 9, words)
+    config = Config(data=DataConfig(train=str(tmp_path / "train"), val=str(tmp_path / "val"), source="fashion-mnist"))
+    told: list[str] = []
+    try:
+        with pytest.raises(ShardError, match="of another set"):
+            _pack(config, One(), watching, Mock(say=told.append))  # type: ignore[arg-type]
+    finally:
+        watching.close()
+    assert packed.is_set()
+    assert words.hung.is_set() == stands_still
+    assert set(told) == {"fashion-mnist is packed"}
