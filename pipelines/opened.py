@@ -101,7 +101,7 @@ class OpenTars:
                     self._tell(f"{self._path(tar)} cannot be read ({error.strerror}): trying again", stopped=True)
             else:
                 if failing:
-                    self._tell(f"{self._path(tar)} can be read again: reading goes on", stopped=False)
+                    self._tell(f"{self._path(tar).parent} can be read again: reading goes on", stopped=False)
                 return result
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST)

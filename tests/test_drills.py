@@ -48,6 +48,7 @@ DRILLS = [
     Drill("SIGTERM to one rank", at("step", 6, "SIGTERM", 1), "stopped", slow=True),
     Drill("SIGINT to all ranks", at("step", 6, "SIGINT", -1), "stopped", slow=True),
     Drill("SIGUSR2 to one rank at an epoch's last step", at("step", 10, "SIGUSR2"), "stopped"),
+    Drill("SIGHUP to one rank", at("step", 6, "SIGHUP", 1), "stopped", slow=True),
     Drill("SIGTERM to torchrun", at("step", 6, "launcher SIGTERM", 1), "stopped", slow=True),
     Drill("SIGTERM during validation", at("validation", 1, "SIGTERM", 1), "stopped"),
     Drill("SIGTERM during a save", at("save:written", 1, "SIGTERM"), "stopped", slow=True),

@@ -41,6 +41,7 @@ from tests.helpers.launch import MARK, Run, at, children, command, finish, launc
 __all__ = ["table", "undisturbed"]  # fixtures
 pytestmark = pytest.mark.integration
 
+ROOT = Path(__file__).parents[1]
 STANDS = "step-00000004 stands"
 REAPER = """if 1:
     import ctypes, subprocess, sys, time
@@ -249,6 +250,30 @@ def test_a_stop_while_the_net_is_compiled(shard_sets: Path, undisturbed: Path, t
     assert not list(run.rglob("*")), "nobody has claimed it"
     continued(shard_sets, run, undisturbed)
     TABLE.append(("a stop while the net is compiled", f"gone in {took:.1f} s, continued, same bits", "-"))
+
+
+HANGUP = """if 1:
+    import os, signal, sys, time
+    from dist_train.ranks.watch import Watch
+    signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+    class Words:
+        def follow(self, **_): return False
+    watch = Watch(60, 60, Words())
+    watch.heartbeat(60)
+    os.kill(os.getpid(), signal.SIGHUP)
+    until = time.monotonic() + float(sys.argv[2])
+    while time.monotonic() < until and not watch.stop:
+        time.sleep(0.01)
+    print(watch.stop)
+"""
+
+
+def test_a_terminal_that_goes_away() -> None:
+    """Is a stop like SIGTERM, but for what was started by nohup."""
+    for handler, seconds, stops in (("SIG_DFL", 9, "True"), ("SIG_IGN", 0.3, "False")):
+        words = [sys.executable, "-c", HANGUP, handler, str(seconds)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (0, f"{stops}\n"), done.stderr
 
 
 def raw_fashion_mnist(folder: Path, images: int) -> None:
