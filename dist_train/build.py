@@ -111,8 +111,8 @@ def _try_least_share(model: nn.Module, config: Config, world: World) -> None:
             model.forward(sample)  # not compiled for this
     except ValueError as error:
         raise ConfigError(
-            f"{config.model.name} cannot take the statistics of one sample, and that is all that a rank gets of "
-            f"train.global_batch {batch} with {world.dp_size} ranks and train.accumulate {pieces}: raise the first, or "
+            f"{config.model.name} cannot take the statistics of one sample, which is all that a rank gets of "
+            f"train.global_batch {batch} (ranks: {world.dp_size}, train.accumulate: {pieces}): raise the first, or "
             f"lower the others ({first_line(error)})"
         ) from error
     finally:

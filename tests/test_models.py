@@ -291,7 +291,7 @@ def test_one_sample_has_no_statistics() -> None:
         before = {name: value.clone() for name, value in net.state_dict().items()}
         if refused:
             with pytest.raises(
-                ConfigError, match=r"cannot take the statistics of one sample, .* train.global_batch 5 with .* raise"
+                ConfigError, match=r"cannot take the statistics of one sample, .* train.global_batch 5 .*: raise"
             ):
                 build.distribute(net, config, world, compiled=False)
         else:
