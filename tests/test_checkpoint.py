@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from dist_train import optim
-from dist_train.config import Config, ModelConfig, OptimConfig, ScheduleConfig, as_dict
+from dist_train.analysis.trained import read_config
+from dist_train.config import Config, ModelConfig, OptimConfig, ScheduleConfig, as_dict, dump
 from dist_train.process import Settled
 from dist_train.ranks.world import World, join
 from dist_train.rundir.checkpoint import CheckpointError, find
@@ -304,6 +305,8 @@ def test_what_a_net_never_had_is_no_other_setting(shard_sets: Path, world: World
     (meta,) = tmp_path.glob("run/checkpoints/step-*/meta.json")
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"model.hidden": 32}))
     assert Start(tmp_path / "run", shards, world, config).restore().found
+    (tmp_path / "run" / "config.yaml").write_text(dump(config).replace("hidden: 4096", "hidden: 32"))
+    assert read_config(tmp_path / "run").model == config.model, "to evaluate it"
     other = replace(config, model=ModelConfig("torchvision:resnet34"))
     with pytest.raises(CheckpointError, match=r"model.name was 'torchvision:resnet18', now 'torchvision:resnet34'"):
         Start(tmp_path / "run", shards, world, other).restore()

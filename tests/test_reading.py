@@ -218,7 +218,8 @@ def test_a_file_system_that_fails_for_seconds(
     assert shards._tars.get(shards.shard_of(7)) is not before
     assert disk.slept[2:] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]
     path = shard_sets / "train" / shards.names[shards.shard_of(7)]
-    said = f"{path} cannot be read ({os.strerror(number)}): trying again\n{path.parent} can be read again: reading goes on\n"
+    said = f"{path} cannot be read ({os.strerror(number)}): trying again\n"
+    said += f"{path.parent} can be read again: reading goes on\n"
     assert capsys.readouterr().err == said
 
 
