@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train import models
-from dist_train.config import Config
+from dist_train.config import Config, ConfigError
 from dist_train.ranks import tower_parallel
 from dist_train.ranks.world import World
 from pipelines.dali import Decode
+from pipelines.errors import first_line
 from pipelines.loader import Loader, Read
 from pipelines.order import Ints, even_split
 from pipelines.plan import FixedPlan, Plan, TrainingPlan
@@ -97,13 +98,37 @@ def precision(config: Config, world: World) -> str:
     return "fp16" if world.mesh is None else "off"
 
 
+def _try_least_share(model: nn.Module, config: Config, world: World) -> None:
+    """Raises ConfigError if a rank may have to compute on one sample, of which a layer of the net takes statistics."""
+    batch, pieces = config.train.global_batch, config.train.accumulate
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    if batch // world.dp_size // pieces > 1 or not any(isinstance(layer, batch_norm) for layer in model.modules()):
+        return
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    sample = torch.zeros(1, 3, config.data.crop, config.data.crop, device=world.device)
+    try:
+        with torch.no_grad(), autocast(config, world):
+            model.forward(sample)  # not compiled for this
+    except ValueError as error:
+        raise ConfigError(
+            f"{config.model.name} cannot take the statistics of one sample, which is all that a rank gets of "
+            f"train.global_batch {batch} (ranks: {world.dp_size}, train.accumulate: {pieces}): raise the first, or "
+            f"lower the others ({first_line(error)})"
+        ) from error
+    finally:
+        model.load_state_dict(before)
+
+
 def distribute(model: nn.Module, config: Config, world: World, *, compiled: bool) -> nn.Module:
     """DDP around the model, its buckets settled.
 
     DDP rebuilds its buckets after its first step. Then more than two ranks sum in another order: gloo was seen to, and
     in NCCL's ring the rank that a sum begins with follows from a number's place in its bucket. Two throw-away steps put
     that behind us, so that a resumed run sums as one that never stopped.
+
+    Raises ConfigError if the net cannot be trained on so few samples at a time.
     """
+    _try_least_share(model, config, world)
     if world.dp_size == 1 and config.train.ddp == "auto":
         return model
     net = DistributedDataParallel(model, process_group=world.group("data"), gradient_as_bucket_view=True)

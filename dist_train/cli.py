@@ -21,6 +21,7 @@ from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.status import Announcement
 from pipelines.cli import interrupted, nearest
 from pipelines.errors import UserError
+from pipelines.opened import raise_limit
 from pipelines.speech import train_on
 
 
@@ -56,9 +57,9 @@ def overrides_of(line: str, file: Path) -> list[str]:
 
 
 def default_name(stem: str) -> str:
-    """The name of the YAML file and the time at which the launcher of this process began, which a restart by the
-    launcher does not change."""
-    return f"{stem}-{kin.began():%Y%m%d-%H%M%S}"
+    """The name of the YAML file, and when the launcher of this process began: no other start's, but that of a restart
+    by the launcher."""
+    return f"{stem}-{kin.stamp()}"
 
 
 def train(argv: Sequence[str]) -> int:
@@ -66,6 +67,7 @@ def train(argv: Sequence[str]) -> int:
     train_on()
     try:
         config, stem = parse(argv)
+        raise_limit()
         name = default_name(stem)
         path = config.run.path(name)
         announcement = Announcement(path, writes=launcher.rank() == 0)

@@ -19,6 +19,7 @@ from pipelines.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = CONFIGS / "quickstart.yaml"
+TORCHVISION = "torchvision:"  # before the name of a model of torchvision
 
 
 class ConfigError(UserError):
@@ -61,8 +62,8 @@ class ModelConfig:
 
     name: str = "alexnet"
     """alexnet (the paper's: two towers, as groups), alexnet_two_tower (the same function as two explicit towers),
-    alexnet_one_tower (no groups), or torchvision:<name>. Every field below except init_from applies only to the
-    alexnet models."""
+    alexnet_one_tower (no groups), or torchvision:<name>. Every field below except outputs and init_from applies only to
+    the alexnet models."""
     hidden: int = least(1, 4096)
     """Units of each hidden dense layer, over both towers."""
     dropout: float = within(0, 1, 0.5)
@@ -141,7 +142,7 @@ class TrainConfig:
     """Stop early after this many steps; 0: not."""
     tower_parallel: bool = False
     """Put the two towers of alexnet_two_tower on two ranks, as the paper did, with data parallelism over the pairs."""
-    seed: int = least(0, 0)
+    seed: int = within(0, 1 << 64, 0)
     """Of weights, order, augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
@@ -184,15 +185,15 @@ class RunConfig:
     """Name and place of the run, and how long it may be silent."""
 
     name: str = ""
-    """Default: the name of the configuration, date and time. A run of this name is continued."""
+    """Default: the name of the configuration, date, time and four digits. A run of this name is continued."""
     root: str = "runs"
     dir: str = ""
     """Default: root/name."""
-    start_timeout: float = 1800.0
+    start_timeout: float = above(0, 1800.0)
     """Seconds without a sign of life, until the first step, after which a process ends itself."""
-    step_timeout: float = 300.0
+    step_timeout: float = above(0, 300.0)
     """The same, afterwards."""
-    stop_timeout: float = 120.0
+    stop_timeout: float = above(0, 120.0)
     """Seconds that a stop, with its save, may take."""
 
     def path(self, name: str) -> Path:
@@ -219,6 +220,12 @@ class Config:
             if found := broken(getattr(self, group.name)):
                 name, message = found
                 raise ConfigError(f"{group.name}.{name} {message}")
+        for key, default in idle_fields(self.model.name).items():
+            if (value := getattr(self.model, key)) != default:
+                raise ConfigError(
+                    f"model.{key} is {value}, but {self.model.name} does not have it: leave it out, or choose one of "
+                    f"the alexnet models"
+                )
         if self.train.tower_parallel and self.model.name != "alexnet_two_tower":
             raise ConfigError(
                 f"train.tower_parallel needs two towers, and model.name is {self.model.name}: make it alexnet_two_tower"
@@ -259,6 +266,13 @@ def at_home(config: Config) -> Config:
 def _path(text: str) -> str:
     """The name as the system takes it, in a locale without its characters, too."""
     return os.fsdecode(os.path.expanduser(text).encode(errors="surrogateescape"))
+
+
+def idle_fields(name: str) -> dict[str, Any]:
+    """The fields of ModelConfig that mean nothing to a net of this name, with their defaults."""
+    if not name.startswith(TORCHVISION):
+        return {}
+    return {k: v for k, v in asdict(ModelConfig()).items() if k not in ("name", "outputs", "init_from")}
 
 
 # Options of the trainer without a dot: a file, and each group as a mapping.

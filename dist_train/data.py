@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 from dist_train.config import Config, ConfigError
 from pipelines.augment import scale
 from pipelines.manifest import MANIFEST, ShardError
 from pipelines.misc import cpus
+from pipelines.opened import PATIENCE
 from pipelines.shards import ShardSet
 from pipelines.torchvision_sets import Torchvision
 
+LOOK = 5.0  # seconds between two looks at what is packed
+MANY = 1000  # files in a folder
+RAW = "raw"  # the folder beside the sets that a source is downloaded to
 SHARE = 32  # samples of a batch on a GPU that keep it busy, about (docs/performance.md)
 
 
@@ -32,13 +39,54 @@ def pack_source(config: Config) -> None:
         for path in missing:  # before anything is fetched
             origin.refuse_strangers(path)
         for path, training in sets.items():
-            source = Torchvision(config.data.source, training, Path(config.data.train).parent / "raw")
+            source = Torchvision(config.data.source, training, Path(config.data.train).parent / RAW)
             pack(source, path, Options(shorter_side=0), split=path.name, workers=cpus())
     except ShardError as error:
         raise ShardError(
             f"data.source {config.data.source} is not packed, though there is no set in "
             f"{' and '.join(map(str, missing))}: {error}; or, for sets of your own, leave out data.source"
         ) from error
+
+
+class Packing:
+    """`pack_source` in a thread, so that the caller can see that it goes on."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._error = config, list[BaseException]()
+        self._thread = Thread(target=self._pack, name="pack", daemon=True)
+        self._thread.start()
+
+    def look(self) -> int:
+        """After some seconds: a number above 0 that changes while files are fetched and sets packed. 0: it is over."""
+        self._thread.join(LOOK)
+        if not self._thread.is_alive():
+            return 0
+        data = self._config.data
+        roots = (Path(data.train).parent / RAW, Path(data.train), Path(data.val))
+        return 1 + sum(map(_written, roots))
+
+    def finish(self) -> None:
+        """Raises what `pack_source` has raised."""
+        self._thread.join()
+        for error in self._error:
+            raise error
+
+    def _pack(self) -> None:
+        try:
+            pack_source(self._config)
+        except BaseException as error:
+            self._error.append(error)
+
+
+def _written(root: Path) -> int:
+    """How many files there are, and bytes in those that are not one of very many."""
+    total = 0
+    for folder, _, files in os.walk(root):
+        total += len(files)
+        for file in files if len(files) < MANY else ():
+            with suppress(OSError):  # it is written, so it may have another name by now
+                total += os.lstat(os.path.join(folder, file)).st_size
+    return total
 
 
 def check_batch(config: Config, ranks: int) -> None:
@@ -71,7 +119,8 @@ def small_share(config: Config, ranks: int, device: str) -> str:
 def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
     """The training and the validation set. Raises UserError if they do not fit together, or the settings."""
     data, batch = config.data, config.train.global_batch
-    train, val = ShardSet(data.train), ShardSet(data.val)
+    patience = min(PATIENCE, config.run.step_timeout / 2)  # before the watch calls it a hang
+    train, val = (ShardSet(path, patience) for path in (data.train, data.val))
     scale(data.inputs, train.manifest)
     if train.classes != val.classes:
         raise ShardError(

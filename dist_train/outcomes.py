@@ -45,6 +45,12 @@ class BadData(Ended):
     code, state = USAGE, "failed"
 
 
+class Unread(Ended):
+    """A rank cannot read its samples, for longer than a file system may fail. Another try, or node, may."""
+
+    code, state = FAILED, "failed"
+
+
 class NotSaved(Ended):
     """The last save failed, and so did another try."""
 

@@ -39,6 +39,7 @@ class Settled:
         freed_memory: what becomes of it, in words.
         accelerator: the GPUs of all ranks, with driver and libraries, in words; nothing on the CPU.
         numerics: see NUMERICS.
+        precision: off, bf16 or fp16: what `train.precision` comes to on this device.
     """
 
     compiled: bool
@@ -46,6 +47,7 @@ class Settled:
     freed_memory: str
     accelerator: str = ""
     numerics: int = NUMERICS
+    precision: str = ""
 
 
 def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled:

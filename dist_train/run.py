@@ -80,7 +80,7 @@ def _tell(end: Ended, announcement: Announcement) -> None:
 def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords, announcement: Announcement) -> Ended:
     """How the run ended, after saying so."""
     try:
-        sets = _open_sets(config, world, announcement)
+        sets = _open_sets(config, world, watch, announcement)
         if config.train.tower_parallel:
             world = world.in_pairs()
         config = _placed(config, name, world)
@@ -93,6 +93,8 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         try:  # before anything is claimed
             trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
             resumed = resume.restore(trainer.state, config, world, sets[0], run, asdict(trainer.settled))
+            config = replace(config, model=replace(config.model, init_from=resumed.init_from))
+            trainer.saver.meta["config"] = as_dict(config)
         except ValueError as error:  # ours, and torch's for sizes that do not fit
             raise Refused(str(error)) from error
         _claim(config, world, run, resumed)
@@ -123,19 +125,32 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
     return end
 
 
-def _open_sets(config: Config, world: World, announcement: Announcement) -> tuple[ShardSet, ShardSet]:
+def _open_sets(config: Config, world: World, watch: Watch, announcement: Announcement) -> tuple[ShardSet, ShardSet]:
     """The training and the validation set; rank 0 packs them first if they are not there and the configuration names a
     source. Raises Refused on all ranks."""
     world.together(lambda: data.check_batch(config, world.size))
     if world.share(data.to_pack(config)):
-        announcement.say(f"{config.data.source} is packed")
-        world.together(lambda: data.pack_source(config), on=[0])
+        _pack(config, world, watch, announcement)
     # A file system that fails for a moment is no refusal: that may be mended by a restart.
     sets = world.together(lambda: data.open_sets(config), catch=(UserError,))
     assert sets is not None
     world.together(lambda: data.check_tars(sets), on=[0])
     announcement.say("the run is looked at")
     return sets
+
+
+def _pack(config: Config, world: World, watch: Watch, announcement: Announcement) -> None:
+    """Let rank 0 pack the source, however long that takes: as long as it goes on, all ranks are alive. Raises Refused
+    on all ranks."""
+    announcement.say(f"{config.data.source} is packed")
+    packing = data.Packing(config) if world.rank == 0 else None
+    before = 0
+    while written := world.share(packing.look() if packing else 0):
+        if written != before:
+            watch.wait()
+            announcement.say(f"{config.data.source} is packed")
+        before = written
+    world.together(lambda: packing.finish() if packing else None, on=[0])
 
 
 def _placed(config: Config, name: str, world: World) -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from dist_train.rundir.saver import Saver
 from dist_train.rundir.state import MEMORY, Progress, Step, TrainState
 from dist_train.validate import chance_error, validate
 from pipelines.loader import Batch, Loader
+from pipelines.opened import ReadError
 from pipelines.order import even_split
 from pipelines.shards import ShardSet
 
@@ -58,6 +59,7 @@ class Trainer:
     world: World
     watch: Watch
     pending: Pending | None  # the last step, until the next one is under way
+    unread: list[ReadError]  # why this rank cannot read its samples any more
     # What is written and shown
     run: RunDirectory
     saver: Saver
@@ -75,7 +77,7 @@ class Trainer:
     ) -> None:
         training_set, val_set = sets
         self.config, self.world, self.watch, self.run = config, world, watch, run
-        self.settled = process.prepare(config, world, run.say)
+        self.settled = replace(process.prepare(config, world, run.say), precision=build.precision(config, world))
         self.train_loader = build.train_loader(config, world, training_set)
         batch = max(world.dp_size, config.train.global_batch // config.train.accumulate)
         self.val_loader = build.fixed_loader(config, world, val_set, training_set, batch=batch)
@@ -83,11 +85,11 @@ class Trainer:
         self.model = build.model(config, world, len(training_set.classes), compiled=compiled)
         self.net = build.distribute(self.model, config, world, compiled=compiled)
         self.autocast = build.autocast(config, world)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=build.precision(config, world) == "fp16")
+        scaler = torch.amp.GradScaler(world.device.type, enabled=self.settled.precision == "fp16")
         schedule = optim.Schedule(config.schedule, config.optim.lr)
         self.progress = Progress()
         self.state = TrainState(self.model, optim.build(config.optim, self.model), scaler, schedule, self.progress)
-        self.pending = None
+        self.pending, self.unread = None, []
         meta: dict[str, Any] = identity(config, training_set) | {"config": as_dict(config)}
         meta |= {"torch": torch.__version__, "world_size": world.size, "process": asdict(self.settled)}
         self.saver = Saver(config.checkpoint, world, run, self.state, meta, wandb.publish)
@@ -99,7 +101,7 @@ class Trainer:
         while progress.epoch < self.config.train.epochs and not self.enough():  # section 5: "roughly 90 cycles"
             self.report.begin_epoch(progress)
             keys = keys_of_epoch(self.config.train.seed, first=progress.step - progress.step_in_epoch)
-            for batch in self.train_loader.epoch(progress.epoch, progress.step_in_epoch, keys):
+            for batch in self.train_loader.epoch(progress.epoch, progress.step_in_epoch, keys, self.unread):
                 lr = schedule.lr(progress.epoch, progress.step_in_epoch, steps)
                 if progress.step in self.config.monitor.probes:
                     self.probe(batch, lr)
@@ -160,7 +162,7 @@ class Trainer:
             wrong += (logits.argmax(1) != labels[low:high]).sum()
         refused = optim.update(optimizer, scaler, world.agree)
         said: dict[str, Any] = {"refused": refused, "stop": self.watch.stop, "lost": self.run.lease.lost}
-        said["save"] = self.saver.due_by_clock()
+        said |= {"save": self.saver.due_by_clock(), "unread": len(self.unread)}
         if world.counted:  # not by the second tower of a net, which saw the same samples as the first
             said |= {"loss": total, "wrong": wrong, "bad": batch.replaced}
         step = Step(progress.epoch, progress.step_in_epoch, progress.step, lr)
@@ -181,7 +183,7 @@ class Trainer:
             raise Stopped(STOP)
 
     def observe(self, pending: Pending | None) -> Vote:
-        """Wait for the vote of a step and record it. Raises LeaseLost, Diverged and BadData, on all ranks alike."""
+        """Wait for the vote of a step and record it. Raises LeaseLost, Unread, Diverged, BadData on all ranks alike."""
         self.watch.heartbeat(self.config.run.step_timeout)
         if pending is None:
             return Vote()
@@ -191,6 +193,14 @@ class Trainer:
         loss = vote.loss / batch
         if vote.lost:
             raise self.run.lease.loss(int(vote.lost))
+        if vote.unread:  # NaN on one rank: none has taken this step, nor the one that is under way
+            if self.pending:
+                self.pending.vote.read()
+            progress.go_back(step)
+            # But two such steps have lowered the scale of fp16, and have gone into the running means of a net that has
+            # some: then the checkpoint that is there is what the run goes on from.
+            as_before = not self.state.scaler.is_enabled() and not list(self.model.buffers())
+            self.saver.give_up(self.unread, saves=as_before)
         if vote.refused or not math.isfinite(loss):
             keys = self.train_loader.names(step.epoch, step.step_in_epoch)
             raise Diverged(postmortem.diverged(self.run.path, step, loss, keys, writes=self.world.rank == 0))
@@ -211,15 +221,18 @@ class Trainer:
         def after_batch() -> None:
             self.watch.heartbeat(config.run.step_timeout)
             self.run.status.heartbeat()
-            vote = Vote.cast(self.world, stop=self.watch.stop, lost=self.run.lease.lost).read()
+            said = {"stop": self.watch.stop, "lost": self.run.lease.lost, "unread": len(self.unread)}
+            vote = Vote.cast(self.world, **said).read()
             if vote.lost:
                 raise self.run.lease.loss(int(vote.lost))
+            if vote.unread:
+                self.saver.give_up(self.unread, saves=True)
             if vote.stop:
                 self.saver.save()  # the epoch is trained, not yet validated
                 self.saver.finish()
                 raise Stopped(STOP)
 
-        scores = validate(self.model, self.val_loader, self.world, self.autocast, after_batch)
+        scores = validate(self.model, self.val_loader, self.world, self.autocast, after_batch, self.unread)
         lr = self.state.schedule.lr(progress.epoch, self.train_loader.steps - 1, self.train_loader.steps)
         self.report.validation(scores, progress, lr)
         return scores.top1_error

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dist_train.ranks.world import World
 from pipelines.loader import Loader
 from pipelines.misc import ceil_div
+from pipelines.opened import ReadError
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,24 @@ class Scores:
 
 
 def validate(
-    model: nn.Module, loader: Loader, world: World, autocast: torch.autocast, after_batch: Callable[[], None]
+    model: nn.Module,
+    loader: Loader,
+    world: World,
+    autocast: torch.autocast,
+    after_batch: Callable[[], None],
+    unread: list[ReadError],
 ) -> Scores:
     """Top-1 and top-5 error of `model` over all images of `loader`, the same on all ranks.
 
     Counts are integers and are summed once; where the towers are on two ranks, one of these counts. `after_batch` is
-    called after every batch, on all ranks alike.
+    called after every batch, on all ranks alike; `unread` is as for `Loader.epoch`.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
     full = ceil_div(loader.batch, loader.dp_size)
     model.eval()
     with torch.inference_mode():
-        for batch in loader.epoch():
+        for batch in loader.epoch(unread=unread):
             if n := len(batch.labels):
                 with autocast:
                     logits = model(padded(batch.inputs, full))[:n].float()

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from pipelines import speech
 from pipelines.errors import UsageError, UserError
+from pipelines.opened import raise_limit
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; the last is the shell's for Ctrl-C
+MOST = (1 << 64) - 1  # that numpy takes
 PRINT_CONFIG = "--print_config"  # the one option that is passed on without a value
 
 
@@ -122,6 +124,7 @@ def _run_verb(
             name = argv[0] if argv else ""
         if name not in verbs:
             return _without_verb(prog, verbs, argv)
+        raise_limit()
         verb, words = verbs[name], argv[len(name.split()) :]
         parser = Parser(f"{prog} {name}", verb.help)
         verb.options(parser)
@@ -174,6 +177,8 @@ def _at_least(minimum: int, text: str) -> int:
         raise ArgumentTypeError(f"{text!r} is not a whole number") from None
     if number < minimum:
         raise ArgumentTypeError(f"{text} is below {minimum}")
+    if number > MOST:
+        raise ArgumentTypeError(f"{text} is above {MOST}")
     return number
 
 

@@ -25,6 +25,7 @@ from pipelines.dali import DEPTH, Decode, DecodeError, Feed, collect, graph
 from pipelines.handover import HandOver
 from pipelines.manifest import Manifest
 from pipelines.misc import ceil_div
+from pipelines.opened import ReadError
 from pipelines.order import Ints, even_split
 from pipelines.plan import Plan
 from pipelines.reading import Encoded, Fetch, Reader
@@ -144,10 +145,13 @@ class Loader:
                 samples[i] = self.plan.substitute(epoch, start + i, self.bad)
         return samples
 
-    def epoch(self, epoch: int = 0, start: int = 0, keys: Keys | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int = 0, start: int = 0, keys: Keys | None = None, unread: list[ReadError] | None = None
+    ) -> Iterator[Batch]:
         """The batches of steps `start` ... of an epoch, and a number for each sample, if `keys` gives them.
 
-        Raises ShardError if a tar is not what was indexed.
+        Raises ShardError if a tar is not what was indexed, and ReadError if it cannot be read. With `unread` that is
+        put there instead, and from then on the batches are NaN: so a rank goes with the others until all know of it.
         """
         stop = Event()
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READY)
@@ -162,9 +166,14 @@ class Loader:
                 self.waited += time.perf_counter() - began
                 if item is None:
                     return
+                if isinstance(item, ReadError) and unread is not None:
+                    unread.append(item)
+                    yield from (self._blank(epoch, step) for step in range(start, self.steps))
+                    return
                 if isinstance(item, BaseException):
                     raise item
                 yield item
+                start += 1
         finally:
             stop.set()
             while driver.is_alive():  # it may stand at a full queue
@@ -206,6 +215,14 @@ class Loader:
         inputs, labels, keyed = self._hand_over(shown, *map(torch.from_numpy, numbers))
         replaced = sum(sample not in self._quarantined for sample in wanted[wanted != samples].tolist())
         return Batch(inputs, labels, samples, start, keyed, replaced)
+
+    def _blank(self, epoch: int, step: int) -> Batch:
+        """A batch in which nothing was read, of the same shape."""
+        samples, start = self.samples(epoch, step)
+        n, side, place = len(samples), self.augment.crop, self.decode.place
+        inputs = torch.full((n, 3, side, side), torch.nan, device=place).to(memory_format=torch.channels_last)
+        numbers = torch.zeros(2, n, dtype=torch.int64, device=place)
+        return Batch(inputs, numbers[0], samples, start, numbers[1])
 
     def feeds(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
         """The graph's inputs for each of these steps, while the files of the steps after it are being read.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipelines.opened import OPEN
 from pipelines.order import REPLACE, Ints, Order, philox
-from pipelines.shards import OPEN, ShardSet
+from pipelines.shards import ShardSet
 
 BATCH, SHUFFLE_SHARDS = 128, 16  # what training takes if nobody says otherwise
 TRIED, BATCHES = 4, 4  # places in an epoch, and batches at each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -236,6 +237,10 @@ def _working_folder(directory: Path, source: Source | None, plan: origin.Fingerp
             fcntl.flock(begun, lock | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(f"{directory} is being packed by another process: wait for it") from error
+        except OSError as error:  # Lustre's default, and others': it would be no remedy to pack elsewhere and copy
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            say(f"{directory} cannot be locked ({error.strerror}): see to it that no other process packs into it")
         _settle(begun, directory, plan, work)
         yield
     if work is not _Work.SHARE:

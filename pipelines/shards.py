@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -23,11 +23,11 @@ from pipelines import quarantine
 from pipelines.errors import UserError, first_line
 from pipelines.files import HeldFile, sha256
 from pipelines.manifest import Manifest, ShardError
+from pipelines.opened import PATIENCE, OpenTars
 from pipelines.rows import HEADER, NAME, checksum, fault, is_header, mapped, sides, top_label
 
 INDEX = "index.npy"
 IMAGES = ("jpg", "jpeg", "png", "webp")
-OPEN = 256  # tars that stay open
 TURNED = "turned"  # in a manifest's `stored`: how many images lie, as the index of a foreign set counts them
 
 
@@ -41,7 +41,8 @@ class ShardSet:
     Opening costs no system call per shard and nothing per sample, unless the set is of an earlier day and has no
     checksums of rows: its index is read whole. A tar is compared with index and manifest when it is first opened, the
     rows of a shard when one of them is first asked for. Every method raises ShardError for what does not belong
-    together; so does opening, for manifest, quarantine and the length of the index.
+    together; so does opening, for manifest, quarantine and the length of the index. What reads a tar raises ReadError
+    if that fails for more than `patience` seconds.
 
     Attributes:
         names: of the tars.
@@ -52,7 +53,7 @@ class ShardSet:
         earlier_fingerprint: with a quarantine, what an earlier program took for the fingerprint; else empty.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, patience: float = PATIENCE) -> None:
         self.directory = Path(directory)
         self.manifest = Manifest.read(self.directory)
         self.names: list[str] = [shard["name"] for shard in self.manifest.shards]
@@ -70,7 +71,7 @@ class ShardSet:
             raise ShardError(f"{path} leaves no sample of {self.directory}: pack it anew")
         self._checked = np.zeros(len(shards), np.bool_)  # shards whose rows are whole
         self._looked_at = np.zeros(len(shards), np.bool_)  # and whose tar
-        self._file = lru_cache(OPEN)(self._open_file)
+        self._tars = OpenTars(self._open_file, lambda shard: self.directory / self.names[shard], patience)
         self._nowait: int = getattr(os, "RWF_NOWAIT", 0)  # 0: nothing tells what is in memory, as with an old libc
 
     def __len__(self) -> int:
@@ -155,8 +156,8 @@ class ShardSet:
             if not self._looked_at[shard]:
                 continue
             data = np.empty(size, np.uint8)
-            file = self._file(shard)
             try:
+                file = self._tars.get(shard)
                 got = os.preadv(file.fileno(), [data.data], offset, self._nowait)
             except (OSError, NotImplementedError) as error:
                 if getattr(error, "errno", errno.EOPNOTSUPP) == errno.EOPNOTSUPP:  # and not: it is not in memory
@@ -187,8 +188,7 @@ class ShardSet:
         return self._name(shard, offset)
 
     def _name(self, shard: int, offset: int) -> str:
-        file = self._file(shard)  # held, since another thread may drop it from the cache and so close it
-        raw = os.pread(file.fileno(), NAME, offset - HEADER)
+        raw = self._tars.read(shard, lambda file: os.pread(file.fileno(), NAME, offset - HEADER))
         return f"{self.names[shard]}/{raw.rstrip(bytes(1)).decode(errors='replace')}"
 
     def _places(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, int, int, int, int]]:
@@ -198,8 +198,7 @@ class ShardSet:
         return zip(np.searchsorted(self._ends, samples, side="right").tolist(), *columns, strict=True)
 
     def _read(self, shard: int, offset: int, size: int, name: int, crc: int) -> NDArray[np.uint8]:
-        file = self._file(shard)  # held, as above
-        raw = os.pread(file.fileno(), HEADER + size, offset - HEADER)
+        raw = self._tars.read(shard, lambda file: os.pread(file.fileno(), HEADER + size, offset - HEADER))
         if len(raw) != HEADER + size or not is_header(raw[:HEADER], name, size):
             raise self._mismatch(shard)
         data = memoryview(raw)[HEADER:]
@@ -213,6 +212,8 @@ class ShardSet:
         try:
             file = HeldFile(path)
         except FileNotFoundError as error:
+            if self._looked_at[shard]:  # it was there: its file system may be gone for a while
+                raise
             raise self._missing(path) from error
         if not self._looked_at[shard]:
             if os.fstat(file.fileno()).st_size != self.manifest.shards[shard]["bytes"]:

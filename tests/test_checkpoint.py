@@ -1,19 +1,32 @@
-"""Checkpoints that are damaged in every way, and what the store keeps."""
+"""Checkpoints that are damaged in every way, what the store keeps, and how a run goes on from one."""
 
 from __future__ import annotations
 
 import json
 import random
 import resource
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from dist_train.rundir.checkpoint import find
+from dist_train import optim
+from dist_train.analysis.trained import read_config
+from dist_train.config import Config, ModelConfig, OptimConfig, ScheduleConfig, as_dict, dump
+from dist_train.process import Settled
+from dist_train.ranks.world import World, join
+from dist_train.rundir.checkpoint import CheckpointError, find
+from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.restarts import NoProgress, count, forget
+from dist_train.rundir.resume import Resumed, identity, restore
+from dist_train.rundir.state import Progress, TrainState
 from dist_train.rundir.store import Store
+from pipelines.shards import ShardSet
 
 
 def store(directory: Path, keep: int = 2) -> Store:
@@ -205,3 +218,97 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         assert isinstance(checkpoints.error, OSError), size
         assert not list(checkpoints.directory.iterdir())
     save(checkpoints, 2)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield join("cpu")
+    dist.destroy_process_group()
+
+
+class Start:
+    """A start of a run of a small net: what it goes on from, what it says, and what it saves."""
+
+    def __init__(self, run: Path, shards: ShardSet, world: World, config: Config, precision: str = "off") -> None:
+        net = torch.nn.Linear(4, 3)
+        self.said: list[str] = []
+        self.run = RunDirectory(run, self.said.append, keep=2, writes=True)
+        self.config, self.shards, self.world = config, shards, world
+        self.settled = vars(Settled(False, "by construction", "kept", precision=precision))
+        self.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+        schedule = optim.Schedule(ScheduleConfig(), 0.01)
+        self.state = TrainState(net, optim.build(OptimConfig(), net), self.scaler, schedule, Progress())
+
+    def restore(self) -> Resumed:
+        return restore(self.state, self.config, self.world, self.shards, self.run, self.settled)
+
+    def save(self, **process: Any) -> None:
+        """One step further. `process`: what an older program says of itself, if it is one."""
+        self.state.progress.advance()
+        self.run.path.mkdir(exist_ok=True)
+        self.run.lease.acquire()
+        self.run.store.directory.mkdir(exist_ok=True)
+        meta = self.state.progress.as_meta() | identity(self.config, self.shards) | {"config": as_dict(self.config)}
+        meta |= {"process": process or self.settled}
+        self.run.store.save(self.state.state_dict() | {"record": 0}, meta, best=False)
+        self.run.store.join()
+        assert self.run.store.error is None
+
+
+def test_the_precision_may_change(shard_sets: Path, world: World, tmp_path: Path) -> None:
+    """Through all three, and back: the scale is what it was if there was one. Each change is recorded."""
+    shards = ShardSet(shard_sets / "train")
+    first = Start(tmp_path / "run", shards, world, Config(), "fp16")
+    first.scaler.scale(torch.ones(()))  # which makes the scale
+    first.scaler.update(512.0)
+    first.save()
+    scales = []
+    for i, precision in enumerate(("fp16", "off", "bf16", "fp16", "fp16")):
+        start = Start(tmp_path / "run", shards, world, Config(), precision)
+        resumed = start.restore()
+        assert start.state.progress.step == i + 1
+        assert resumed.changed == ({} if i in (0, 4) else {"precision": precision})
+        scales.append(start.scaler.get_scale())
+        start.save()
+    assert scales == [512, 1, 1, 65536, 65536]
+    start.save(**{k: v for k, v in start.settled.items() if k != "precision"})
+    assert not Start(tmp_path / "run", shards, world, Config()).restore().changed, "of an older program nobody knows"
+
+
+def test_the_weights_of_another_run_are_for_the_beginning(shard_sets: Path, world: World, tmp_path: Path) -> None:
+    """A run that has begun is not given others; the command that began it goes on, and what it says stays true."""
+    shards = ShardSet(shard_sets / "train")
+
+    def start(name: str, init_from: Path | None = None) -> Start:
+        config = Config(model=ModelConfig(init_from=str(init_from or "")))
+        return Start(tmp_path / name, shards, world, config)
+
+    start("other").save()
+    start("plain").save()
+    with pytest.raises(
+        CheckpointError, match=r"init_from is .*other, but .*plain was begun without it and .* leave it"
+    ):
+        start("plain", tmp_path / "other").restore()
+    tuned = start("tuned", tmp_path / "other")
+    assert tuned.restore().init_from == str(tmp_path / "other")
+    tuned.save()
+    for init_from in (tmp_path / "other", tmp_path / "plain" / ".." / "other", None):
+        assert start("tuned", init_from).restore().init_from == str(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"tuned was begun from .*other and goes on from its own step-00000001"):
+        start("tuned", tmp_path / "plain").restore()
+
+
+def test_what_a_net_never_had_is_no_other_setting(shard_sets: Path, world: World, tmp_path: Path) -> None:
+    """Programs of an earlier day let `model.hidden` pass for torchvision's nets, and wrote it down."""
+    shards = ShardSet(shard_sets / "train")
+    config = Config(model=ModelConfig("torchvision:resnet18"))
+    start = Start(tmp_path / "run", shards, world, config)
+    start.save()
+    (meta,) = tmp_path.glob("run/checkpoints/step-*/meta.json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"model.hidden": 32}))
+    assert Start(tmp_path / "run", shards, world, config).restore().found
+    (tmp_path / "run" / "config.yaml").write_text(dump(config).replace("hidden: 4096", "hidden: 32"))
+    assert read_config(tmp_path / "run").model == config.model, "to evaluate it"
+    other = replace(config, model=ModelConfig("torchvision:resnet34"))
+    with pytest.raises(CheckpointError, match=r"model.name was 'torchvision:resnet18', now 'torchvision:resnet34'"):
+        Start(tmp_path / "run", shards, world, other).restore()

@@ -317,6 +317,7 @@ def test_bench_tells_how_many_images_are_resized(image_folder: Path, tmp_path: P
         (["preview", "SET", "DIR/x.png", "--row", "3"], "unknown option --row: did you mean --rows?"),
         (["preview", "SET", "DIR/x.png", "--seed", "-1"], "argument --seed: -1 is below 0"),
         (["pack", "imagefolder", "DIR", "DIR/out", "--seed", "-1"], "argument --seed: -1 is below 0"),
+        (["preview", "SET", "DIR/x.png", "--seed", str(1 << 64)], f"{1 << 64} is above {(1 << 64) - 1}"),
         (["index", "SET", "--classes", "SET/index.npy"], "SET/index.npy is not a text file in UTF-8"),
         (["verify", "SET", "DIR"], "DIR is one argument too many: see python -m pipelines verify --help"),
         (["verify", "SET", "--work", "1"], "unknown option --work: did you mean --workers?"),

@@ -195,6 +195,18 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
         (["--model.dropout", "1"], r"model.dropout is 1.0: it must lie in \[0, 1\)"),
         (["--data.crop", "99"], "data.crop 99 is larger than data.resize 72.*: raise data.resize"),
         (["--checkpoint.keep", "1"], "keep at least 2"),
+        (
+            ["--train.seed", str(1 << 64)],
+            r"train.seed is 18446744073709551616: it must lie in \[0, 18446744073709551616\)",
+        ),
+        (["--run.step_timeout", "0"], "run.step_timeout is 0.0: it must be above 0"),
+        (["--run.start_timeout=-1"], "run.start_timeout is -1.0: it must be above 0"),
+        (["--run.stop_timeout", "0"], "run.stop_timeout is 0.0: it must be above 0"),
+        (
+            ["--model.name=torchvision:resnet18", "--model.hidden=32"],
+            "model.hidden is 32, but torchvision:resnet18 does not have it: leave it out",
+        ),
+        (["--model.name=torchvision:resnet18", "--model.lrn=none"], "model.lrn is none, but torchvision:resnet18"),
         (["--optim.l", "0.1"], "unknown configuration key optim.l: did you mean optim.lr?"),
         (["--confg", "x.yaml"], "unknown option --confg: did you mean --config?"),
         (["--conf", "x.yaml"], "unknown option --conf: did you mean --config?"),

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_train import __main__, build, data, models, optim, process
-from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from dist_train.config import TORCHVISION, Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from dist_train.models.dropout import mask_keys
 from dist_train.ranks import vote
 from dist_train.ranks.world import World, join
@@ -77,7 +77,7 @@ def trainer(name: str, accumulate: int) -> Trainer:
     """One that can take a step on META and has no more than that needs."""
     config = Config(
         data=DataConfig(resize=67, crop=67),
-        model=ModelConfig(name=name, hidden=8, width=0.25),
+        model=ModelConfig(name) if name.startswith(TORCHVISION) else ModelConfig(name, hidden=8, width=0.25),
         train=TrainConfig(global_batch=N, accumulate=accumulate),
     )
     made = Trainer.__new__(Trainer)
@@ -94,6 +94,7 @@ def trainer(name: str, accumulate: int) -> Trainer:
     made.state = cast(Any, SimpleNamespace(optimizer=optimizer, scaler=scaler, progress=made.progress))
     made.watch = cast(Any, SimpleNamespace(stop=False))
     made.run = cast(Any, SimpleNamespace(lease=SimpleNamespace(lost=False)))
+    made.unread = []
     made.saver = cast(Any, SimpleNamespace(due_by_clock=lambda: False))
     return made
 
@@ -133,7 +134,7 @@ def test_what_a_step_copies(name: str, accumulate: int, fused_on_meta: None) -> 
     for _ in range(2):
         with Copies() as copies:
             pending = step.train_step(on_meta(), 0.01)
-        assert copies.found == [("cpu to meta", (7,), True)]
+        assert copies.found == [("cpu to meta", (8,), True)]
         assert pending.vote.values.device == META
     assert [values.dtype for values in cast(MetaWorld, step.world).summed] == [torch.float64] * 2
 
@@ -144,7 +145,7 @@ def test_what_waits_is_noticed(fused_on_meta: None) -> None:
     with Copies() as copies:
         labels = torch.zeros(N, dtype=torch.int64).to(META)
         step.train_step(batch._replace(labels=labels), 0.01)
-    assert copies.found == [("cpu to meta", (N,), False), ("cpu to meta", (7,), True)]
+    assert copies.found == [("cpu to meta", (N,), False), ("cpu to meta", (8,), True)]
     with pytest.raises(RuntimeError, match="meta"):
         float(torch.ones((), device=META))
 

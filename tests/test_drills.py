@@ -48,6 +48,7 @@ DRILLS = [
     Drill("SIGTERM to one rank", at("step", 6, "SIGTERM", 1), "stopped", slow=True),
     Drill("SIGINT to all ranks", at("step", 6, "SIGINT", -1), "stopped", slow=True),
     Drill("SIGUSR2 to one rank at an epoch's last step", at("step", 10, "SIGUSR2"), "stopped"),
+    Drill("SIGHUP to one rank", at("step", 6, "SIGHUP", 1), "stopped", slow=True),
     Drill("SIGTERM to torchrun", at("step", 6, "launcher SIGTERM", 1), "stopped", slow=True),
     Drill("SIGTERM during validation", at("validation", 1, "SIGTERM", 1), "stopped"),
     Drill("SIGTERM during a save", at("save:written", 1, "SIGTERM"), "stopped", slow=True),
@@ -155,6 +156,27 @@ def test_an_error_in_the_midst_of_training_is_a_failure(shard_sets: Path, tmp_pa
         assert (status(run)["state"], status(run)["step"]) == ("failed", 5)
         assert status(run)["reason"] == "ShardError: the tar is not the one that was indexed"
     TABLE.append(("an error in the midst of training", "failed, says why", "-"))
+
+
+@pytest.mark.parametrize(
+    ("n", "step"),
+    [(8, "step-00000007"), pytest.param(12, "step-00000010", marks=pytest.mark.slow)],
+    ids=["training", "validation"],
+)
+def test_a_tar_that_cannot_be_read(n: int, step: str, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """By one rank, which has tried for long: all save what was trained until then, and leave by the same sentence."""
+    run = tmp_path / "run"
+    result = launch(shard_sets, run, EVERY, fault=at("loader", n, "unread", 1))
+    assert result.returncode == 1
+    assert "raise ReadError" not in result.stderr, "no traceback of ours"
+    assert (status(run)["state"], status(run)["step"]) == ("failed", int(step[-2:]))
+    assert status(run)["reason"] == "shard-000002.tar could not be read for 60 s"
+    assert "shard-000002.tar could not be read for 60 s" in report(result.stderr)
+    again = launch(shard_sets, run, EVERY)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing from {step}:" in again.stderr
+    same(run, undisturbed)
+    TABLE.append(("a tar that cannot be read", "failed, saved, same bits", time_lost(run)))
 
 
 def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from dist_train.cli import default_name
 from dist_train.ranks import kin
 
 RANK = """
@@ -102,3 +105,25 @@ def test_a_torchrun_under_another_name_is_known_by_its_store(monkeypatch: pytest
     assert kin._taken_in(1)
     monkeypatch.setattr(kin, "_process", lambda pid: None)
     assert not kin._taken_in(1), "hidden"
+
+
+def test_two_starts_in_one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their default names differ; that of a restart by the same launcher is the same."""
+    processes = {pid: kin.Process(pid, "python", 1, 123456) for pid in (71, 72, 80, 81, 82)}
+    processes[90] = kin.Process(71, "python", 1, 123457)  # another node's, or another container's
+    monkeypatch.setattr(kin, "_process", processes.get)
+
+    def name(pid: int, parent: int) -> str:
+        monkeypatch.setattr(os, "getpid", lambda: pid)
+        monkeypatch.setattr(os, "getppid", lambda: parent)
+        return default_name("quickstart")
+
+    assert name(80, 70) != name(81, 70), "of one shell"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    first = name(80, 71)
+    assert re.fullmatch(r"quickstart-\d{8}-\d{6}-[0-9a-f]{4}", first)
+    assert name(81, 71) == name(82, 71) == first
+    assert len({first, name(80, 72), name(80, 90)}) == 3
+    assert first[:-5] == name(80, 72)[:-5]
+    monkeypatch.setattr(kin, "_process", lambda pid: None)
+    assert name(80, 71)[:-5] >= f"quickstart-{datetime.now():%Y%m%d}", "hidden"

@@ -8,11 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from dist_train import data
+from dist_train.config import Config, DataConfig
+from dist_train.ranks import watch
+from dist_train.run import _pack
+from pipelines.manifest import ShardError
 from tests.helpers.compare import status
 from tests.helpers.drills import (
     EVERY,
@@ -32,6 +41,7 @@ from tests.helpers.launch import MARK, Run, at, children, command, finish, launc
 __all__ = ["table", "undisturbed"]  # fixtures
 pytestmark = pytest.mark.integration
 
+ROOT = Path(__file__).parents[1]
 STANDS = "step-00000004 stands"
 REAPER = """if 1:
     import ctypes, subprocess, sys, time
@@ -242,6 +252,30 @@ def test_a_stop_while_the_net_is_compiled(shard_sets: Path, undisturbed: Path, t
     TABLE.append(("a stop while the net is compiled", f"gone in {took:.1f} s, continued, same bits", "-"))
 
 
+HANGUP = """if 1:
+    import os, signal, sys, time
+    from dist_train.ranks.watch import Watch
+    signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+    class Words:
+        def follow(self, **_): return False
+    watch = Watch(60, 60, Words())
+    watch.heartbeat(60)
+    os.kill(os.getpid(), signal.SIGHUP)
+    until = time.monotonic() + float(sys.argv[2])
+    while time.monotonic() < until and not watch.stop:
+        time.sleep(0.01)
+    print(watch.stop)
+"""
+
+
+def test_a_terminal_that_goes_away() -> None:
+    """Is a stop like SIGTERM, but for what was started by nohup."""
+    for handler, seconds, stops in (("SIG_DFL", 9, "True"), ("SIG_IGN", 0.3, "False")):
+        words = [sys.executable, "-c", HANGUP, handler, str(seconds)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (0, f"{stops}\n"), done.stderr
+
+
 def raw_fashion_mnist(folder: Path, images: int) -> None:
     """As torchvision keeps it, with random pixels."""
     folder.mkdir(parents=True)
@@ -276,3 +310,65 @@ def test_an_end_while_packing(number: signal.Signals, tmp_path: Path) -> None:
     late = finish(packing(tmp_path, run))
     assert late.returncode == 0, late.stderr
     TABLE.append((f"{number.name} to torchrun while packing", f"gone in {took:.1f} s, packed, trained", "-"))
+
+
+class Quiet:
+    """Another rank, or this one, that the watch has nothing to say of but a hang."""
+
+    def __init__(self) -> None:
+        self.hung = Event()
+
+    def force(self, why: str, *, begun: bool) -> None:
+        raise AssertionError(why)
+
+    def hang(self, seconds: float, step: int, place: str, stacks: str) -> None:
+        self.hung.set()
+
+    def follow(self, *, signalled: bool, begun: bool) -> bool:
+        return False
+
+
+class One:
+    """A world of one rank."""
+
+    rank = 0
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def together(self, work: Callable[[], Any], *, on: list[int]) -> Any:
+        return work()
+
+
+@pytest.mark.parametrize("stands_still", [False, True])
+def test_packing_takes_longer_than_the_start_may(
+    stands_still: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as something is written it is no hang; and what the packing raises is raised."""
+    monkeypatch.setattr(watch, "signal", Mock(getsignal=signal.getsignal, SIGHUP=1, SIG_IGN=None))
+    monkeypatch.setattr(watch, "faulthandler", Mock(dump_traceback=lambda *_, **__: None))
+    monkeypatch.setattr(watch, "POLL", 0.02)
+    monkeypatch.setattr(data, "LOOK", 0.02)
+    words, packed = Quiet(), Event()
+
+    def pack_source(config: Config) -> None:
+        (tmp_path / "val").mkdir()
+        for i in range(22):
+            time.sleep(0.05)
+            with open(tmp_path / "val" / "shard-000000.tar", "ab") as file:
+                file.write(bytes(1 if not stands_still or i < 4 else 0))
+        packed.set()
+        raise ShardError("this one is of another set")
+
+    monkeypatch.setattr(data, "pack_source", pack_source)
+    watching = watch.Watch(0.7, 9, words)
+    config = Config(data=DataConfig(train=str(tmp_path / "train"), val=str(tmp_path / "val"), source="fashion-mnist"))
+    told: list[str] = []
+    try:
+        with pytest.raises(ShardError, match="of another set"):
+            _pack(config, One(), watching, Mock(say=told.append))  # type: ignore[arg-type]
+    finally:
+        watching.close()
+    assert packed.is_set()
+    assert words.hung.is_set() == stands_still
+    assert set(told) == {"fashion-mnist is packed"}

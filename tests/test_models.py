@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_train import models
-from dist_train.config import ModelConfig
+from dist_train import build, models
+from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from dist_train.models import lrn
 from dist_train.models.alexnet import AlexNet, feature_side
 from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.models.lrn import local_response_norm, traceable
+from dist_train.ranks.world import World
 
 
 def test_parameters_of_the_paper() -> None:
@@ -278,6 +279,24 @@ def test_models_by_name() -> None:
     assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
     with pytest.raises(ValueError, match="'alexnt' is unknown: did you mean 'alexnet'"):
         models.build(ModelConfig("alexnt"), classes=5, crop=64)
+
+
+def test_one_sample_has_no_statistics() -> None:
+    """Of a map of one pixel, which batch normalisation would divide by its deviation; said before the first step."""
+    world = World.single(torch.device("cpu"))
+    for crop, batch, pieces, refused in ((32, 5, 3, True), (32, 6, 3, False), (64, 5, 3, False)):
+        train = TrainConfig(global_batch=batch, accumulate=pieces)
+        config = Config(DataConfig(64, crop), ModelConfig("torchvision:shufflenet_v2_x0_5"), train=train)
+        net = build.model(config, world, 3, compiled=False)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        if refused:
+            with pytest.raises(
+                ConfigError, match=r"cannot take the statistics of one sample, .* train.global_batch 5 .*: raise"
+            ):
+                build.distribute(net, config, world, compiled=False)
+        else:
+            build.distribute(net, config, world, compiled=False)
+        torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.slow

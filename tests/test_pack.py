@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -33,7 +34,8 @@ from webdataset.tariterators import group_by_keys
 from pipelines import sources
 from pipelines.errors import SourceError
 from pipelines.manifest import Manifest, ShardError
-from pipelines.pack import Options, finished, index, pack
+from pipelines.pack import Options, _Plan, _Work, _working_folder, finished, index, pack
+from pipelines.scan import WORK
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder, to_jpeg
 from pipelines.torchvision_sets import Torchvision
@@ -479,6 +481,22 @@ def test_two_packs_into_one_directory(image_folder: Path, tmp_path: Path) -> Non
     (tars / "mine.tar").touch()
     with pytest.raises(ShardError, match=r"holds mine\.tar, which `pack` did not make: pack into an empty or a new"):
         pack(source, tars, Options(), split="val", workers=1)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Lustre is often mounted: the work is done, and what to see to is said."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with _working_folder(tmp_path, _Plan("x"), _Work.PACK):
+        assert (tmp_path / WORK / "plan").read_text() == "pack x"
+    said = f"{tmp_path} cannot be locked ({os.strerror(number)}): see to it that no other process packs into it\n"
+    assert capsys.readouterr().err == said
 
 
 # Tars of other tools. ------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from dist_train.config import Config, ModelConfig, TrainConfig
 from dist_train.process import NoCompiler, Settled, keep_freed_memory, prepare
 from dist_train.ranks.world import World, join
 from tests.helpers.compare import records, status
-from tests.helpers.launch import launch
+from tests.helpers.launch import PLAIN, launch
 
 CPU = torch.device("cpu")
 SINGLE = World.single(CPU)
@@ -176,7 +176,7 @@ def test_the_collectives_of_a_step(shard_sets: Path, tmp_path: Path) -> None:
     for pieces in (1, 3):
         for step in watched_step(shard_sets, tmp_path / f"ours{pieces}", f"--train.accumulate={pieces}"):
             assert step["collectives"] == {"all_reduce": step["buckets"] + 1}
-    torchvision = ("--model.name=torchvision:shufflenet_v2_x0_5", "--optim.lr=1e-6")
+    torchvision = ("--model.name=torchvision:shufflenet_v2_x0_5", *PLAIN, "--optim.lr=1e-6")
     for step in watched_step(shard_sets, tmp_path / "theirs", *torchvision):
         assert step["collectives"]["broadcast"] > 0
 
@@ -185,7 +185,7 @@ def test_the_collectives_of_a_step(shard_sets: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_net_with_statistics_compiles(shard_sets: Path, tmp_path: Path) -> None:
     """The rank that compiles first must not wait for the broadcast of them."""
-    extra = ("--model.name=torchvision:shufflenet_v2_x0_5", "--optim.lr=1e-6", "--train.compile=on")
+    extra = ("--model.name=torchvision:shufflenet_v2_x0_5", *PLAIN, "--optim.lr=1e-6", "--train.compile=on")
     for step in watched_step(shard_sets, tmp_path / "run", *extra, how="exec", timeout=600):
         assert step["collectives"]["broadcast"] > 0
 
@@ -206,7 +206,7 @@ def test_the_record_says_what_is_in_force(shard_sets: Path, tmp_path: Path) -> N
     run, env = tmp_path / "run", {"MALLOC_ARENA_MAX": "3"}
     assert launch(shard_sets, run, "--train.max_steps=2", ranks=0, env=env).returncode == 0
     (begun,) = records(run, "begun")
-    expected = Settled(compiled=False, deterministic="by construction", freed_memory="as set by MALLOC_ARENA_MAX")
+    expected = Settled(False, "by construction", "as set by MALLOC_ARENA_MAX", precision="off")
     assert begun == {"kind": "begun", "step": 0, **vars(expected)}
     result = launch(shard_sets, run, "--train.epochs=1", ranks=0)
     assert result.returncode == 0, result.stderr

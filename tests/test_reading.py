@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dist_train.config import Config, DataConfig, RunConfig, TrainConfig
+from dist_train.data import open_sets
+from pipelines import opened
 from pipelines.augment import Augment
-from pipelines.dali import Decode
+from pipelines.cli import Verb, run_verb
+from pipelines.dali import DEPTH, Decode
+from pipelines.files import sha256
 from pipelines.loader import Loader, Read
+from pipelines.manifest import Manifest, ShardError
+from pipelines.opened import ReadError
 from pipelines.plan import TrainingPlan
 from pipelines.reading import Reader
+from pipelines.rows import mapped
 from pipelines.shards import ShardSet
 
 
@@ -168,3 +179,167 @@ def test_a_step_in_memory_is_one_task(shard_sets: Path) -> None:
         pass
     assert asked == [24] * 10
     assert all(name.startswith("read") for name in threads)
+
+
+class Failing:
+    """A file system under the tars of a set: `os.pread` fails so many times, and opening where `gone`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: float, number: int = errno.EIO) -> None:
+        self.left, self.number, self.slept = times, number, list[float]()
+        self.original = os.pread
+        monkeypatch.setattr(os, "pread", self.pread)
+        monkeypatch.setattr(opened.time, "sleep", self.sleep)
+        monkeypatch.setattr(opened.time, "monotonic", lambda: sum(self.slept))
+
+    def pread(self, *args: int) -> bytes:
+        self.left -= 1
+        if self.left >= 0:
+            raise OSError(self.number, os.strerror(self.number))
+        return self.original(*args)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_file_system_that_fails_for_seconds(
+    number: int, shard_sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tar is opened anew, also for the first time, ever later; what takes seconds is told, once and once over."""
+    shards = ShardSet(shard_sets / "train")
+    expected = ShardSet(shard_sets / "train").read(7)
+    disk = Failing(monkeypatch, 2, number)  # as the first header is read
+    np.testing.assert_array_equal(shards.read(7), expected)
+    assert disk.slept == [0.1, 0.2]
+    assert not capsys.readouterr().err
+    before = shards._tars.get(shards.shard_of(7))
+    disk.left = 6
+    np.testing.assert_array_equal(shards.read(7), expected)
+    assert shards._tars.get(shards.shard_of(7)) is not before
+    assert disk.slept[2:] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]
+    path = shard_sets / "train" / shards.names[shards.shard_of(7)]
+    said = f"{path} cannot be read ({os.strerror(number)}): trying again\n"
+    said += f"{path.parent} can be read again: reading goes on\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_file_system_that_is_gone(shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a minute, or sooner where the run would be called a hang, one sentence. What was never there is missing."""
+    shards = ShardSet(shard_sets / "train")
+    path = shard_sets / "train" / shards.names[shards.shard_of(7)]
+    disk = Failing(monkeypatch, float("inf"), errno.ESTALE)
+    with pytest.raises(ReadError, match=f"{path} could not be read for 60 s .Stale file handle.: see that its") as e:
+        shards.read(7)
+    assert not isinstance(e.value, ValueError), "no refusal: a restart may mend it"
+    disk.slept.clear()
+    train, val = (str(shard_sets / name) for name in ("train", "val"))
+    config = Config(DataConfig(train=train, val=val), train=TrainConfig(global_batch=24), run=RunConfig(step_timeout=8))
+    disk.left = 0
+    shards, _ = open_sets(config)
+    disk.left = float("inf")
+    with pytest.raises(ReadError, match="could not be read for 4 s"):
+        shards.read(7)
+
+    disk.left = 0
+    shutil.copytree(shard_sets / "train", tmp_path / "train")
+    shards = ShardSet(tmp_path / "train", patience=1)
+    (tmp_path / "train").rename(tmp_path / "unmounted")
+    with pytest.raises(ShardError, match="is missing"):
+        shards.read(7)
+    (tmp_path / "unmounted").rename(tmp_path / "train")
+    shards.read(7)
+    shards._tars._keep(0)
+    (tmp_path / "train").rename(tmp_path / "unmounted")
+    with pytest.raises(ReadError, match=r"could not be read for 1 s .No such file"):
+        shards.read(7)
+
+
+def test_a_rank_that_cannot_read_goes_with_the_others(shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches before, but for what DALI works ahead; then as many of the same shapes, of NaN."""
+    shards = ShardSet(shard_sets / "train", patience=0)
+    plan = TrainingPlan(shards, Augment(72, 67), shards.manifest)
+    monkeypatch.setattr(ShardSet, "cached", lambda _, samples: [None] * len(samples))
+    loader = Loader(plan, shards.manifest, batch=25, dp_rank=1, dp_size=3, decode=Decode(threads=2))
+    whole = [batch._replace(inputs=batch.inputs.clone()) for batch in loader.epoch(0, 1)]
+    read, bad = ShardSet._read, shards.index["crc"][whole[5].samples[0]]
+
+    def failing(self: ShardSet, *place: int) -> Any:
+        if place[-1] == bad:
+            raise ReadError("gone")
+        return read(self, *place)
+
+    monkeypatch.setattr(ShardSet, "_read", failing)
+    unread: list[ReadError] = []
+    batches = [batch._replace(inputs=batch.inputs.clone()) for batch in loader.epoch(0, 1, unread=unread)]
+    assert [str(error) for error in unread] == ["gone"]
+    assert len(batches) == len(whole) == 8
+    for i, (batch, expected) in enumerate(zip(batches, whole, strict=True)):
+        blank = bool(batch.inputs.isnan().all())
+        assert blank if i >= 5 else not blank or i >= 5 - DEPTH
+        assert batch.inputs.shape == expected.inputs.shape
+        assert batch.inputs.stride() == expected.inputs.stride()
+        assert batch.start == expected.start
+        assert batch.labels.shape == batch.keys.shape == expected.labels.shape
+        assert blank or (batch.inputs == expected.inputs).all()
+    with pytest.raises(ReadError, match="gone"):
+        list(loader.epoch(0, 1))
+
+
+def many_shards(one: Path, directory: Path, count: int) -> None:
+    """A set of so many tars, each the first one of another set."""
+    directory.mkdir()
+    manifest = Manifest.read(one)
+    first = manifest.shards[0]
+    shards = [first | {"name": f"shard-{i:06d}.tar"} for i in range(count)]
+    for shard in shards:
+        os.link(one / first["name"], directory / shard["name"])
+    np.save(directory / "index.npy", np.tile(mapped(one / "index.npy")[: first["samples"]], count))
+    samples = count * first["samples"]
+    replace(manifest, shards=shards, samples=samples, index_sha256=sha256(directory / "index.npy")).write(directory)
+
+
+@pytest.fixture
+def few_files() -> Iterator[Callable[[int], None]]:
+    """Lets this process have no more than so many files open, until the test is over."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda count: resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_tars_than_files_that_may_be_open(
+    shard_sets: Path, tmp_path: Path, few_files: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ulimit -n 256` with two sets of 205 tars; and with hardly any file left, then none."""
+    sets = []
+    for name in ("train", "val"):
+        many_shards(shard_sets / name, tmp_path / name, 205)
+        sets.append(ShardSet(tmp_path / name))
+
+    def read_all() -> None:
+        for shards in sets:
+            each = len(shards) // 205
+            for sample in range(0, len(shards), each):
+                assert shards.read(sample).tobytes() == shards.read(sample % each).tobytes()
+
+    few_files(256)
+    read_all()
+    open_now = len(os.listdir("/proc/self/fd"))
+    assert open_now <= 256 - opened.RESERVE + 64
+    for shards in sets:
+        shards._tars._keep(0)
+    few_files(max(map(int, os.listdir("/proc/self/fd"))) + 6)
+    read_all()
+    for tars in list(opened.OpenTars._all):  # of other tests, too
+        tars._keep(0)
+    with open(os.devnull) as file:  # its number is the next one that is free
+        few_files(file.fileno())
+    monkeypatch.setattr(opened, "FULL", 0.1)
+    with pytest.raises(ReadError, match=r"shard-000000.tar cannot be opened, .* no more than \d+ files .*`ulimit -n`"):
+        sets[0].read(0)
+
+
+def test_the_limit_is_raised(few_files: Callable[[int], None]) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    few_files(100)
+    assert run_verb("x", {"v": Verb("", lambda _: None, lambda _: 0)}, ["v"]) == 0
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, opened.HIGHEST), hard)

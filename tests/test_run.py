@@ -23,7 +23,7 @@ from pipelines.manifest import ShardError
 from pipelines.pack import Options, index, pack
 from pipelines.sources import ImageFolder
 from tests.helpers.compare import newest, records, status
-from tests.helpers.launch import STEPS, command, finish, launch, spawn
+from tests.helpers.launch import PLAIN, STEPS, command, finish, launch, spawn
 from tests.helpers.server import fork
 
 pytestmark = pytest.mark.integration
@@ -101,7 +101,7 @@ def test_mixed_precision(shard_sets: Path, tmp_path: Path, precision: str) -> No
 
 
 def test_a_torchvision_model(shard_sets: Path, tmp_path: Path) -> None:
-    extra = ("--model.name=torchvision:squeezenet1_1", "--data.inputs=standardized", "--optim.name=adam")
+    extra = ("--model.name=torchvision:squeezenet1_1", *PLAIN, "--data.inputs=standardized", "--optim.name=adam")
     result = launch(shard_sets, tmp_path / "r", *extra, "--optim.lr=1e-4", "--train.epochs=1", ranks=0)
     assert result.returncode == 0, result.stderr
 

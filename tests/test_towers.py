@@ -168,6 +168,17 @@ def test_every_gradient() -> None:
     assert result.stdout.count("as one process") == 4
 
 
+@pytest.mark.slow
+def test_a_tower_that_cannot_read(shard_sets: Path, pair: Path, tmp_path: Path) -> None:
+    """Both towers of its net, and those of the other nets, leave the step out, save, and leave."""
+    result = launch(shard_sets, tmp_path / "run", *PAIRS, ranks=4, fault=at("loader", 6, "unread", 2))
+    assert result.returncode == 1
+    assert status(tmp_path / "run") | {"state": "failed", "step": 5} == status(tmp_path / "run")
+    assert run(shard_sets, tmp_path / "run", *PAIRS, ranks=2)["state"] == "done"
+    for a, b in zip(records(pair, "step"), records(tmp_path / "run", "step"), strict=True):
+        assert (b["step"], b["loss"]) == (a["step"], pytest.approx(a["loss"], rel=1e-4))
+
+
 def compare() -> None:
     """One rank: weights, logits and gradients against the same net whole, on the same samples."""
     world = join("cpu").in_pairs()

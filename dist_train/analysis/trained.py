@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 
 from dist_train import build
 from dist_train.cli import parse
-from dist_train.config import Config, ConfigError
+from dist_train.config import Config, ConfigError, idle_fields
 from dist_train.data import open_sets
 from dist_train.process import keep_freed_memory
 from dist_train.ranks.world import World
@@ -102,9 +103,20 @@ def read_config(directory: Path) -> Config:
     if not file.exists():
         raise RunError(f"{directory} has no config.yaml, so it is no run: name the directory of a run, runs/<name>")
     try:
-        return parse(["--config", str(file)])[0]
+        return parse(["--config", str(file), *_without_idle(file)])[0]
     except ConfigError as error:
         raise RunError(f"{file}: {error}") from error
+
+
+def _without_idle(file: Path) -> list[str]:
+    """Options that take back what a program of an earlier day let pass: settings of our nets for one of torchvision."""
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError:  # the parser will tell
+        return []
+    model = found.get("model", {}) if isinstance(found, dict) else {}
+    name = str(model.get("name", "")) if isinstance(model, dict) else ""
+    return [f"--model.{key}={default}" for key, default in idle_fields(name).items()]
 
 
 def _check_paths(directory: Path, config: Config, split: Path | None) -> None:

@@ -7,12 +7,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from dist_train.config import ConfigError, ModelConfig
+from dist_train.config import TORCHVISION, ConfigError, ModelConfig
 from dist_train.models.alexnet import AlexNet
 from dist_train.models.two_tower import TwoTowers
 from pipelines.cli import nearest
-
-TORCHVISION = "torchvision:"  # before the name of a model of torchvision
 
 
 class TorchvisionModel(nn.Module):

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
+from zlib import crc32
 
 from dist_train.outcomes import FAILED
 from dist_train.ranks.launcher import launched, leave, rank, submitted
@@ -84,14 +85,17 @@ def abort(ranks: Collection[int]) -> None:
                 os.kill(pid, signal.SIGCONT)
 
 
-def began() -> datetime:
-    """When the launcher of this process began, which its restarts do not change; without one, now."""
-    found = _process(os.getppid()) if launched() else None
-    if found is None:
-        return datetime.now()
-    lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
-    boot = next(int(line.split()[1]) for line in lines if line.startswith("btime"))
-    return datetime.fromtimestamp(boot + found.began // os.sysconf("SC_CLK_TCK"))
+def stamp() -> str:
+    """When the launcher of this process began, which its restarts do not change, or without one this process; and four
+    digits that tell it from another that began in the same second, as in `20260102-030405-9c1f`."""
+    found, when = _process(os.getppid() if launched() else os.getpid()), datetime.now()
+    which = f"{socket.gethostname()} {os.getpid()} {when}"
+    if found:
+        lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+        boot = next(int(line.split()[1]) for line in lines if line.startswith("btime"))
+        when = datetime.fromtimestamp(boot + found.began // os.sysconf("SC_CLK_TCK"))
+        which = f"{socket.gethostname()} {found.pid} {found.began}"
+    return f"{when:%Y%m%d-%H%M%S}-{crc32(which.encode()) % 0x10000:04x}"
 
 
 def _siblings() -> list[tuple[int, dict[str, str]]]:

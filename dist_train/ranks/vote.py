@@ -23,6 +23,7 @@ class Vote(NamedTuple):
         save: 1 if a save is due by the clock, which rank 0 looks at for all.
         lost: as in `rundir.lease.Lease`: whether, and how, the run directory is lost, which rank 0 finds out.
         bad: samples that could not be decoded, and were replaced.
+        unread: ranks that cannot read their samples; what they show the net is NaN, so that all refuse the step.
     """
 
     loss: float = 0.0
@@ -32,6 +33,7 @@ class Vote(NamedTuple):
     save: float = 0.0
     lost: float = 0.0
     bad: float = 0.0
+    unread: float = 0.0
 
     @staticmethod
     def cast(world: World, **says: float | Tensor) -> PendingVote:

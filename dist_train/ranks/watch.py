@@ -91,6 +91,10 @@ class Watch:
         self._begun = True
         self._hear(patience)
 
+    def wait(self) -> None:
+        """The main thread is alive, and what it waits for before the first step goes on."""
+        self._hear(self._patience)
+
     def close(self) -> None:
         """Training is over: watch no more."""
         self._open = False

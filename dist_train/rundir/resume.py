@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.config import Config, as_dict
+from dist_train.config import Config, as_dict, idle_fields
 from dist_train.ranks.world import World
 from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find, verified
 from dist_train.rundir.directory import RunDirectory
@@ -36,12 +37,14 @@ class Resumed:
         record_bytes: of the record, which the checkpoint covers.
         changed: settings that differ from those that the checkpoint was made with.
         bad: names of the checkpoints that were found to be damaged (rank 0).
+        init_from: `model.init_from` that the run was begun with.
     """
 
     found: bool = False
     record_bytes: int = 0
     changed: dict[str, Any] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
+    init_from: str = ""
 
 
 def restore(
@@ -58,10 +61,10 @@ def restore(
     Args:
         settled: `process.Settled` of now, to compare with that of the checkpoint.
 
-    Raises CheckpointError if it is of another model, data set, seed or batch, or if there are checkpoints and none is
-    good.
+    Raises CheckpointError if it is of another model, data set, seed or batch, if `model.init_from` is given and is not
+    what the run was begun with, or if there are checkpoints and none is good.
     """
-    resumed = Resumed()
+    resumed = Resumed(init_from=config.model.init_from)
 
     def bad(name: str, why: str) -> None:
         run.say(f"checkpoint {name} is bad ({why}): looking for an older one")
@@ -79,12 +82,14 @@ def restore(
         return resumed
     ours = identity(config, training_set) | earlier_set(found, run.path, training_set)
     _refuse_other_settings(found, run.path, ours)
+    resumed.init_from = _begun_from(found, run.path, config.model.init_from)
     saved = load_state(found.path, world.device)
     state.load_state_dict(saved)
     progress = state.progress
     run.say(f"continuing from {found.path.name}: epoch {progress.epoch + 1}, step {progress.step}")
     resumed.found, resumed.record_bytes = True, int(saved["record"])
-    then = found.meta.get("process", settled | {"numerics": 1})  # older programs did not say
+    # Older programs did not say, or not all of it.
+    then = {"precision": settled["precision"]} | found.meta.get("process", settled | {"numerics": 1})
     if then.get("numerics") != settled["numerics"]:
         run.say("it was saved by a program that rounded otherwise: from here on the bits may differ from that one's")
     resumed.changed = {k: v for k, v in settled.items() if then.get(k, "") != v}
@@ -133,7 +138,8 @@ def _fixed_keys(config: Config) -> dict[str, Any]:
     """The keys that decide what a run computes."""
     flat = as_dict(config)
     kept = {k: v for k, v in flat.items() if k.startswith("data.") and k.removeprefix("data.") not in FREE}
-    kept |= {k: v for k, v in flat.items() if k.startswith("model.") and k != "model.init_from"}
+    unused = {f"model.{key}" for key in ("init_from", *idle_fields(config.model.name))}
+    kept |= {k: v for k, v in flat.items() if k.startswith("model.") and k not in unused}
     return kept | {k: flat[k] for k in ("train.seed", "train.global_batch", "optim.name")}
 
 
@@ -163,6 +169,17 @@ def earlier_set(found: Checkpoint, run: Path, training_set: ShardSet) -> dict[st
             f"weights (--model.init_from {run}, and another run.name)"
         )
     return {SET: found.meta[SET]}
+
+
+def _begun_from(found: Checkpoint, run: Path, given: str) -> str:
+    """`model.init_from` that the run was begun with. Raises CheckpointError if another one is given."""
+    begun = str(found.meta["config"].get("model.init_from", ""))
+    if given and (not begun or os.path.abspath(given) != os.path.abspath(begun)):
+        raise CheckpointError(
+            f"model.init_from is {given}, but {run} was begun {f'from {begun}' if begun else 'without it'} and goes on "
+            f"from its own {found.path.name}: leave it out, or choose another run.name"
+        )
+    return begun
 
 
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

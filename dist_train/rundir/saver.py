@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from dist_train.config import CheckpointConfig
-from dist_train.outcomes import NotSaved
+from dist_train.outcomes import NotSaved, Unread
 from dist_train.ranks.world import World
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.state import TrainState
+from pipelines.opened import ReadError
 
 
 class Saver:
@@ -34,7 +35,7 @@ class Saver:
         covered: Callable[[int], None],
     ) -> None:
         self._config, self._world, self._run, self._state = config, world, run, state
-        self._meta, self._covered = meta, covered
+        self.meta, self._covered = meta, covered
         self._saved_at = time.monotonic()
         self._saved_step = -1
 
@@ -68,8 +69,27 @@ class Saver:
         if run.store.error:
             run.say(f"the last save failed ({run.store.error}): {self._stands()}, trying again")
         size = run.record.size
-        meta = self._state.progress.as_meta() | self._meta
+        meta = self._state.progress.as_meta() | self.meta
         run.store.save(state | {"record": size}, meta, lambda: self._covered(size))
+
+    def give_up(self, unread: list[ReadError], *, saves: bool) -> NoReturn:
+        """End the run, on all ranks alike, since one of them cannot read its samples. Raises Unread, or what `finish`
+        raises.
+
+        Args:
+            unread: why this rank cannot, if it is the one.
+            saves: whether the state is as after the last step that was taken.
+        """
+
+        def tell() -> None:
+            if unread:
+                raise unread[0]
+
+        if saves:
+            self.save()
+        self.finish()
+        self._world.together(tell, failure=Unread)
+        raise AssertionError("one of them has said so")
 
     def finish(self) -> None:
         """Wait for the last save, and try once more if it failed. Raises LeaseLost, and NotSaved if it fails again, on

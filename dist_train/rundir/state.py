@@ -59,6 +59,11 @@ class Progress:
             self.best_error, self.best_epoch = error, self.epoch
         self.epoch, self.step_in_epoch, self.validated = self.epoch + 1, 0, True
 
+    def go_back(self, step: Step) -> None:
+        """To before a step, which was not taken."""
+        self.epoch, self.step_in_epoch, self.step = step.epoch, step.step_in_epoch, step.done
+        self.validated = step.epoch > 0 and step.step_in_epoch == 0
+
     def as_meta(self) -> dict[str, Any]:
         """For meta.json."""
         return asdict(self)
@@ -93,6 +98,7 @@ class TrainState(NamedTuple):
             model, optimizer = pair.split(model, optimizer)
         self.model.load_state_dict(model)
         optim.load_moments(self.optimizer, optimizer)
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # else there was none: it was saved without fp16
+            self.scaler.load_state_dict(saved["scaler"])
         self.schedule.load_state_dict(saved["schedule"])
         vars(self.progress).update(saved["state"])

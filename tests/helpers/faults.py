@@ -30,6 +30,7 @@ from dist_train.ranks import launcher, world
 from dist_train.rundir import directory, lease, status, store
 from pipelines.loader import Loader
 from pipelines.manifest import ShardError
+from pipelines.opened import ReadError
 
 
 class Faults:
@@ -100,6 +101,8 @@ class Faults:
             raise OSError(28, "No space left on device")
         elif what == "shard error":
             raise ShardError("the tar is not the one that was indexed")
+        elif what == "unread":
+            raise ReadError("shard-000002.tar could not be read for 60 s")
         elif what == "vanish":
             self.directory.rename(self.directory.with_name("moved away"))
         elif what == "nan":

@@ -27,6 +27,7 @@ SMALL = [
     "--monitor.log_every=1",
     "--checkpoint.minutes=0",
 ]
+PLAIN = ("--model.hidden=4096", "--model.width=1")  # for torchvision's nets, which are not made smaller
 STEPS = 10  # an epoch: 240 images in batches of 24
 EMPTY = Path(__file__).parent / "empty.yaml"
 MARK = "RUN_OF_A_TEST"  # a variable in the environment of all that a run starts
