@@ -250,7 +250,7 @@ class Start:
         self.run.store.directory.mkdir(exist_ok=True)
         meta = self.state.progress.as_meta() | identity(self.config, self.shards) | {"config": as_dict(self.config)}
         meta |= {"process": process or self.settled}
-        self.run.store.save(self.state.state_dict() | {"record": 0}, meta, best=False)
+        self.run.store.save(self.state.state_dict() | {"record": 0}, meta)
         self.run.store.join()
         assert self.run.store.error is None
 

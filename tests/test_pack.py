@@ -34,7 +34,8 @@ from webdataset.tariterators import group_by_keys
 from pipelines import sources
 from pipelines.errors import SourceError
 from pipelines.manifest import Manifest, ShardError
-from pipelines.pack import Options, _Plan, _Work, _working_folder, finished, index, pack
+from pipelines.origin import Fingerprints
+from pipelines.pack import Options, _Work, _working_folder, finished, index, pack
 from pipelines.scan import WORK
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder, to_jpeg
@@ -493,8 +494,8 @@ def test_a_file_system_without_locks(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with _working_folder(tmp_path, _Plan("x"), _Work.PACK):
-        assert (tmp_path / WORK / "plan").read_text() == "pack x"
+    with _working_folder(tmp_path, None, Fingerprints("x"), _Work.INDEX):
+        assert (tmp_path / WORK / "plan").read_text() == "index x"
     said = f"{tmp_path} cannot be locked ({os.strerror(number)}): see to it that no other process packs into it\n"
     assert capsys.readouterr().err == said
 

@@ -73,9 +73,8 @@ def restore(
     found: Checkpoint | None = world.share(find(run.path, bad=bad) if world.rank == 0 else None)
     if found is None:
         if world.share(resumed.bad):
-            raise CheckpointError(
-                f"no checkpoint in {run.path / FOLDER} is good: put a good one back, or delete it to begin anew"
-            )
+            remedy = "put a good one back, or begin anew under another run.name"
+            raise CheckpointError(f"no checkpoint in {run.path / FOLDER} is good: {remedy}")
         if config.model.init_from:
             each = " for each tower" if config.train.tower_parallel else ""
             init_from(state.model, Path(config.model.init_from), world.device, each, run.say)
