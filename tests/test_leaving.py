@@ -29,6 +29,7 @@ from tests.helpers.drills import (
     TABLE,
     all_gone,
     kill,
+    listens,
     ranks_of,
     same,
     table,
@@ -169,6 +170,7 @@ def test_a_stop_while_torch_is_imported(shard_sets: Path, undisturbed: Path, tmp
     before = stopped_run(shard_sets, run)
     early = start(shard_sets, run, EVERY, how="exec")
     until_status(run, "starting: torch is imported")
+    until(lambda: all(map(listens, ranks_of(early))))
     os.kill(early.pid, signal.SIGTERM)
     began = time.monotonic()
     assert finish(early).returncode == 1

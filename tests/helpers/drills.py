@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,14 @@ def ranks_of(run: Run) -> list[int]:
         return children(run.pid)
     except OSError:
         return []
+
+
+def listens(pid: int) -> bool:
+    """Whether a process meets SIGTERM in a way of its own, as from its first moments on."""
+    with suppress(OSError):
+        found = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+        return bool(found and int(found[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def kill(pid: int) -> None:
