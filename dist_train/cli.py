@@ -7,10 +7,9 @@ import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dist_train.config import DEFAULT, UNDOTTED, Config, ConfigError, as_dict, at_home
@@ -31,20 +30,23 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
     away: nothing is packed where a user's own set is looked for. Raises ConfigError; exits for --help and
     --print_config."""
     parser = _parser()
-    argv = list(argv)
-    named = _named(argv)
-    if named & {"data.train", "data.val"} and "data.source" not in named:
-        argv.append("--data.source=")
-    if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
-        argv = ["--config", str(DEFAULT), *argv]
+    argv, files = list(argv), _files(argv)
+    if not files:
+        files = ["--config", str(DEFAULT)]
+        argv = files + argv
     try:
         namespace = parser.parse_args(argv)
         groups = parser.instantiate(namespace)
+        of_files = parser.parse_args(files).data
     except ArgumentError as error:
         raise ConfigError(_explain(str(error))) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config is not a text file in UTF-8 ({error.reason}): write it anew") from error
     config = Config(**{f.name: groups[f.name] for f in fields(Config)})
+    data = config.data
+    here = (data.train, data.val) == (of_files.train, of_files.val)
+    if not here and data.source == of_files.source and not any("data.source" in word for word in argv):
+        config = replace(config, data=replace(data, source=""))
     return at_home(config), Path(str(namespace.config[-1])).stem
 
 
@@ -107,18 +109,15 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _named(argv: Sequence[str]) -> set[str]:
-    """The keys that a command line gives, also in a group such as `--data '{"train": ...}'`."""
-    named = set[str]()
+def _files(argv: Sequence[str]) -> list[str]:
+    """The words of a command line that name YAML files."""
+    found = list[str]()
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, given, value = word.partition("=")
-        if name.startswith("--"):
-            named.add(name.removeprefix("--"))
-        if name == "--data":
-            with suppress(yaml.YAMLError):
-                group = yaml.safe_load(value if given else following)
-                named |= {f"data.{key}" for key in group} if isinstance(group, dict) else set()
-    return named
+        if word == "--config":
+            found += [word, following]
+        elif word.startswith("--config="):
+            found.append(word)
+    return found
 
 
 def _explain(message: str) -> str:

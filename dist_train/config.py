@@ -281,7 +281,9 @@ UNDOTTED = ("--config", "--print_config", *(f"--{f.name}" for f in fields(Config
 
 def dump(config: Config) -> str:
     """YAML that the command line reads back with `--config`."""
-    return str(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
+    # Names of files as they are where the locale has all characters: YAML knows no surrogates.
+    text = json.dumps(asdict(config), ensure_ascii=False).encode(errors="surrogateescape").decode(errors="replace")
+    return str(yaml.safe_dump(json.loads(text), sort_keys=False))
 
 
 def as_dict(config: Any) -> dict[str, Any]:

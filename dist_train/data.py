@@ -33,10 +33,12 @@ def pack_source(config: Config) -> None:
     from pipelines import origin
     from pipelines.pack import Options, pack  # webdataset imports torch
 
+    if Path(config.data.train) == Path(config.data.val):
+        raise ConfigError(f"data.train and data.val are both {config.data.val}: a source has two sets")
     sets = {Path(config.data.train): True, Path(config.data.val): False}
     missing = [path for path in sets if not (path / MANIFEST).exists()]
     try:
-        for path in missing:  # before anything is fetched
+        for path in sets:  # before anything is fetched
             origin.refuse_strangers(path)
         for path, training in sets.items():
             source = Torchvision(config.data.source, training, Path(config.data.train).parent / RAW)

@@ -32,6 +32,9 @@ class Stopped(Ended):
 
     code, state = STOPPED, "stopped"
 
+    def __init__(self, reason: str = "a stop signal; the same command continues") -> None:
+        super().__init__(reason)
+
 
 class Diverged(Ended):
     """A loss or a gradient is not finite; the weights were not touched. Trying again would end the same way."""

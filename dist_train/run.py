@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
     if world.rank == 0:
         wandb.open(as_dict(config))
         wandb.publish(resumed.record_bytes)
-        words.close = partial(_put_away, run, run.close, wandb.close)
+        words.close = [run.close, wandb.close]
     size = f"{world.size} x {world.device.type}, {len(sets[0])} images"
     _announce(run, trainer.progress, resumed, asdict(trainer.settled), size)
     if advice := data.small_share(config, world.size, world.device.type):
@@ -134,6 +133,9 @@ def _open_sets(config: Config, world: World, watch: Watch, announcement: Announc
     # A file system that fails for a moment is no refusal: that may be mended by a restart.
     sets = world.together(lambda: data.open_sets(config), catch=(UserError,))
     assert sets is not None
+    # A list that is just being written is the same to all.
+    for shards, rows in zip(sets, world.share([shards.quarantined for shards in sets]), strict=True):
+        shards.quarantined = rows
     world.together(lambda: data.check_tars(sets), on=[0])
     announcement.say("the run is looked at")
     return sets
@@ -163,7 +165,11 @@ def _placed(config: Config, name: str, world: World) -> Config:
 def _claim(config: Config, world: World, run: RunDirectory, resumed: Resumed) -> None:
     """Take the run directory over, for all ranks. Raises NotBegun on all ranks."""
     world.together(lambda: None)  # a rank that has refused is not here
-    token = world.together(lambda: run.claim(config, resumed.bad, resumed.record_bytes), on=[0], failure=NotBegun)
+
+    def claim() -> str:
+        return run.claim(config, resumed.bad, resumed.record_bytes, resumed.newest)
+
+    token = world.together(claim, on=[0], failure=NotBegun)
     run.lease.token = world.share(token)
 
 

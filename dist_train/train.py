@@ -23,7 +23,7 @@ from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World
 from dist_train.rundir import postmortem
 from dist_train.rundir.directory import RunDirectory
-from dist_train.rundir.resume import identity
+from dist_train.rundir.resume import QUARANTINED, identity, quarantined
 from dist_train.rundir.saver import Saver
 from dist_train.rundir.state import MEMORY, Progress, Step, TrainState
 from dist_train.validate import chance_error, validate
@@ -31,8 +31,6 @@ from pipelines.loader import Batch, Loader
 from pipelines.opened import ReadError
 from pipelines.order import even_split
 from pipelines.shards import ShardSet
-
-STOP = "a stop signal; the same command continues"
 
 
 class Pending(NamedTuple):
@@ -77,6 +75,8 @@ class Trainer:
     ) -> None:
         training_set, val_set = sets
         self.config, self.world, self.watch, self.run = config, world, watch, run
+        for shards in sets:
+            shards.hurried = lambda: watch.stop
         self.settled = replace(process.prepare(config, world, run.say), precision=build.precision(config, world))
         self.train_loader = build.train_loader(config, world, training_set)
         batch = max(world.dp_size, config.train.global_batch // config.train.accumulate)
@@ -92,6 +92,7 @@ class Trainer:
         self.pending, self.unread = None, []
         meta: dict[str, Any] = identity(config, training_set) | {"config": as_dict(config)}
         meta |= {"torch": torch.__version__, "world_size": world.size, "process": asdict(self.settled)}
+        meta |= {QUARANTINED: quarantined(training_set)}
         self.saver = Saver(config.checkpoint, world, run, self.state, meta, wandb.publish)
         self.report = Reporter(config, run, terminal, self.train_loader)
 
@@ -103,7 +104,7 @@ class Trainer:
             keys = keys_of_epoch(self.config.train.seed, first=progress.step - progress.step_in_epoch)
             for batch in self.train_loader.epoch(progress.epoch, progress.step_in_epoch, keys, self.unread):
                 lr = schedule.lr(progress.epoch, progress.step_in_epoch, steps)
-                if progress.step in self.config.monitor.probes:
+                if progress.step in self.config.monitor.probes and not self.unread:
                     self.probe(batch, lr)
                 # The step before is finished while this one is under way, so that the device is never waited for.
                 before = self.pending
@@ -180,7 +181,7 @@ class Trainer:
             self.saver.save()
         if stop:
             self.saver.finish()
-            raise Stopped(STOP)
+            raise Stopped
 
     def observe(self, pending: Pending | None) -> Vote:
         """Wait for the vote of a step and record it. Raises LeaseLost, Unread, Diverged, BadData on all ranks alike."""
@@ -200,7 +201,7 @@ class Trainer:
             # But two such steps have lowered the scale of fp16, and have gone into the running means of a net that has
             # some: then the checkpoint that is there is what the run goes on from.
             as_before = not self.state.scaler.is_enabled() and not list(self.model.buffers())
-            self.saver.give_up(self.unread, saves=as_before)
+            self.saver.give_up(self.unread, saves=as_before, stop=vote.stop > 0)
         if vote.refused or not math.isfinite(loss):
             keys = self.train_loader.names(step.epoch, step.step_in_epoch)
             raise Diverged(postmortem.diverged(self.run.path, step, loss, keys, writes=self.world.rank == 0))
@@ -226,11 +227,11 @@ class Trainer:
             if vote.lost:
                 raise self.run.lease.loss(int(vote.lost))
             if vote.unread:
-                self.saver.give_up(self.unread, saves=True)
+                self.saver.give_up(self.unread, saves=True, stop=vote.stop > 0)
             if vote.stop:
                 self.saver.save()  # the epoch is trained, not yet validated
                 self.saver.finish()
-                raise Stopped(STOP)
+                raise Stopped
 
         scores = validate(self.model, self.val_loader, self.world, self.autocast, after_batch, self.unread)
         lr = self.state.schedule.lr(progress.epoch, self.train_loader.steps - 1, self.train_loader.steps)

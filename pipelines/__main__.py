@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 from pipelines import origin
@@ -15,10 +16,10 @@ from pipelines.folders import PASSED_OVER
 from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.misc import cpus
 from pipelines.quarantine import QUARANTINE
-from pipelines.rows import mapped, sides
+from pipelines.rows import labels_used, mapped, sides
 from pipelines.scan import REJECTED, reasons
 from pipelines.shards import INDEX, ShardSet
-from pipelines.sources import ImageFolder, Source
+from pipelines.sources import ImageFolder, Source, looks_like_split
 from pipelines.speech import begin, say, show
 from pipelines.torchvision_sets import Torchvision
 
@@ -56,13 +57,12 @@ def start_pack(args: Namespace) -> int:
     enlarge = 0 if args.keep_small else side
     options = pack.Options(side, args.quality, args.shard_mb, args.seed, args.keep_small)
     try:
-        for _, directory in sets:  # before one is made
-            if not (directory / MANIFEST).exists():
-                origin.refuse_strangers(directory)
+        for source, directory in sets:  # before one is made
+            origin.refuse_strangers(directory, source)
         for source, directory in sets:
             already = (directory / MANIFEST).exists()  # it is written last
             if not already and isinstance(source, ImageFolder):
-                say(f"{source.root}: {origin.named(source.classes)}")
+                say(f"{source.root}: {origin.named(source.classes)}{_doubt(source.classes)}")
             manifest = pack.pack(source, directory, options, split=directory.name, workers=args.workers)
             _report(manifest, directory, _already(source, manifest, directory, enlarge) if already else "")
             if empty := _without_image(manifest, directory):
@@ -104,13 +104,20 @@ def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) 
     return "; already packed"
 
 
+def _doubt(classes: list[str]) -> str:
+    """What to add to the names of classes of which some, or the only one, look as if SRC was one level too high."""
+    if len(classes) > 1 and sum(map(looks_like_split, classes)) < 2:
+        return ""
+    return "; is that one level too high? The sub-folders of SRC are the classes"
+
+
 def _without_image(manifest: Manifest, directory: Path) -> list[str]:
     """The classes that no sample has."""
     try:
-        used = set(mapped(directory / INDEX)["label"].tolist())
+        used = labels_used(mapped(directory / INDEX), len(manifest.classes))
     except Exception:  # as above
         return []
-    return [name for label, name in enumerate(manifest.classes) if label not in used]
+    return [name for name, is_used in zip(manifest.classes, used.tolist(), strict=True) if not is_used]
 
 
 def index_options(parser: Parser) -> None:
@@ -133,6 +140,8 @@ def start_index(args: Namespace) -> int:
                 f"{directory}: {len(rejected)} members or samples were left out, see {directory / REJECTED}: "
                 f"{reasons(rejected)}"
             )
+        if empty := _without_image(manifest, directory):
+            show(f"{directory}: there is no image of {len(empty)} of the classes: {origin.some(empty)}")
         if told := mixing.advice(ShardSet(directory)):
             show(told)
     except KeyboardInterrupt:
@@ -147,6 +156,8 @@ def _class_names(path: Path) -> list[str]:
         raise UserError(
             f"line {blank[0]} of {path} is blank: it takes one class name per line, in the order of the labels"
         )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{path} names the class {twice[0]} more than once: each label has a name of its own")
     return names
 
 

@@ -17,6 +17,11 @@ class UsageError(UserError):
     """A command line that cannot be understood."""
 
 
+def of_the_system(error: Exception) -> bool:
+    """Whether an error is a file system's, and so says nothing of what was to be read. Pillow's have no number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
 def first_line(error: BaseException) -> str:
     """The message of an error in one line: whatever a library wrote, its first line says most. Without the addresses of
     objects: the same error has the same message in every process."""

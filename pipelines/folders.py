@@ -33,11 +33,13 @@ class Folder(NamedTuple):
     Attributes:
         path: as the system knows it.
         name: below the root, in any locale the same; bytes that are not UTF-8 stand as surrogates.
-        above: device and inode of it and of all folders on the way to it.
+        key: device and inode.
+        above: those of it and of all folders on the way to it.
     """
 
     path: bytes
     name: str
+    key: tuple[int, int]
     above: frozenset[tuple[int, int]]
 
 
@@ -74,8 +76,8 @@ def is_utf8(name: bytes) -> bool:
 def top(root: Path) -> Folder:
     """The folder that everything else is named below."""
     real = root.resolve()
-    above = (os.stat(folder) for folder in (real, *real.parents))
-    return Folder(os.fsencode(root), "", frozenset((status.st_dev, status.st_ino) for status in above))
+    above = [_key(os.stat(folder)) for folder in (real, *real.parents)]
+    return Folder(os.fsencode(root), "", above[0], frozenset(above))
 
 
 def content(folder: Folder) -> Content:
@@ -88,21 +90,21 @@ def content(folder: Folder) -> Content:
             found.rejected.append({"file": inside, "reason": reason})
         elif not stat.S_ISDIR(status.st_mode):
             found.files.append(Found(inside, status.st_size, status.st_mtime_ns))
-        elif (status.st_dev, status.st_ino) in folder.above:
+        elif (key := _key(status)) in folder.above:
             reason = "a link back to a folder that it lies in: not followed"
             found.rejected.append({"file": inside, "reason": reason})
         else:
-            here = folder.above | {(status.st_dev, status.st_ino)}
-            found.folders.append(Folder(os.path.join(folder.path, entry.name), inside, here))
+            found.folders.append(Folder(os.path.join(folder.path, entry.name), inside, key, folder.above | {key}))
     return found
 
 
 def contents(folder: Folder) -> Iterator[Content]:
     """Of a folder and all below it, each with its files before those of its folders. Raises SourceError."""
-    here = content(folder)
-    yield here
-    for inner in here.folders:
-        yield from contents(inner)
+    waiting = [folder]
+    while waiting:  # however deep it goes
+        here = content(waiting.pop())
+        yield here
+        waiting += reversed(here.folders)
 
 
 def unreadable(path: bytes, kind: str, error: OSError) -> SourceError:
@@ -111,6 +113,10 @@ def unreadable(path: bytes, kind: str, error: OSError) -> SourceError:
     return SourceError(
         f"the {kind} {name} cannot be read ({error.strerror}): see to that and repeat the command, or move it away"
     )
+
+
+def _key(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _entries(folder: Folder) -> list[tuple[str, os.DirEntry[bytes]]]:

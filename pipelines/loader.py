@@ -91,6 +91,7 @@ class Loader:
         mean: what is subtracted from each channel, in levels, float32 [3].
         waited: seconds that the consumer has waited for data.
         bad: samples that are not shown: those in quarantine, and those that were found to be undecodable since.
+        told: hears of each of the latter.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Loader:
         self.waited = 0.0
         self._quarantined = frozenset(plan.shards.quarantined.tolist())
         self.bad = set(self._quarantined)
+        self.told: Callable[[str], None] = lambda why: say(f"{why}: another sample takes its place")
 
     def samples(self, epoch: int, step: int) -> tuple[Ints, int]:
         """The sample numbers of this rank at a step of an epoch, and the position of the first."""
@@ -139,8 +141,8 @@ class Loader:
         return [self.shards.name(int(sample)) for sample in samples]
 
     def _substituted(self, epoch: int, samples: Ints, start: int) -> Ints:
-        """These samples from position `start` on, with the bad ones replaced."""
-        for i, sample in enumerate(samples.tolist()):
+        """These samples from position `start` on, in place, with the bad ones replaced."""
+        for i, sample in enumerate(samples.tolist()) if self.bad else ():
             if sample in self.bad:
                 samples[i] = self.plan.substitute(epoch, start + i, self.bad)
         return samples
@@ -210,7 +212,7 @@ class Loader:
         wanted, start = self.samples(epoch, step)
         side = self.augment.crop
         shown = collect(pipeline) if len(wanted) else [torch.empty(0, side, side, 3)]
-        samples, _ = self.usable(epoch, step)  # after that: reading may have found some to be damaged
+        samples = self._substituted(epoch, wanted.copy(), start)  # after that: reading may have found some bad
         numbers = (self.shards.labels(samples), keys(step, start + np.arange(len(samples))))
         inputs, labels, keyed = self._hand_over(shown, *map(torch.from_numpy, numbers))
         replaced = sum(sample not in self._quarantined for sample in wanted[wanted != samples].tolist())
@@ -243,7 +245,7 @@ class Loader:
     def _blame(self, sample: int, why: str) -> None:
         if sample not in self.bad:
             self.bad.add(sample)
-            say(f"{why}: another sample takes its place")
+            self.told(why)
 
     def _feed(self, epoch: int, encoded: Encoded, samples: Ints, start: int) -> Feed:
         views = self.plan.views(epoch, samples, start)

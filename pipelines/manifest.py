@@ -81,6 +81,8 @@ class Manifest:
             )
         try:
             body = json.loads(path.read_bytes())
+            if not (isinstance(body, dict) and "checksum" in body):
+                raise ShardError(f"{path} is another program's: move it away, then make a set here")
             if body.pop("checksum") != _checksum(body):
                 raise ValueError("its checksum does not match")
             if (version := body["version"]) == VERSION:  # else its fields are others

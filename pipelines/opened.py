@@ -54,16 +54,24 @@ class OpenTars:
         open_tar: opens the tar of a number. Raises OSError, and what says that it is not the right one.
         path: of the tar of a number.
         patience: seconds for which a read that fails is tried again.
+        hurried: whether that is not waited for any more.
     """
 
     # Of all sets: each may have to close those of another.
     _lock: ClassVar = Lock()
     _all: ClassVar[WeakSet[OpenTars]] = WeakSet()
 
-    def __init__(self, open_tar: Callable[[int], HeldFile], path: Callable[[int], Path], patience: float) -> None:
-        self._open, self._path, self._patience = open_tar, path, patience
+    def __init__(
+        self,
+        open_tar: Callable[[int], HeldFile],
+        path: Callable[[int], Path],
+        patience: float,
+        hurried: Callable[[], bool],
+    ) -> None:
+        self._open, self._path, self._patience, self._hurried = open_tar, path, patience, hurried
         self._files: OrderedDict[int, HeldFile] = OrderedDict()
         self._told = False  # that reading has stopped
+        self._since = 0.0  # when reading has stopped: who comes later waits no longer than the first one
         with self._lock:
             self._all.add(self)
 
@@ -82,29 +90,35 @@ class OpenTars:
 
     def read(self, tar: int, work: Callable[[HeldFile], T]) -> T:
         """What `work` returns for the open file of a tar. Where the file system fails, the file is opened anew and the
-        work done again, for so long as `patience` says. Raises ReadError then, and what opening raises."""
+        work done again, for so long as `patience` says. Raises ReadError then, or at once for what does not pass, and
+        what opening raises."""
         failing, pause = 0.0, FIRST
         while True:
             try:
                 result = work(self.get(tar))
             except OSError as error:
-                if error.errno not in PASSING:
-                    raise
                 now = time.monotonic()
-                failing = failing or now
+                self._since = self._since or now
+                failing = failing or self._since
                 full = error.errno in TOO_MANY
                 self._let_go(tar, everywhere=full)
                 left = failing + (min(FULL, self._patience) if full else self._patience) - now
-                if left <= 0:
+                if left <= 0 or error.errno not in PASSING or self._hurried():
                     raise self._failure(tar, error, now - failing) from error
                 if now - failing > QUIET:
                     self._tell(f"{self._path(tar)} cannot be read ({error.strerror}): trying again", stopped=True)
             else:
+                self._since = 0.0
                 if failing:
                     self._tell(f"{self._path(tar).parent} can be read again: reading goes on", stopped=False)
                 return result
-            time.sleep(min(pause, left))
+            self._pause(min(pause, left))
             pause = min(2 * pause, LONGEST)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._hurried():
+            time.sleep(min(left, FIRST))
 
     def _let_go(self, tar: int, *, everywhere: bool) -> None:
         """Drop what is to be opened anew; with `everywhere` the older half of what this process has open, too."""
@@ -131,9 +145,10 @@ class OpenTars:
                 f"{self._path(tar)} cannot be opened, since this process may have no more than {limit} files open: "
                 f"raise that by `ulimit -n`, or let who runs the machine raise its hard limit"
             )
+        how_long = f" for {seconds:.0f} s" if seconds >= 1 else ""
         return ReadError(
-            f"{self._path(tar)} could not be read for {seconds:.0f} s ({error.strerror}): see that its file system is "
-            f"well, then repeat the command"
+            f"{self._path(tar)} could not be read{how_long} ({error.strerror}): see that its file system is well, then "
+            f"repeat the command"
         )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +18,16 @@ from pipelines.files import write_atomically
 from pipelines.folders import Found, is_litter
 from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.quarantine import QUARANTINE
+from pipelines.rows import mapped
 from pipelines.scan import REJECTED, WORK
 from pipelines.shards import INDEX
 from pipelines.sources import ImageFolder, Item, Source
 
 FILES = "files.npy"  # in a set: which files of the user's were packed
 PACKED = np.dtype([("name", "<u8"), ("size", "<i8")])  # a hash of the name, and bytes
-# What lies in a set, besides shards and what is hidden; `slurm submit pack` keeps its logs there.
-OURS = {MANIFEST, INDEX, REJECTED, QUARANTINE, FILES, "slurm"}
+# What lies in a set that was begun, besides shards and what is hidden; and before: `slurm submit pack` logs there.
+OURS = {MANIFEST, INDEX, REJECTED, QUARANTINE, FILES}
+BEFORE = {"slurm"}
 SHOWN = 5  # names
 
 
@@ -110,27 +113,55 @@ def not_reached(source: Source, directory: Path) -> tuple[int, int]:
 
 
 def refuse_strangers(directory: Path, source: Source | None = None) -> None:
-    """Raises ShardError for a directory that holds anything but a set of ours, finished or not, or that lies in its own
-    source."""
+    """Raises ShardError for a directory that holds anything but a set of ours, or that lies in its own source, and
+    SourceError for a source of splits, unless the set was finished or begun before."""
+    if (directory / MANIFEST).exists():
+        return
     if isinstance(source, ImageFolder) and directory.resolve().is_relative_to(source.root.resolve()):
         raise ShardError(
             f"{directory} lies in {source.root}, whose folders are the classes: pack into a directory beside it"
         )
+    begun = (directory / WORK).exists()
+    if isinstance(source, ImageFolder) and not begun:
+        source.refuse_splits()
     if not directory.exists():
         return
     if not directory.is_dir():
         raise ShardError(f"{directory} is a file: name a directory to pack into")
-    begun = (directory / WORK).exists() or (directory / MANIFEST).exists()
     names = sorted(path.name for path in directory.iterdir())
     strange = [
         name
         for name in names
-        if not (name in OURS or is_litter(name) or (begun and re.fullmatch(r"shard-\d+\.tar", name)))
+        if not (
+            name in BEFORE or is_litter(name) or (begun and (name in OURS or re.fullmatch(r"shard-\d+\.tar", name)))
+        )
     ]
     if strange:
         raise ShardError(
             f"{directory} holds {some(strange)}, which `pack` did not make: pack into an empty or a new directory"
         )
+
+
+def refuse_inside(directory: Path, source: Source) -> None:
+    """Raises ShardError for a directory in one of the source's folders, however that is reached."""
+    above = [path.stat() for path in (directory, *directory.absolute().parents) if path.exists()]
+    if isinstance(source, ImageFolder) and source.keys & {(status.st_dev, status.st_ino) for status in above}:
+        raise ShardError(f"{directory} lies in a folder of images of {source.root}: pack into a directory beside it")
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Raises ShardError where another program's files stand in the places of manifest and index."""
+    body: Any = {"checksum": ""}
+    with suppress(OSError, ValueError):  # not there, or a damaged one of ours
+        body = json.loads((directory / MANIFEST).read_bytes())
+    if not (isinstance(body, dict) and "checksum" in body):
+        raise ShardError(f"{directory / MANIFEST} is another program's: move it away")
+    if (directory / INDEX).exists():
+        try:
+            mapped(directory / INDEX)
+        except Exception as error:  # whatever numpy makes of it
+            if not (directory / MANIFEST).exists():
+                raise ShardError(f"{directory / INDEX} is not an index of ours: move it away") from error
 
 
 def named(classes: Sequence[str]) -> str:

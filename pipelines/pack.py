@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -12,9 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import webdataset
@@ -31,6 +28,7 @@ from pipelines.scan import WORK, finish, scan_file, scan_shard
 from pipelines.sources import Item, Source, to_jpeg
 from pipelines.speech import say
 from pipelines.tars import passed_over
+from pipelines.unfinished import Work, working_folder
 
 TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set
 OVERHEAD = 4 * HEADER  # bytes of a sample beside its image: two headers, the label's block, and what fills up blocks
@@ -66,15 +64,18 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
     """Pack a source into `directory`.
 
     The same source and options give the same bytes, for any number of workers and however often the work was
-    interrupted. Images that cannot be read are listed in `rejected.jsonl`. Raises SourceError or ShardError.
+    interrupted. Images that cannot be decoded are listed in `rejected.jsonl`. Raises SourceError or ShardError.
     """
     if manifest := finished(source, directory, options, split=split):
         shutil.rmtree(directory / WORK, ignore_errors=True)  # of a run that was killed after its last write
         return manifest
-    origin.refuse_strangers(directory)
+    origin.refuse_strangers(directory, source)
     split = as_text(split)
     plan = origin.fingerprints(source, directory, vars(options), split)
-    with _working_folder(directory, source, plan, _Work.PACK):
+    origin.refuse_inside(directory, source)
+    with working_folder(directory, plan, Work.PACK):
+        if manifest := finished(source, directory, options, split=split):  # by another, while this one looked around
+            return manifest
         tasks = _tasks(source, directory, options)
         parallel(_pack_shard, tasks, workers=workers, images=len(source.items), label=f"pack {split}")
         if source.files:
@@ -105,9 +106,10 @@ def pack_share(
     same arguments then does what is missing, and writes the manifest. Raises SourceError or ShardError."""
     if finished(source, directory, options, split=split):
         return
-    origin.refuse_strangers(directory)
+    origin.refuse_strangers(directory, source)
     plan = origin.fingerprints(source, directory, vars(options), as_text(split))
-    with _working_folder(directory, source, plan, _Work.SHARE):
+    origin.refuse_inside(directory, source)
+    with working_folder(directory, plan, Work.SHARE):
         tasks = _tasks(source, directory, options)
         low, high = even_split(len(tasks), *share)
         tasks = tasks[low:high]
@@ -123,8 +125,9 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
             themselves.
     """
     refuse_tar(directory)
-    tars = sorted(tar for tar in directory.glob("*.tar") if not tar.name.startswith("."))
-    if passed := passed_over(directory):
+    origin.refuse_foreign(directory)
+    tars = sorted(tar for tar in directory.glob("*.tar") if tar.is_file() and not tar.name.startswith("."))
+    if passed := passed_over(directory, tars):
         say(f"{directory}: only uncompressed *.tar files that lie in it itself are indexed, and not {passed}")
     if not tars:
         raise ShardError(f"no shards in {directory}: expected uncompressed *.tar files of WebDataset samples")
@@ -135,7 +138,7 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
     # 2: scans of an earlier day had lying images in them as they lie.
     plan = json.dumps([2] + [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
     fingerprint = hashlib.sha256(plan.encode()).hexdigest()
-    with _working_folder(directory, None, origin.Fingerprints(fingerprint), _Work.INDEX):
+    with working_folder(directory, origin.Fingerprints(fingerprint), Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
         return finish(directory, tars, classes, as_text(split), {}, "", [])
 
@@ -172,7 +175,7 @@ def _pack_shard(task: _Shard) -> None:
         return
     rejected = []
     temporary = task.path.parent / WORK / f"{task.path.name}.{os.getpid()}"
-    with open(temporary, "wb") as file:
+    with _named(temporary), open(temporary, "wb") as file:
         with webdataset.TarWriter(file, mtime=0) as tar:  # an integer: a float adds a PAX header to each member
             for key, item in task.samples:
                 try:
@@ -189,13 +192,24 @@ def _pack_shard(task: _Shard) -> None:
     scan_shard(task.path, rejected, count=False)
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A disk that is full says which."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def _jpeg(source: Source, item: Item, options: Options) -> bytes:
     """Raises SourceError where a file is there and cannot be read: that may pass, and says nothing of the image. Raises
     whatever a decoder makes of garbage."""
     try:
         data = source.load(item.reference)
     except OSError as error:
-        if error.errno and error.errno not in NO_FILE:
+        if error.errno and (error.errno == errno.ENOENT or error.errno not in NO_FILE):  # it was there when listed
             raise unreadable(os.fsencode(error.filename or item.name), "file", error) from error
         raise
     return to_jpeg(data, options.shorter_side, options.quality, options.keep_small)
@@ -213,61 +227,6 @@ def _known_names(directory: Path) -> list[str] | None:
     except ShardError:
         return None
     return None if names == [str(k) for k in range(len(names))] else names
-
-
-class _Work(Enum):
-    """Who works on a set."""
-
-    PACK = "one process, which packs what is missing and finishes the set"
-    SHARE = "one of several processes, which pack different shards and leave the finish to a PACK"
-    INDEX = "one process, on tars that are there already"
-
-
-@contextmanager
-def _working_folder(directory: Path, source: Source | None, plan: origin.Fingerprints, work: _Work) -> Iterator[None]:
-    """Hold the set's working folder while the body works, only for the plan that it was begun with. It is removed
-    when the set is finished. Raises ShardError."""
-    folder = directory / WORK
-    if work is not _Work.INDEX:
-        origin.refuse_strangers(directory, source)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = fcntl.LOCK_SH if work is _Work.SHARE else fcntl.LOCK_EX
-    with os.fdopen(os.open(folder / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="ascii") as begun:
-        try:
-            fcntl.flock(begun, lock | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(f"{directory} is being packed by another process: wait for it") from error
-        except OSError as error:  # Lustre's default, and others': it would be no remedy to pack elsewhere and copy
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-            say(f"{directory} cannot be locked ({error.strerror}): see to it that no other process packs into it")
-        _settle(begun, directory, plan, work)
-        yield
-    if work is not _Work.SHARE:
-        shutil.rmtree(folder)
-
-
-def _settle(file: TextIO, directory: Path, plan: origin.Fingerprints, work: _Work) -> None:
-    """Write the plan, or go on with it if it is the one that was begun. Raises ShardError for another one."""
-    begun = file.read()
-    line = f"{'index' if work is _Work.INDEX else 'pack'} {plan.fingerprint}"
-    if begun == line:
-        return
-    if begun and begun not in [f"pack {earlier}" for earlier in plan.earlier]:
-        if not (work is _Work.INDEX and begun.startswith("index ")):
-            kept = begun in [f"pack {kept}" for kept in plan.small_kept]
-            of = "that keeps small images" if kept else "of other files, or with other options"
-            remedy = "go on with --keep-small" if kept else "repeat that command"
-            done = len(list((directory / WORK).glob("*.json")))
-            raise ShardError(
-                f"{directory} holds an unfinished pack {of}: {remedy}, pack into another directory, or remove "
-                f"{directory} with the {done} shards that are done"
-            )
-        for old in (directory / WORK).glob("*.json"):  # scans of tars that have changed since
-            old.unlink()
-    file.seek(0)  # two shares that begin at once write the same
-    file.write(line)
-    file.truncate()
 
 
 def _key(number: int, name: str) -> str:

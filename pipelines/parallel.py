@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -74,6 +75,7 @@ def _start(count: Any) -> None:
     global _count
     _count = count
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd EXIF blocks, amid the bar
     Thread(target=_leave_with_parent, daemon=True).start()
 
 

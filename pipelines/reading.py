@@ -41,20 +41,20 @@ class Reader:
     def ahead(self, shares: Iterator[tuple[Ints, int]], steps: int) -> Generator[tuple[Ints, int, Encoded], None, None]:
         """The shares of samples, each with its start and encoded images, while the `steps` behind it are being read."""
         begun: deque[tuple[Ints, int, Future[Encoded], list[tuple[Ints, Future[Encoded]]]]] = deque()
-        with ThreadPoolExecutor(self.threads, "read") as pool:
-            try:
-                while True:
-                    for samples, start in shares:  # goes on where the last round broke off
-                        misses: list[tuple[Ints, Future[Encoded]]] = []
-                        begun.append((samples, start, pool.submit(self._begin, pool, samples, misses), misses))
-                        if len(begun) > steps:  # one to deliver now, and `steps` behind it
-                            break
-                    if not begun:
-                        return
-                    samples, start, first, misses = begun.popleft()
-                    yield samples, start, _filled(first.result(), misses)
-            finally:  # the consumer may leave in the middle: what is not being read yet is not read at all
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = ThreadPoolExecutor(self.threads, "read")
+        try:
+            while True:
+                for samples, start in shares:  # goes on where the last round broke off
+                    misses: list[tuple[Ints, Future[Encoded]]] = []
+                    begun.append((samples, start, pool.submit(self._begin, pool, samples, misses), misses))
+                    if len(begun) > steps:  # one to deliver now, and `steps` behind it
+                        break
+                if not begun:
+                    return
+                samples, start, first, misses = begun.popleft()
+                yield samples, start, _filled(first.result(), misses)
+        finally:  # the consumer may leave in the middle: nothing else is read, and nothing waited for
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def read(self, samples: Ints) -> Encoded:
         """The encoded images, one after the other; a damaged one is None, and blamed."""

@@ -82,6 +82,14 @@ def top_label(rows: Rows) -> int:
     return max(int(some["label"].max()) for some in _chunks(rows))
 
 
+def labels_used(rows: Rows, classes: int) -> NDArray[np.bool_]:
+    """Of which classes there is a sample, bool [classes]. Raises IndexError for a label that is none."""
+    used = np.zeros(classes, np.bool_)
+    for some in _chunks(rows):
+        used[some["label"]] = True
+    return used
+
+
 def sides(rows: Rows) -> tuple[int, int]:
     """The least and the largest shorter side, in pixels."""
     found = [np.minimum(some["width"], some["height"]) for some in _chunks(rows)]

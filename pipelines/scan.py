@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines import quarantine
-from pipelines.errors import first_line
+from pipelines.errors import first_line, of_the_system
 from pipelines.files import as_text, jsonl, replacing, sha256, write_atomically
 from pipelines.manifest import Manifest, ShardError
 from pipelines.parallel import tick
@@ -60,6 +60,8 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
             try:
                 row, image, lies = read_sample(file, members)
             except Exception as error:  # whatever a decoder makes of garbage
+                if of_the_system(error):
+                    raise
                 left(key, first_line(error))
             else:
                 rows.append(row)
@@ -121,9 +123,9 @@ def read_sample(file: Any, members: dict[str, Any], *, turn: bool = True) -> Sam
     if member is None or "cls" not in members:
         raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
     file.seek(members["cls"].offset_data)
-    label = int(file.read(members["cls"].size))
-    if not 0 <= label < 1 << 31:
-        raise ValueError(f"label {label} is not a class number")
+    text = file.read(members["cls"].size).strip()[:20]  # digits, of which 20 are more than there can be
+    if not text.isdigit() or (label := int(text)) >= 1 << 31:
+        raise ValueError(f"label {text.decode('ascii', 'backslashreplace')} is not a class number")
     file.seek(member.offset_data - HEADER)
     header, data = file.read(HEADER), file.read(member.size)
     image = Image.open(BytesIO(data))

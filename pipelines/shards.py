@@ -44,6 +44,9 @@ class ShardSet:
     together; so does opening, for manifest, quarantine and the length of the index. What reads a tar raises ReadError
     if that fails for more than `patience` seconds.
 
+    Args:
+        listed: whether the list of the quarantine is read.
+
     Attributes:
         names: of the tars.
         shard_samples: number of samples of each, int64 [shards].
@@ -51,9 +54,12 @@ class ShardSet:
         quarantined: the samples that `verify` found to be bad, sorted, int64 [n]. They are samples like others, so that
             order and fingerprint are those of the whole set whether or not they are known; but nobody is shown them.
         earlier_fingerprint: with a quarantine, what an earlier program took for the fingerprint; else empty.
+        hurried: whether nobody waits any more for a tar that cannot be read, since the process is to stop.
     """
 
-    def __init__(self, directory: str | Path, patience: float = PATIENCE) -> None:
+    hurried: Callable[[], bool] = staticmethod(lambda: False)
+
+    def __init__(self, directory: str | Path, patience: float = PATIENCE, *, listed: bool = True) -> None:
         self.directory = Path(directory)
         self.manifest = Manifest.read(self.directory)
         self.names: list[str] = [shard["name"] for shard in self.manifest.shards]
@@ -64,14 +70,16 @@ class ShardSet:
         self._rows = self._open_index()
         self.fingerprint = self.manifest.index_sha256
         self.quarantined, self.earlier_fingerprint = np.empty(0, np.int64), ""
-        if listed := quarantine.read(self.directory, self.manifest, self._ends):
-            self.quarantined, self.earlier_fingerprint = listed
+        if listed and (bad := quarantine.read(self.directory, self.manifest, self._ends)):
+            self.quarantined, self.earlier_fingerprint = bad
         if len(self.quarantined) == len(self):
             path = self.directory / quarantine.QUARANTINE
             raise ShardError(f"{path} leaves no sample of {self.directory}: pack it anew")
         self._checked = np.zeros(len(shards), np.bool_)  # shards whose rows are whole
         self._looked_at = np.zeros(len(shards), np.bool_)  # and whose tar
-        self._tars = OpenTars(self._open_file, lambda shard: self.directory / self.names[shard], patience)
+        self._tars = OpenTars(
+            self._open_file, lambda shard: self.directory / self.names[shard], patience, lambda: self.hurried()
+        )
         self._nowait: int = getattr(os, "RWF_NOWAIT", 0)  # 0: nothing tells what is in memory, as with an old libc
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -88,13 +89,23 @@ class ImageFolder(Light):
         for raw in (name.encode(errors="surrogateescape") for name in names):
             if not is_utf8(raw):
                 raise SourceError(f"the class folder {raw!r} in {self.root} has a name that is not UTF-8: rename it")
-        if names and all(name.lower() in SPLITS for name in names):
+        return names
+
+    def refuse_splits(self) -> None:
+        """Raises SourceError if the classes are called as parts of a data set are: then it is one level too high."""
+        names = self.classes
+        if names and all(looks_like_split(name) for name in names):
             each = " and ".join(str(self.root / name) for name in names[:2])
             raise SourceError(
                 f"the folders of {self.root}, {', '.join(names)}, look like splits and not like classes: pack {each} "
                 f"each by itself, or rename them if they are classes"
             )
-        return names
+
+    @property
+    def keys(self) -> set[tuple[int, int]]:
+        """Device and inode of all folders below the root, wherever links lead."""
+        folders = [*self._top.folders, *(folder for below in self._below for one in below for folder in one.folders)]
+        return {folder.key for folder in folders}
 
     @cached_property
     def items(self) -> list[Item]:
@@ -130,6 +141,11 @@ class ImageFolder(Light):
     def load(self, reference: str) -> bytes:
         with open(os.path.join(os.fsencode(self.root), reference.encode(errors="surrogateescape")), "rb") as file:
             return file.read()
+
+
+def looks_like_split(name: str) -> bool:
+    """`train`, and `train2017`, `seg_test`, `training_set` as well."""
+    return any(word in SPLITS for word in re.findall("[a-z]+", name.lower()))
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

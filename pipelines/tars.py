@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipelines.manifest import ShardError
@@ -52,9 +52,11 @@ def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None
         raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
 
 
-def passed_over(directory: Path) -> str:
-    """What looks as if it were a part of a foreign set, and is not taken; three of it by name."""
-    named = (file.name for file in directory.glob("*") if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", file.name))
+def passed_over(directory: Path, tars: Sequence[Path]) -> str:
+    """What looks as if it were a part of a foreign set, and is none of its tars; three of it by name."""
+    others = set(directory.glob("*")) - set(tars)
+    kinds = re.compile(r"[^.].*\.(tar(\.\w+)?|tgz|tbz2?|txz)", re.IGNORECASE)
+    named = (file.name for file in others if kinds.fullmatch(file.name))
     found = sorted([*named, *(str(tar.relative_to(directory)) for tar in directory.glob("*/*.tar"))])
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 

@@ -6,16 +6,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pipelines import quarantine
-from pipelines.errors import first_line
+from pipelines.augment import Augment
+from pipelines.errors import first_line, of_the_system
 from pipelines.files import sha256
+from pipelines.loader import Loader
 from pipelines.manifest import MANIFEST, Manifest, ShardError
+from pipelines.order import Ints
 from pipelines.parallel import parallel, tick
+from pipelines.plan import FixedPlan
 from pipelines.rows import SAMPLE, Rows, checksum, fault, mapped, sides
 from pipelines.scan import read_sample
-from pipelines.shards import INDEX, TURNED
+from pipelines.shards import INDEX, TURNED, ShardSet
+from pipelines.speech import bar
 from pipelines.tars import tar_samples
 
+BATCH = 64  # images
 Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if it concerns one sample
 
 
@@ -50,6 +58,7 @@ def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = l
         raise ShardError(f"{path} and {MANIFEST} disagree (sides): run `python -m pipelines index {directory}`")
     found = parallel(_verify_shard, tasks, workers=workers, images=manifest.samples, label="verify")
     problems = [problem for problems in found for problem in problems]
+    problems += _not_shown(directory, problems)
     for problem in problems:
         tell(problem)
     try:
@@ -57,6 +66,36 @@ def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = l
     except OSError as error:
         raise ShardError(_unwritten(directory / quarantine.QUARANTINE, len(problems), error.strerror)) from error
     return problems
+
+
+def _not_shown(directory: Path, known: list[Problem]) -> list[Problem]:
+    """What can be decoded, but not by DALI, which shows it to the net: a WebP with an alpha channel and EXIF, say.
+    Nothing of tars that have problems as a whole is looked at."""
+    shards = ShardSet(directory, listed=False)
+    numbers = {name: number for number, name in enumerate(shards.names)}
+    first = np.cumsum(shards.shard_samples) - shards.shard_samples
+    usable = np.ones(len(shards), np.bool_)
+    for problem in known:
+        start = first[numbers[problem["shard"]]]
+        if "row" in problem:
+            usable[start + problem["row"]] = False
+        else:
+            usable[start : start + shards.shard_samples[numbers[problem["shard"]]]] = False
+    if not usable.any():
+        return []
+    shards.quarantined = np.flatnonzero(~usable)
+    loader = Loader(FixedPlan(shards, Augment(resize=64, crop=64)), shards.manifest, batch=BATCH)
+    loader.told = lambda _: None
+    with bar(int(usable.sum()), "verify: as the net is shown it", "img", lines=True) as shown:
+        for batch in loader.epoch():
+            shown.update(len(batch.labels))
+    return [_by_dali(shards, sample, first) for sample in sorted(loader.bad - set(shards.quarantined.tolist()))]
+
+
+def _by_dali(shards: ShardSet, sample: int, first: Ints) -> Problem:
+    number, reason = shards.shard_of(sample), "cannot be decoded by DALI: write it as a plain JPEG"
+    place = {"shard": shards.names[number], "row": sample - int(first[number])}
+    return place | {"name": shards.name(sample), "reason": reason}
 
 
 def _unwritten(path: Path, problems: int, why: str | None) -> str:
@@ -113,6 +152,8 @@ def _difference(file: Any, group: Any, indexed: tuple[int, ...], turned: bool) -
     try:
         row = read_sample(file, group, turn=turned).row
     except Exception as error:  # whatever a decoder makes of garbage
+        if of_the_system(error):
+            raise
         return f"cannot be read: {first_line(error)}"
     names = SAMPLE.names or ()
     changed = [name for name, a, b in zip(names, row, indexed, strict=True) if a != b]

@@ -20,7 +20,6 @@ from dist_train.cli import default_name, overrides_of, parse
 from dist_train.config import Config, dump
 from dist_train.data import check_batch, check_tars, open_sets, to_pack
 from pipelines.files import read_text, write_atomically
-from pipelines.manifest import MANIFEST
 from pipelines.misc import ceil_div
 from pipelines.sources import ImageFolder
 from pipelines.speech import flush, say
@@ -162,8 +161,7 @@ def submit_pack(options: Namespace) -> tuple[str, str, Path]:
     source, directory = options.source.absolute(), options.directory.absolute()
     photographs = ImageFolder(source)
     say(f"{source}: {origin.named(photographs.classes)}")  # what is wrong with them need not wait in the queue
-    if not (directory / MANIFEST).exists():
-        origin.refuse_strangers(directory, photographs)
+    origin.refuse_strangers(directory, photographs)
     _check_text(directory)
     stored = asdict(Options(options.shorter_side, options.quality, options.shard_mb, options.seed, options.keep_small))
     folder = directory / "slurm"

@@ -234,3 +234,19 @@ def test_bad_keys_in_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=f"unknown configuration key {key}: did you mean optim.lr"):
             parse(["--config", str(file)])
+
+
+def test_a_group_in_a_file_names_sets_too(tmp_path: Path) -> None:
+    group = tmp_path / "data.yaml"
+    group.write_text("train: mine/train\nval: mine/val\n")
+    for words in (["--data", str(group)], [f"--data={group}"]):
+        assert parse(words)[0].data.source == ""
+    assert parse(["--data", str(group), "--data.source=fashion-mnist"])[0].data.source == "fashion-mnist"
+
+
+def test_a_configuration_is_read_again_whatever_its_paths_are(tmp_path: Path) -> None:
+    """In an ASCII locale Python has a path's bytes as surrogates, which YAML does not take."""
+    path = b"s\xc3\xa9t/train".decode("ascii", "surrogateescape")
+    config = replace(Config(), data=replace(Config().data, train=path))
+    (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "config.yaml")])[0].data.train == "sét/train"

@@ -19,8 +19,8 @@ import torch
 from dist_train.config import Config
 from dist_train.outcomes import LeaseLost, NotSaved
 from dist_train.rundir import postmortem, record, status
-from dist_train.rundir.checkpoint import CheckpointError, find
-from dist_train.rundir.directory import DiskError, RunDirectory
+from dist_train.rundir.checkpoint import CheckpointError, find, newest_name
+from dist_train.rundir.directory import ClaimError, RunDirectory
 from dist_train.rundir.errors import Failure
 from dist_train.rundir.lease import GONE, TAKEN
 from dist_train.rundir.state import Step
@@ -37,7 +37,7 @@ class Begun(RunDirectory):
     def __init__(self, path: Path) -> None:
         self.told: list[str] = []
         super().__init__(path, self.told.append, keep=2, writes=True)
-        self.claim(Config(), [], 0)
+        self.claim(Config(), [], 0, newest_name(path))
 
     def save(self, epoch: int, best: int) -> None:
         """The state after so many epochs of ten steps, and after how many it was best."""
@@ -156,6 +156,41 @@ def test_a_checkpoint_that_was_moved_away_and_linked_back(tmp_path: Path) -> Non
     Begun(tmp_path / "run")
 
 
+def test_what_the_user_keeps_among_the_checkpoints(tmp_path: Path) -> None:
+    """Is no checkpoint, whatever it is called, and stays."""
+    run = Begun(tmp_path)
+    run.save(1, best=1)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-00000010-validated", folder / "step-00000010-mine")
+    (folder / "step-00000030-validated.tar.gz").touch()
+    (folder / "step-00000099").touch()
+    for epoch in range(2, 6):
+        run.save(epoch, best=2)
+    assert run.store.error is None
+    assert sorted(path.name for path in folder.iterdir() if path.name != "best") == [
+        "step-00000010-mine",
+        "step-00000020-validated",
+        "step-00000030-validated.tar.gz",
+        "step-00000040-validated",
+        "step-00000050-validated",
+        "step-00000099",
+    ]
+    assert newest_name(tmp_path) == "step-00000050-validated"
+    assert best(tmp_path) == 2
+
+
+def test_another_start_has_saved_meanwhile(tmp_path: Path) -> None:
+    """Two starts at once: whoever comes later does not go on from less than there is, and says so."""
+    first = Begun(tmp_path)
+    first.save(1, best=1)
+    second = RunDirectory(tmp_path, print, keep=2, writes=True)
+    looked = newest_name(tmp_path)
+    first.save(2, best=2)
+    with pytest.raises(ClaimError, match=r"another start has saved step-00000020-validated in .* meanwhile"):
+        second.claim(Config(), [], 0, looked)
+    assert first.lease.holds(), "it goes on"
+
+
 # A full disk
 
 
@@ -174,9 +209,9 @@ def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "fsync", raising(FULL))
     run = RunDirectory(tmp_path, print, keep=2, writes=True)
     with pytest.raises(
-        DiskError, match=r"cannot be written \(.*No space left on device\): make room, or choose another"
+        ClaimError, match=r"cannot be written \(.*No space left on device\): make room, or choose another"
     ):
-        run.claim(Config(), [], 0)
+        run.claim(Config(), [], 0, "")
     assert not run.lease.token
     assert not run.lease.lost
     status.Announcement(tmp_path / "other", writes=True).fail("no room")
@@ -269,6 +304,31 @@ def test_a_run_on_a_slow_disk(shard_sets: Path, tmp_path: Path) -> None:
     assert max(gaps) < 2.5, "the save, the records and the heartbeats were beside the steps"
     stands = json.loads((sorted((run / "checkpoints").glob("step-*"))[-1] / "meta.json").read_text())
     assert stands["step"] == len(times)
+
+
+def test_an_end_that_cannot_be_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "BETWEEN", 0.0)
+    run, failures = Begun(tmp_path), [OSError(errno.ESTALE, "Stale file handle")] * 2
+    written = status.write_atomically
+
+    def fails(*args: Any, **options: Any) -> None:
+        if failures:
+            raise failures.pop()
+        written(*args, **options)
+
+    monkeypatch.setattr(status, "write_atomically", fails)
+    run.status.set("done")
+    run.close()
+    assert status.read(tmp_path)["state"] == "done"
+    assert run.told == ["status.json cannot be written ([Errno 116] Stale file handle)"]
+
+
+def test_a_record_that_has_lost_its_end_is_told(tmp_path: Path) -> None:
+    run = Begun(tmp_path)
+    run.record.append("step", step=1)
+    run.close()
+    run.record.open(99)
+    assert run.told == ["metrics.jsonl has 28 bytes of the 99 that the checkpoint speaks of: lines are missing"]
 
 
 def test_a_heartbeat_is_not_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,12 @@ def test_splits_in_place_of_classes(src: Path, tmp_path: Path) -> None:
         f"and {photos}/train each by itself, or rename them if they are classes"
     )
     (tmp_path / "photos" / "tram").mkdir()  # then they may be classes
-    assert ImageFolder(tmp_path / "photos").classes == ["Test", "train", "tram", "validation"]
+    ImageFolder(tmp_path / "photos").refuse_splits()
+    for names in (("train2017", "val2017"), ("seg_train", "seg_test"), ("training_set", "test_set")):
+        for name in names:
+            (tmp_path / names[0] / "src" / name).mkdir(parents=True)
+        with pytest.raises(SourceError, match="look like splits"):
+            ImageFolder(tmp_path / names[0] / "src").refuse_splits()
 
 
 # What was packed is known again. -----------------------------------------------------------------------
@@ -304,6 +309,20 @@ def test_nothing_is_packed_among_what_is_the_users(src: Path, tmp_path: Path) ->
     ):
         pack(ImageFolder(src), src / "packed", OPTIONS, split="x", workers=1)
     assert sorted(os.listdir(src)) == ["ant", "bee"]
+    (src / "linked").symlink_to(tmp_path / "pool")
+    (tmp_path / "pool").mkdir()
+    for inside in (src / "linked" / "set", tmp_path / "pool" / "set"):  # however it is reached
+        with pytest.raises(ShardError, match="lies in"):
+            pack(ImageFolder(src), inside, OPTIONS, split="x", workers=1)
+    assert not list((tmp_path / "pool").iterdir())
+    (src / "linked").unlink()
+    for name in ("index.npy", "files.npy", "rejected.jsonl", "manifest.json"):  # of another program
+        own = tmp_path / f"own {name}"
+        own.mkdir()
+        (own / name).write_text("{}")
+        with pytest.raises(ShardError, match=r"which `pack` did not make|is another program's: move it away"):
+            pack(ImageFolder(src), own, OPTIONS, split="x", workers=1)
+        assert (own / name).read_text() == "{}"
     (tmp_path / "file").touch()
     with pytest.raises(ShardError, match="file is a file: name a directory to pack into"):
         pack(ImageFolder(src), tmp_path / "file", OPTIONS, split="x", workers=1)
@@ -311,7 +330,7 @@ def test_nothing_is_packed_among_what_is_the_users(src: Path, tmp_path: Path) ->
     (tmp_path / "set" / ".DS_Store").touch()
     assert pack(ImageFolder(src), tmp_path / "set", OPTIONS, split="x", workers=1).samples == 8
     os.remove(tmp_path / "set" / "manifest.json")  # whose shards are these?
-    with pytest.raises(ShardError, match=r"holds shard-000000\.tar.*, which `pack` did not make"):
+    with pytest.raises(ShardError, match=r"holds files\.npy, .*shard-000000\.tar.*, which `pack` did not make"):
         pack(ImageFolder(src), tmp_path / "set", OPTIONS, split="x", workers=1)
 
 

@@ -31,15 +31,17 @@ from PIL import Image
 from torchvision.transforms import functional as F
 from webdataset.tariterators import group_by_keys
 
-from pipelines import sources
+from pipelines import origin, sources
 from pipelines.errors import SourceError
 from pipelines.manifest import Manifest, ShardError
 from pipelines.origin import Fingerprints
-from pipelines.pack import Options, _Work, _working_folder, finished, index, pack
+from pipelines.pack import Options, finished, index, pack
 from pipelines.scan import WORK
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder, to_jpeg
+from pipelines.tars import passed_over
 from pipelines.torchvision_sets import Torchvision
+from pipelines.unfinished import Work, working_folder
 from pipelines.verify import verify
 from tests.conftest import CLASSES, TINTS, photograph
 
@@ -418,7 +420,7 @@ def test_a_killed_pack_continues_with_the_same_bytes(large_images: Path, unharme
 
     with pytest.raises(ShardError, match=r"has shards but no manifest.json: repeat the pack command"):
         ShardSet(out)
-    with pytest.raises(ShardError, match="holds an unfinished pack of other files, or with other options: repeat"):
+    with pytest.raises(ShardError, match="holds an unfinished pack of other files, or sizes of them, or with other"):
         pack(ImageFolder(large_images), out, Options(shorter_side=60, shard_mb=0.02), split="set", workers=1)
     with pytest.raises(ShardError, match="holds an unfinished pack"):  # its half would be taken for the whole
         index(out, classes=None, split="set", workers=1)
@@ -494,10 +496,27 @@ def test_a_file_system_without_locks(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with _working_folder(tmp_path, None, Fingerprints("x"), _Work.INDEX):
+    with working_folder(tmp_path, Fingerprints("x"), Work.INDEX):
         assert (tmp_path / WORK / "plan").read_text() == "index x"
     said = f"{tmp_path} cannot be locked ({os.strerror(number)}): see to it that no other process packs into it\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_set_that_another_has_finished_meanwhile(image_folder: Path, tmp_path: Path) -> None:
+    """While this one was still looking at its source, which may take minutes: the set is not packed over."""
+    options, before = Options(shorter_side=64), origin.fingerprints
+
+    def late(*args: Any) -> Fingerprints:
+        found = before(*args)
+        if not (tmp_path / "set" / "manifest.json").exists() and args[0].root.name == "train":
+            pack(ImageFolder(image_folder / "val"), tmp_path / "set", options, split="set", workers=1)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(origin, "fingerprints", late)
+        with pytest.raises(ShardError, match="already holds 63 images"):
+            pack(ImageFolder(image_folder / "train"), tmp_path / "set", options, split="set", workers=1)
+    assert len(ShardSet(tmp_path / "set")) == 63
 
 
 # Tars of other tools. ------------------------------------------------------------------------------
@@ -760,3 +779,41 @@ def test_torchvision_without_a_network(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("urllib.request.urlopen", offline)
     with pytest.raises(SourceError, match=r"STL10 cannot be had \(.*\): fetch it where there is a network and put it"):
         _ = Torchvision("stl10", True, tmp_path).items
+
+
+def test_what_index_does_not_touch(image_folder: Path, tmp_path: Path) -> None:
+    """Files of another program in the places of ours, pipes, links to nothing, tars by another name."""
+    directory = tmp_path / "foreign"
+    directory.mkdir()
+    photo = (image_folder / "val" / "amber" / "000.jpg").read_bytes()
+    with webdataset.TarWriter(str(directory / "a.tar")) as tar:
+        tar.write({"__key__": "a", "jpg": photo, "cls": "0"})
+    for name, text in (("manifest.json", '{"my": "own"}'), ("index.npy", "features")):
+        (directory / name).write_text(text)
+        with pytest.raises(ShardError, match=rf"{name} is (another program's|not an index of ours): move it away"):
+            index(directory, classes=None, split="x", workers=1)
+        assert (directory / name).read_text() == text
+        (directory / name).unlink()
+    shutil.copy(directory / "a.tar", directory / "b.TAR")
+    os.mkfifo(directory / "c.tar")
+    (directory / "d.tar").symlink_to("nowhere")
+    (directory / "e.tar").mkdir()
+    assert passed_over(directory, [directory / "a.tar"]) == "b.TAR, c.tar, d.tar and 1 more"
+    assert index(directory, classes=None, split="x", workers=1).samples == 1
+
+
+def test_a_pack_among_tars_whose_index_was_begun(image_folder: Path, tmp_path: Path) -> None:
+    """They are somebody's: nothing advises to remove them."""
+    (tmp_path / "shard-000000.tar").touch()
+    (tmp_path / ".pack").mkdir()
+    (tmp_path / ".pack" / "plan").write_text("index x")
+    with pytest.raises(ShardError, match="holds 1 tars of which an index was begun: pack into another directory, or"):
+        pack(ImageFolder(image_folder / "val"), tmp_path, Options(), split="foreign", workers=1)
+
+
+@pytest.mark.parametrize("label", ["1_0", "+1", "-1", "", "1.0", "9" * 30])
+def test_a_label_is_digits(label: str, tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "a", "png": encoded(Image.new("RGB", (8, 8)), "PNG"), "cls": label})
+    with pytest.raises(ShardError, match=r"is not a class number \(1\)"):
+        index(tmp_path, classes=None, split="x", workers=1)

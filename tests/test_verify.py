@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import random
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
+from PIL import Image
 
 from pipelines import quarantine
 from pipelines.__main__ import main
@@ -304,3 +307,21 @@ def test_fuzz_verify_names_what_it_finds(small: Path) -> None:
         problems = _verify_shard(task, tick=lambda: None)
         assert problems
         assert all(p["reason"] and p["name"] for p in problems)
+
+
+def test_what_dali_cannot_decode_is_found(image_folder: Path, tmp_path: Path) -> None:
+    """A WebP with an alpha channel and EXIF: Pillow shows it. So `verify` is a remedy for all that training met."""
+    exif = Image.Exif()
+    exif[0x010F] = "a maker"
+    picture = io.BytesIO()
+    Image.new("RGBA", (90, 90), (200, 100, 50, 128)).save(picture, "WEBP", lossless=True, exif=exif)
+    photo = (image_folder / "val" / "amber" / "000.jpg").read_bytes()
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(3):
+            tar.write({"__key__": f"{i}", "jpg": photo, "cls": "0"})
+        tar.write({"__key__": "odd", "webp": picture.getvalue(), "cls": "0"})
+    index(tmp_path, classes=None, split="x", workers=1)
+    (problem,) = verify(tmp_path, workers=1)
+    reason = "cannot be decoded by DALI: write it as a plain JPEG"
+    assert problem == {"shard": "a.tar", "row": 3, "name": "a.tar/odd.webp", "reason": reason}
+    assert ShardSet(tmp_path).quarantined.tolist() == [3]

@@ -71,12 +71,13 @@ class WandbRun:
         sent = int(mark.read_text(encoding="utf-8")) if mark.exists() else 0
         with open(self._record, "rb") as file:
             file.seek(sent)
-            for line in file.read(max(0, size - sent)).splitlines():
+            lines = file.read(max(0, size - sent))
+            for line in lines.splitlines():
                 values = json.loads(line)
                 if (kind := values.pop("kind")) not in ("begun", "changed"):
                     named = {f"{kind}/{k}": v for k, v in values.items()}
                     self._run.log(named | {"images": values["images"]}, step=values["step"])
-        write_atomically(mark, str(max(sent, size)).encode())
+        write_atomically(mark, str(sent + len(lines)).encode(), durable=False)
 
     def _begin(self, mode: Mode, settings: dict[str, Any]) -> Any:
         self._folder.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ A directory counts only if its hash matches.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.files import sha256
 
 FOLDER, STATE, META = "checkpoints", "state.pt", "meta.json"
-NAMES = "step-*"  # sorted by name they are sorted by progress
+NAME = re.compile(r"step-\d{8,}(-validated)?")  # sorted by name they are sorted by progress
 
 
 class CheckpointError(UserError):
@@ -35,6 +36,14 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by their names, oldest first; files and copies of the user's are none. Raises
+    OSError."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+
+
 def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambda *_: None) -> Checkpoint | None:
     """A good checkpoint; None if there is none.
 
@@ -47,7 +56,7 @@ def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambd
     """
     folder = run / FOLDER
     if which == "last":
-        candidates = sorted(folder.glob(NAMES), reverse=True)
+        candidates = listed(folder)[::-1]
     elif which == "best":
         best, still = best_of(folder)
         candidates = [folder / best] if best else []
@@ -72,7 +81,7 @@ def best_of(folder: Path) -> tuple[str, bool]:
     """The name of the newest of these checkpoints that was the best one of its time, good or not, and whether it still
     is: not if a better one was never saved, or is gone. All by the meta.json of each. Raises OSError."""
     name, its, newest = "", -1, -1
-    for path in sorted(folder.glob(NAMES)):
+    for path in listed(folder):
         with suppress(ValueError, TypeError, AttributeError, FileNotFoundError):  # a damaged one does not count
             meta = json.loads((path / META).read_bytes())
             newest = int(meta.get("best_epoch", -1))
@@ -83,7 +92,7 @@ def best_of(folder: Path) -> tuple[str, bool]:
 
 def newest_name(run: Path) -> str:
     """The name of the newest checkpoint, good or not, which tells how far a run has come; empty without one."""
-    return max((path.name for path in (run / FOLDER).glob(NAMES)), default="")
+    return max((path.name for path in listed(run / FOLDER)), default="")
 
 
 def verified(path: Path) -> Checkpoint:

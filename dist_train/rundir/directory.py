@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_train.config import Config, dump
 from dist_train.rundir import restarts
+from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.record import Record
 from dist_train.rundir.status import Status
@@ -17,8 +18,8 @@ from pipelines.errors import UserError
 from pipelines.files import write_atomically
 
 
-class DiskError(UserError):
-    """The run directory cannot be written; the message says why."""
+class ClaimError(UserError):
+    """The run directory cannot be written, or another start has saved in it since this one looked."""
 
 
 class RunDirectory:
@@ -39,24 +40,38 @@ class RunDirectory:
         self.record = Record(self.lease, say, self._writer)
         self.store = Store(self.lease, keep, say, self.record.settle)
 
-    def claim(self, config: Config, bad: list[str], record_bytes: int) -> str:
-        """Take the run over, from rank 0. Returns the name of this start. Raises DiskError if it cannot be written.
+    def claim(self, config: Config, bad: list[str], record_bytes: int, newest: str) -> str:
+        """Take the run over, from rank 0. Returns the name of this start. Raises ClaimError.
 
         Args:
             bad: names of checkpoints that are damaged; they are set aside.
             record_bytes: of the record that stay.
+            newest: the name of the newest checkpoint, good or not, when this start looked.
         """
+
+        def still() -> None:
+            if (now := newest_name(self.path)) != newest:
+                raise ClaimError(
+                    f"another start has saved {now} in {self.path} meanwhile: see that it has ended (`python -m slurm "
+                    f"status`, or its processes), then repeat the command"
+                )
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for stale in self.path.glob(".*.tmp"):  # what killed starts left may be a full disk's last bytes
-                stale.unlink()
+                with suppress(OSError):
+                    stale.unlink()
+            still()
             self.lease.acquire()
+            still()  # after this, whoever had the lease saves no more
             restarts.forget(self.path)
             self.store.clean(bad)
             write_atomically(self.path / "config.yaml", dump(config).encode())
             self.record.open(record_bytes)
         except OSError as error:
-            raise DiskError(f"{self.path} cannot be written ({error}): make room, or choose another run.dir") from error
+            raise ClaimError(
+                f"{self.path} cannot be written ({error}): make room, or choose another run.dir"
+            ) from error
         return self.lease.token
 
     def close(self) -> None:
@@ -64,4 +79,5 @@ class RunDirectory:
         self.store.join()
         with suppress(OSError):  # told
             self.record.settle()
+        self.status.insist()
         self._writer.wait()

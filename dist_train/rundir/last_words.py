@@ -44,12 +44,12 @@ class LastWords:
 
     Attributes:
         record: called with errors/<start>/ when the process hangs, for what else there is to keep.
-        close: called last, for what others hold in memory still.
+        close: called last, one after the other, for what others hold in memory still.
     """
 
     def __init__(self, run: Path | None = None, announcement: Announcement | None = None) -> None:
         self.record: Callable[[Path], None] = lambda _: None
-        self.close: Callable[[], None] = lambda: None
+        self.close: list[Callable[[], None]] = []
         self._run, self._announcement = run, announcement
         self._rank, self._node = launcher.rank(), socket.gethostname()
         self._size = launcher.size()
@@ -152,7 +152,8 @@ class LastWords:
             self._ask(partial(status.errors.write, self._rank, f"{shown}\n\n{text}"), None)
         if first.kind != "Hang" or first.rank == self._rank:  # of which the first rank finds out more
             self._ask(lambda: self._tell(first), None)
-        self._ask(self.close, None)
+        for close in self.close:
+            self._ask(close, None)
         self._ask(flush, None)
         os._exit(FAILED)
 

@@ -50,6 +50,8 @@ class Record:
     def open(self, size: int) -> None:
         """Begin or continue: what lies behind byte `size`, the restored state's, is cut off. Raises OSError."""
         kept = self.path.read_bytes()[:size] if self.path.exists() else b""
+        if len(kept) < size:
+            self._say(f"{FILE} has {len(kept)} bytes of the {size} that the checkpoint speaks of: lines are missing")
         write_atomically(
             self.path, kept
         )  # a new file: a stale process that still has the old one open cannot add to it
@@ -71,10 +73,10 @@ class Record:
             self._try()
             if self.error:
                 raise self.error
-            with self._lock:
-                if self._settled < self._written:
-                    os.fsync(self._file.fileno())
-                    self._settled = self._written
+            written = self._written
+            if self._settled < written:
+                os.fsync(self._file.fileno())  # without the lock: lines, and status.json behind them, go on
+                self._settled = written
 
     def _try(self) -> None:
         """Write what is not yet written. If that fails, say so once and keep it for the next time."""

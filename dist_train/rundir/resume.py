@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
 
 from dist_train.config import Config, as_dict, idle_fields
 from dist_train.ranks.world import World
-from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find, verified
+from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find, newest_name, verified
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.state import TrainState
 from dist_train.rundir.store import load_state
@@ -25,7 +26,7 @@ from pipelines.shards import ShardSet
 FREE = ("train", "val", "source", "device", "threads", "hw_decoder_load", "readers", "ahead", "max_bad")
 # Keys whose change is recorded
 TOLD = ("optim.", "schedule.", "train.epochs", "data.hw_decoder_load")
-SET = "training set"
+SET, QUARANTINED = "training set", "quarantined"
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Resumed:
 
     Attributes:
         found: whether there was a checkpoint.
+        newest: the name of the newest checkpoint, good or not, when it was looked for (rank 0).
         record_bytes: of the record, which the checkpoint covers.
         changed: settings that differ from those that the checkpoint was made with.
         bad: names of the checkpoints that were found to be damaged (rank 0).
@@ -41,6 +43,7 @@ class Resumed:
     """
 
     found: bool = False
+    newest: str = ""
     record_bytes: int = 0
     changed: dict[str, Any] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
@@ -70,6 +73,7 @@ def restore(
         run.say(f"checkpoint {name} is bad ({why}): looking for an older one")
         resumed.bad.append(name)
 
+    resumed.newest = newest_name(run.path)
     found: Checkpoint | None = world.share(find(run.path, bad=bad) if world.rank == 0 else None)
     if found is None:
         if world.share(resumed.bad):
@@ -85,17 +89,11 @@ def restore(
     saved = load_state(found.path, world.device)
     state.load_state_dict(saved)
     progress = state.progress
+    if found.meta.get(QUARANTINED, 0) != quarantined(training_set):  # then it is not known which of them still count
+        progress.bad_samples = 0
     run.say(f"continuing from {found.path.name}: epoch {progress.epoch + 1}, step {progress.step}")
     resumed.found, resumed.record_bytes = True, int(saved["record"])
-    # Older programs did not say, or not all of it.
-    then = {"precision": settled["precision"]} | found.meta.get("process", settled | {"numerics": 1})
-    if then.get("numerics") != settled["numerics"]:
-        run.say("it was saved by a program that rounded otherwise: from here on the bits may differ from that one's")
-    resumed.changed = {k: v for k, v in settled.items() if then.get(k, "") != v}
-    if "accelerator" in resumed.changed:
-        was, now = (where.get("accelerator", "an unknown device") or "no GPU" for where in (then, settled))
-        run.say(f"it was saved with {was}, and this is {now}: from here on the bits may differ")
-    resumed.changed |= _changed(found.meta["config"], as_dict(config))
+    resumed.changed = _unlike(found, settled, run.say) | _changed(found.meta["config"], as_dict(config))
     return resumed
 
 
@@ -105,6 +103,11 @@ def identity(config: Config, training_set: ShardSet) -> dict[str, Any]:
         "classes": len(training_set.classes),
         SET: training_set.fingerprint[:16],
     }
+
+
+def quarantined(training_set: ShardSet) -> int:
+    """A checksum of the samples that are known to be bad; 0 without any."""
+    return crc32(training_set.quarantined.tobytes())
 
 
 def init_from(model: nn.Module, path: Path, device: torch.device, each: str, say: Callable[[str], None]) -> None:
@@ -173,12 +176,25 @@ def earlier_set(found: Checkpoint, run: Path, training_set: ShardSet) -> dict[st
 def _begun_from(found: Checkpoint, run: Path, given: str) -> str:
     """`model.init_from` that the run was begun with. Raises CheckpointError if another one is given."""
     begun = str(found.meta["config"].get("model.init_from", ""))
-    if given and (not begun or os.path.abspath(given) != os.path.abspath(begun)):
+    if given and (not begun or os.path.realpath(given) != os.path.realpath(begun)):
         raise CheckpointError(
             f"model.init_from is {given}, but {run} was begun {f'from {begun}' if begun else 'without it'} and goes on "
             f"from its own {found.path.name}: leave it out, or choose another run.name"
         )
     return begun
+
+
+def _unlike(found: Checkpoint, settled: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """What is settled otherwise now than in the process that saved. Says where the bits may differ for it."""
+    # Older programs did not say, or not all of it.
+    then = {"precision": settled["precision"]} | found.meta.get("process", settled | {"numerics": 1})
+    if then.get("numerics") != settled["numerics"]:
+        say("it was saved by a program that rounded otherwise: from here on the bits may differ from that one's")
+    unlike = {k: v for k, v in settled.items() if then.get(k, "") != v}
+    if "accelerator" in unlike:
+        was, now = (where.get("accelerator", "an unknown device") or "no GPU" for where in (then, settled))
+        say(f"it was saved with {was}, and this is {now}: from here on the bits may differ")
+    return unlike
 
 
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

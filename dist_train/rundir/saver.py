@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from dist_train.config import CheckpointConfig
-from dist_train.outcomes import NotSaved, Unread
+from dist_train.outcomes import NotSaved, Stopped, Unread
 from dist_train.ranks.world import World
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.directory import RunDirectory
@@ -72,9 +73,9 @@ class Saver:
         meta = self._state.progress.as_meta() | self.meta
         run.store.save(state | {"record": size}, meta, lambda: self._covered(size))
 
-    def give_up(self, unread: list[ReadError], *, saves: bool) -> NoReturn:
+    def give_up(self, unread: list[ReadError], *, saves: bool, stop: bool) -> NoReturn:
         """End the run, on all ranks alike, since one of them cannot read its samples. Raises Unread, or what `finish`
-        raises.
+        raises; Stopped if it was to stop anyway.
 
         Args:
             unread: why this rank cannot, if it is the one.
@@ -88,6 +89,8 @@ class Saver:
         if saves:
             self.save()
         self.finish()
+        if stop:
+            raise Stopped
         self._world.together(tell, failure=Unread)
         raise AssertionError("one of them has said so")
 
@@ -103,10 +106,13 @@ class Saver:
         if lost := share(run.lease.lost):
             raise run.lease.loss(lost)
         failure = run.store.error or run.record.error
-        message = f"{type(failure).__name__}: {failure}" if failure else ""
+        message = f"({type(failure).__name__}: {failure}): {self._stands()}" if failure else ""
         if message := share(message):
-            raise NotSaved(f"the last state could not be saved ({message}): {share(self._stands())}")
+            raise NotSaved(f"the last state could not be saved {message}")
 
     def _stands(self) -> str:
-        newest = newest_name(self._run.path)
-        return f"{newest} stands" if newest else "there is no checkpoint yet"
+        """What there is, as far as the disk says."""
+        with suppress(OSError):
+            newest = newest_name(self._run.path)
+            return f"{newest} stands" if newest else "there is no checkpoint yet"
+        return "older checkpoints, if there are any, stand"

@@ -18,11 +18,12 @@ from dist_train.rundir.errors import Errors, Failure
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.writer import Writer
 from pipelines.errors import UserError
-from pipelines.files import read_json, write_atomically
+from pipelines.files import HeldFile, read_json, write_atomically
 
 FILE = "status.json"
 PERIOD = 10.0  # seconds between two heartbeats
 SILENT = 60.0  # seconds without one, after which nobody is there
+TRIES, BETWEEN = 5, 1.0  # to write an end, and seconds
 OVER = ("done", "stopped", "diverged", "failed")
 
 
@@ -141,15 +142,17 @@ class Status:
         self._lease, self._say, self._writer, self._writes = lease, say, writer, writes
         self._where: dict[str, int] = {}
         self._state, self._asked = "", 0.0
+        self._last: Callable[[], None] = lambda: None  # what was asked for last
         self._lock, self._failed = Lock(), False  # the writer may be about to say that the run is well
-        self._told = False  # that nothing can be written
+        self._told = False  # that nothing can be written: what was asked for last is not
 
     def set(self, state: str, reason: str = "", **where: int) -> None:
         """`state` as for `write`; `where`: step and epoch, kept for the next time."""
         self._where |= where
         self._state, self._asked = state, time.monotonic()
         if self._writes:
-            self._writer.ask(FILE, partial(self._write, state, reason, dict(self._where)))
+            self._last = partial(self._write, state, reason, dict(self._where))
+            self._writer.ask(FILE, self._last)
 
     def heartbeat(self, **where: int) -> None:
         """The run is alive: freshen the file now and then."""
@@ -169,6 +172,15 @@ class Status:
             if not self._told:
                 self._say(f"{FILE} cannot be written ({error})")
             self._told = True
+
+    def insist(self) -> None:
+        """An end that could not be written is tried again, some times."""
+        for _ in range(TRIES if self._writes else 0):
+            self._writer.wait()
+            if not self._told or self._state not in OVER:
+                return
+            time.sleep(BETWEEN)
+            self._writer.ask(FILE, self._last)
 
     def failed(self) -> Failure | None:
         """The failure that another rank, or this one, has met first in this start. Raises OSError.
@@ -200,13 +212,17 @@ def _place(run: Path, text: bytes) -> None:
     after it goes by the checkpoint: only the other ends are worth the wait for the disk."""
     path, ends = run / FILE, any(f'"state": "{state}"'.encode() in text for state in OVER if state != "stopped")
     try:
-        write_atomically(path, text, by=f".{launcher.rank()}", durable=ends)
+        write_atomically(path, text, by=f".{launcher.rank()}", durable=False)
+        if ends:  # by now it is there for all who do not lose power
+            with HeldFile(path) as file:
+                os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
             raise
-        with open(path, "r+b") as file:  # in the place of the old one there is room on a full disk, too
-            file.write(text)
-            file.truncate()
+        # In the place of the old one there is room on a full disk, too.
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as old:
+            old.write(text)
+            old.truncate()
 
 
 def _text(state: str, reason: str, **where: Any) -> bytes:

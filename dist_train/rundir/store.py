@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from dist_train.rundir.checkpoint import FOLDER, META, NAMES, STATE, best_of, is_best
+from dist_train.rundir.checkpoint import FOLDER, META, STATE, best_of, is_best, listed
 from dist_train.rundir.lease import Lease
 
 LINKING = "best.new"  # the link, before it is `best`
@@ -50,7 +50,7 @@ class Store:
         self._lease, self._say, self._settle, self._moment = lease, say, settle, moment
         self._writer: Thread | None = None
         self._missed: tuple[dict[str, Any], dict[str, Any]] | None = None  # the best, if it could not be saved
-        self._linked = ""  # the name that `best` points to, or should
+        self._linked, self._told = "", False  # the name that `best` points to, or should; that it cannot
 
     def save(self, state: dict[str, Any], meta: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
         """Copy `state` to host memory and write it beside training. At most one save is in flight. A save that fails
@@ -160,14 +160,16 @@ class Store:
             linking.symlink_to(best)
             os.replace(linking, link)
         except OSError as error:
-            self._say(f"{link} cannot be a link to {best}, the best checkpoint ({error}): `--checkpoint best` finds it")
+            if not self._told:
+                self._say(f"{link} cannot be a link to {best}, the best one ({error}): `--checkpoint best` finds it")
+            self._told = True
             with suppress(OSError):
                 if link.is_symlink():  # to an older one
                     link.unlink()
 
     def _prune(self) -> None:
         best, _ = best_of(self.directory)
-        for path in sorted(self.directory.glob(NAMES))[: -self.keep]:
+        for path in listed(self.directory)[: -self.keep]:
             if path.name != best:
                 hidden = self.directory / f".{path.name}.tmp"
                 os.rename(path, hidden)  # never a half-deleted directory under a good name
