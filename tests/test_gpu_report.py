@@ -494,6 +494,7 @@ def test_every_speed_is_a_command_line_of_the_trainer(gpus: int) -> None:
                 assert {f"{batch} images a rank, {how}", f"{batch} images a rank, {how}, deterministic"} <= set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_speed_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the trainer refuses, and what a rank dies of."""

@@ -17,7 +17,7 @@ from tests.helpers.launch import alive, at, children, finish, launch, start
 pytestmark = pytest.mark.integration
 
 FULL = at("save:written", 1, "disk full", always=True)
-HOWS = pytest.mark.parametrize("how", ["fork", "exec"])
+HOWS = pytest.mark.parametrize("how", ["fork", pytest.param("exec", marks=pytest.mark.slow)])
 
 ROOT = Path(__file__).parent.parent
 
