@@ -179,6 +179,20 @@ def test_a_tar_that_cannot_be_read(n: int, step: str, shard_sets: Path, undistur
     TABLE.append(("a tar that cannot be read", "failed, saved, same bits", time_lost(run)))
 
 
+@pytest.mark.slow
+def test_a_stop_while_a_tar_cannot_be_read(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """It is a stop, which nothing has to mend, and saved."""
+    run = tmp_path / "run"
+    result = launch(shard_sets, run, EVERY, fault=at("loader", 8, "SIGTERM, unread", 1))
+    assert result.returncode == 0, result.stderr
+    assert status(run)["state"] == "stopped"
+    saved = f"step-{status(run)['step']:08d}"
+    again = launch(shard_sets, run, EVERY)
+    assert f"continuing from {saved}:" in again.stderr
+    same(run, undisturbed)
+    TABLE.append(("a stop while a tar cannot be read", "stopped, saved, same bits", time_lost(run)))
+
+
 def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fault = at("step", 7, "vanish")
