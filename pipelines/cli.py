@@ -106,7 +106,12 @@ def run_verb(
         speaks: whether this process prints the sentence; under a launcher one rank does for all.
         told: hears a code of 2 and the sentence.
     """
-    code = _run_verb(prog, verbs, argv, speaks, told)
+    return heard(_run_verb(prog, verbs, argv, speaks, told), speaks=speaks, told=told)
+
+
+def heard(code: int, *, speaks: bool = True, told: Callable[[int, str], object] = lambda *_: None) -> int:
+    """The exit code of a command that would end with `code`, if all that it was asked for could be shown; says so if
+    not. For the arguments see `run_verb`."""
     lost = speech.unheard()
     if lost is None or speech.left(lost):
         return code
@@ -134,6 +139,8 @@ def _run_verb(
         return refuse(error, speaks=speaks)
     except KeyboardInterrupt:
         return interrupted(speaks=speaks)
+    except SystemExit as exiting:  # of --help
+        return exiting.code if isinstance(exiting.code, int) else int(bool(exiting.code))
 
 
 def refuse(error: Exception | str, code: int = USAGE, *, speaks: bool = True) -> int:

@@ -36,6 +36,7 @@ from dist_train.rundir.state import Progress
 from pipelines import speech
 from pipelines.png import as_png
 
+ROOT = Path(__file__).parent.parent
 NAME = "a $x_{$ b, 日本\n\udcff"
 TALKS = """
 import logging, sys, warnings
@@ -178,6 +179,15 @@ def test_a_verb_does_its_work_whole_whoever_listens(
         done = python_c(VERB, *words, cwd=tmp_path, stdout=number, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr.splitlines()) == (code, said)
     assert (tmp_path / "work").read_text() == "done"
+
+
+@pytest.mark.parametrize("words", [["pipelines", "pack", "--help"], ["dist_train", "--print_config"]])
+def test_help_and_a_configuration_are_output_too(words: list[str]) -> None:
+    with deaf("full") as number:
+        argv = [sys.executable, "-m", *words]
+        done = subprocess.run(argv, stdout=number, stderr=subprocess.PIPE, cwd=ROOT, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the output could not be written (No space left on device): ")
 
 
 def test_a_long_tmpdir_does_not_stop_the_workers(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dist_train.outcomes import DIVERGED, DONE, FAILED, STOPPED
-from pipelines.cli import INTERRUPTED, USAGE, refuse
+from pipelines.cli import INTERRUPTED, USAGE, heard, refuse
 from pipelines.speech import flush, say
 
 FINAL = (USAGE, DIVERGED)  # codes of ends that another try would not change
@@ -117,8 +117,8 @@ def leave_with(main: Callable[[], int]) -> NoReturn:
     waits for threads, and for other ranks."""
     try:
         code = main()
-    except SystemExit as exiting:  # of --help
-        code = exiting.code if isinstance(exiting.code, int) else int(bool(exiting.code))
+    except SystemExit as exiting:  # of --help and --print_config
+        code = heard(exiting.code if isinstance(exiting.code, int) else int(bool(exiting.code)))
     except BaseException as error:
         say(traceback.format_exc(), end="")
         code = end(FAILED, f"{type(error).__name__}: {error}")
