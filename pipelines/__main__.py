@@ -63,7 +63,9 @@ def start_pack(args: Namespace) -> int:
             already = (directory / MANIFEST).exists()  # it is written last
             if not already and isinstance(source, ImageFolder):
                 say(f"{source.root}: {origin.named(source.classes)}{_doubt(source.classes)}")
-            manifest = pack.pack(source, directory, options, split=directory.name, workers=args.workers)
+            manifest = pack.pack(
+                source, directory, options, split=directory.name or directory.resolve().name, workers=args.workers
+            )
             _report(manifest, directory, _already(source, manifest, directory, enlarge) if already else "")
             if empty := _without_image(manifest, directory):
                 say(f"{directory}: there is no image of {origin.some(empty)}, which stay classes: labels count them")
@@ -132,7 +134,9 @@ def start_index(args: Namespace) -> int:
     names = _class_names(args.classes) if args.classes else None
     directory = args.directory
     try:
-        manifest = pack.index(directory, classes=names, split=directory.name, workers=args.workers)
+        manifest = pack.index(
+            directory, classes=names, split=directory.name or directory.resolve().name, workers=args.workers
+        )
         rejected = [json.loads(line) for line in (directory / REJECTED).read_bytes().splitlines()]
         show(_contents(manifest, directory))
         if rejected:
