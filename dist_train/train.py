@@ -178,7 +178,7 @@ class Trainer:
             # before the state is saved.
             last, self.pending = self.pending, None
             stop = self.observe(last).stop > 0 or stop
-            self.saver.save()
+            self.saver.save(unless=lambda: self.watch.stop and not stop)  # then the next step stops, and saves
         if stop:
             self.saver.finish()
             raise Stopped

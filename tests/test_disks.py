@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -284,6 +285,23 @@ def test_a_step_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = status.read(tmp_path)
     assert (found["state"], found["step"]) == ("stopped", 3)
     assert names(tmp_path) == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_stop_while_a_save_is_waited_for(shard_sets: Path, tmp_path: Path) -> None:
+    """Saves that are due more often than they can be done: the one that was waited for is left to that of the stop."""
+    run = tmp_path / "run"
+    options = ["--train.global_batch=2", "--checkpoint.steps=3", "--run.stop_timeout=25"]
+    going = start(shard_sets, run, *options, fault={"fsync": 5}, env={"STEP_SECONDS": "0.05"}, ranks=0)
+    until((run / "samples-0.jsonl").exists)
+    until(lambda: len((run / "samples-0.jsonl").read_text().splitlines()) >= 6)
+    time.sleep(1)  # the save of step 6 waits for that of step 3
+    os.kill(going.pid, signal.SIGTERM)
+    assert finish(going).returncode == 75
+    assert status.read(run)["state"] == "stopped"
+    saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000003", "step-00000008"]
 
 
 @pytest.mark.slow

@@ -57,15 +57,20 @@ class Saver:
         if error and not isinstance(error, OSError):
             raise error
 
-    def save(self) -> None:
-        """Save the state beside training; rank 0 writes. All ranks call it at the same step."""
+    def save(self, *, unless: Callable[[], bool] = lambda: False) -> None:
+        """Save the state beside training; rank 0 writes. All ranks call it at the same step.
+
+        Args:
+            unless: whether this save is left to another one that comes at once; rank 0 asks when the save before it is
+                done, which may take a while.
+        """
         self._saved_at, self._saved_step = time.monotonic(), self._state.progress.step
         state = self._state.state_dict()  # on all ranks: towers on two ranks are put together
         if self._world.rank:
             return
         run = self._run
         run.store.join()
-        if run.lease.lost:
+        if run.lease.lost or unless():
             return
         if run.store.error:
             run.say(f"the last save failed ({run.store.error}): {self._stands()}, trying again")
