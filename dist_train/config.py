@@ -188,7 +188,7 @@ class RunConfig:
     """Default: the name of the configuration, date, time and four digits. A run of this name is continued."""
     root: str = "runs"
     dir: str = ""
-    """Default: root/name."""
+    """In place of root/name."""
     start_timeout: float = above(0, 1800.0)
     """Seconds without a sign of life, until the first step, after which a process ends itself."""
     step_timeout: float = above(0, 300.0)

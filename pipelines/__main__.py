@@ -68,7 +68,7 @@ def start_pack(args: Namespace) -> int:
             )
             _report(manifest, directory, _already(source, manifest, directory, enlarge) if already else "")
             if empty := _without_image(manifest, directory):
-                say(f"{directory}: there is no image of {origin.some(empty)}, which stay classes: labels count them")
+                say(f"{directory}: there is no image of {origin.some(empty)}; labels count them as classes")
     except KeyboardInterrupt:
         return interrupted(CONTINUES)
     return 0
@@ -99,7 +99,7 @@ def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) 
         (least < enlarge, "small images as they were"),
         (missed, f"without {missed} files that are found now"),
         (extra, f"with {extra} files that are passed over now"),
-        (changed, f"{changed} of its files changed since then"),
+        (changed, f"{changed} files of the source have a later date"),
     )
     if told := ", ".join(text for applies, text in differs if applies):
         return f"; already packed, {told}: to have it otherwise, pack into another directory"

@@ -81,11 +81,10 @@ class Manifest:
             )
         try:
             body = json.loads(path.read_bytes())
-            if not (isinstance(body, dict) and "checksum" in body):
-                raise ShardError(f"{path} is another program's: move it away, then make a set here")
-            if body.pop("checksum") != _checksum(body):
+            foreign = isinstance(body, dict) and "checksum" not in body
+            if not foreign and body.pop("checksum") != _checksum(body):
                 raise ValueError("its checksum does not match")
-            if (version := body["version"]) == VERSION:  # else its fields are others
+            if not foreign and (version := body["version"]) == VERSION:  # else its fields are others
                 known = {f.name for f in fields(Manifest)}
                 manifest = Manifest(**{name: value for name, value in body.items() if name in known})
                 if wrong := next(_wrong(manifest), None):
@@ -96,6 +95,8 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             remedy = f"run `python -m pipelines index {directory}` to make it anew"
             raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
+        if foreign:
+            raise ShardError(f"{path} is another program's: move it away, then make a set here")
         raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
 
 

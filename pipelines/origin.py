@@ -90,7 +90,7 @@ def another(source: Source, directory: Path, manifest: Manifest, stored: dict[st
     elif told := _changes(source, directory):
         why = f"packed before the source changed ({told})"
     else:
-        why = "packed from another source or under another name"
+        why = "packed from another source, or in a directory of another name"
     holds = f"already holds {manifest.samples:,} images in {len(manifest.shards)} shards, {why}"
     return ShardError(
         f"{directory} {holds}: pack into another directory, or remove {directory} with all of these first"

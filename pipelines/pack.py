@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from pipelines import origin
+from pipelines import origin, quarantine
 from pipelines.errors import SourceError, first_line
 from pipelines.files import as_text
 from pipelines.folders import NO_FILE, is_utf8, unreadable
 from pipelines.manifest import MANIFEST, Manifest, ShardError, refuse_tar
-from pipelines.order import PACK, even_split, permutation
+from pipelines.order import PACK, Ints, even_split, permutation
 from pipelines.parallel import parallel, tick
 from pipelines.rows import HEADER
-from pipelines.scan import WORK, finish, scan_file, scan_shard
+from pipelines.scan import WORK, finish, odd_samples, scan_file, scan_shard
+from pipelines.shards import ShardSet
 from pipelines.sources import Item, Source, to_jpeg
 from pipelines.speech import say
 from pipelines.tars import passed_over
@@ -140,7 +141,23 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
     fingerprint = hashlib.sha256(plan.encode()).hexdigest()
     with working_folder(directory, origin.Fingerprints(fingerprint), Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
-        return finish(directory, tars, classes, as_text(split), {}, "", [])
+        odd = np.array(odd_samples(tars), np.int64)
+        manifest = finish(directory, tars, classes, as_text(split), {}, "", [])
+        _list_refused(directory, manifest, odd)
+        return manifest
+
+
+def _list_refused(directory: Path, manifest: Manifest, odd: Ints) -> None:
+    """Put what DALI refuses of these samples into quarantine, unless `verify` has made one for this index."""
+    if len(odd) and not (directory / quarantine.QUARANTINE).exists():
+        from pipelines.shown import refused  # imports torch
+
+        if problems := refused(ShardSet(directory), odd):
+            quarantine.write(directory, manifest.index_sha256, problems)
+            say(
+                f"{directory}: {len(problems)} samples cannot be decoded by DALI, which shows images to the net: they "
+                f"are listed in {quarantine.QUARANTINE}, and others are shown in their place"
+            )
 
 
 @dataclass

@@ -6,16 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines import quarantine
 from pipelines.errors import first_line, of_the_system
@@ -23,17 +20,14 @@ from pipelines.files import as_text, jsonl, replacing, sha256, write_atomically
 from pipelines.manifest import Manifest, ShardError
 from pipelines.parallel import tick
 from pipelines.quarantine import QUARANTINE
-from pipelines.rows import HEADER, NAME, SAMPLE, checksum, sides, top_label
+from pipelines.rows import SAMPLE, checksum, sides, top_label
+from pipelines.sample import LARGEST, read_sample
 from pipelines.shards import IMAGES, INDEX, TURNED
-from pipelines.sources import ORIENTATION, upright_rgb
 from pipelines.speech import say
 from pipelines.tars import tar_samples
 
 WORK = ".pack"  # inside a set while it is being made: the plan, and the scan of each finished shard
 REJECTED = "rejected.jsonl"
-# What DALI decodes on the CPU and on the GPU, whatever the extension says.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
-LARGEST = 65535  # pixels per side: what SAMPLE holds
 # Without names for them, more classes than both are not believed: labels are ids then, and have no end.
 MANY, PER_SAMPLE = 1000, 10  # classes; classes a sample
 REASONS = 3  # told by name
@@ -47,9 +41,9 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
             added.
         count: `tick` for each sample.
     """
-    rows = []
+    rows = list[tuple[int, ...]]()
     pixels, total, products = 0, np.zeros(3), np.zeros((3, 3))
-    turned, repeats, last = 0, 0, ""
+    turned, repeats, last, odd = 0, 0, "", list[int]()
 
     def left(name: str, reason: str) -> None:
         rejected.append({"file": f"{path.name}/{name}", "reason": reason})
@@ -58,12 +52,13 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
         for key, members in tar_samples(path, left):
             repeats, last = repeats + (key == last), key
             try:
-                row, image, lies = read_sample(file, members)
+                row, image, lies, plain = read_sample(file, members)
             except Exception as error:  # whatever a decoder makes of garbage
                 if of_the_system(error):
                     raise
                 left(key, first_line(error))
             else:
+                odd += [len(rows)] * (not plain)
                 rows.append(row)
                 turned += lies
                 for extension in [e for e in IMAGES if e in members][1:]:
@@ -84,8 +79,7 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
         "total": [int(v) for v in total],
         "products": [[int(v) for v in row] for row in products],
         "rejected": rejected,
-        "turned": turned,
-        "repeats": repeats,
+        **{"turned": turned, "repeats": repeats, "odd": odd},
     }
     write_atomically(scan_file(path), json.dumps(scan, ensure_ascii=False).encode(errors="backslashreplace"))
 
@@ -99,57 +93,13 @@ def _rows_file(path: Path) -> Path:
     return path.parent / WORK / f"{path.name}.npy"
 
 
-class Sample(NamedTuple):
-    """One sample of a tar.
-
-    Attributes:
-        row: its SAMPLE record, in which width and height are those of the image as it is shown.
-        image: upright, RGB.
-        turned: whether its EXIF orientation says that it lies as it is stored.
-    """
-
-    row: tuple[int, ...]
-    image: Image.Image
-    turned: bool
-
-
-def read_sample(file: Any, members: dict[str, Any], *, turn: bool = True) -> Sample:
-    """Read and decode one sample. Raises ValueError and Pillow's errors.
-
-    Args:
-        turn: whether it is shown as its EXIF orientation says; not so in the sets that earlier programs indexed.
-    """
-    member = next((members[ext] for ext in IMAGES if ext in members), None)
-    if member is None or "cls" not in members:
-        raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
-    file.seek(members["cls"].offset_data)
-    text = file.read(members["cls"].size).strip()[:20]  # digits, of which 20 are more than there can be
-    if not text.isdigit() or (label := int(text)) >= 1 << 31:
-        raise ValueError(f"label {text.decode('ascii', 'backslashreplace')} is not a class number")
-    file.seek(member.offset_data - HEADER)
-    header, data = file.read(HEADER), file.read(member.size)
-    image = Image.open(BytesIO(data))
-    if image.format not in FORMATS:
-        raise ValueError(f"is a {image.format} image: pack it from a folder, or write it as JPEG, PNG or WebP")
-    if max(image.size) > LARGEST:
-        raise ValueError(f"is {image.width}x{image.height} pixels: at most {LARGEST} a side")
-    image.load()
-    upright = upright_rgb(image)
-    turned = turn and _lies(image)
-    row = (member.offset_data, member.size, *(upright if turned else image).size, label)
-    return Sample((*row, crc32(header[:NAME]), crc32(data)), upright, turned)
-
-
-def _lies(image: Image.Image) -> bool:
-    """Whether an image is to be turned before it is shown. Raises ValueError if only others than DALI would do it."""
-    said = Image.Exif()
-    with suppress(Exception):  # whatever Pillow makes of a broken block
-        said.load(image.info.get("exif", b""))
-    ways = [exif.get(ORIENTATION, 1) for exif in (said, image.getexif())]  # the second one reads XMP, too
-    lies = [way in range(2, 9) for way in ways]
-    if lies[0] != lies[1]:
-        raise ValueError("is turned by its XMP alone, which DALI does not read: pack it from a folder")
-    return lies[0]
+def odd_samples(tars: Sequence[Path]) -> list[int]:
+    """The samples of a set that are not plain, by the scans of its tars."""
+    found, first = list[int](), 0
+    for scan in (json.loads(scan_file(tar).read_bytes()) for tar in tars):
+        found += [first + row for row in scan["odd"]]
+        first += scan["shard"]["samples"]
+    return found
 
 
 def reasons(rejected: Sequence[dict[str, str]]) -> str:
@@ -215,7 +165,8 @@ def _names(directory: Path, classes: Sequence[str] | None, top: int, samples: in
     """The class names of a set whose largest label is `top`. Raises ShardError."""
     if classes is not None and top >= len(classes):
         raise ShardError(
-            f"{directory}: label {top} is out of range for {len(classes)} classes: name all of them in --classes"
+            f"{directory}: label {top} is out of range for {len(classes)} classes, the first of which has label 0: "
+            f"name all of them in --classes"
         )
     if classes is None and top >= max(MANY, PER_SAMPLE * samples):
         raise ShardError(

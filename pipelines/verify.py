@@ -9,21 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines import quarantine
-from pipelines.augment import Augment
 from pipelines.errors import first_line, of_the_system
 from pipelines.files import sha256
-from pipelines.loader import Loader
 from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.order import Ints
 from pipelines.parallel import parallel, tick
-from pipelines.plan import FixedPlan
 from pipelines.rows import SAMPLE, Rows, checksum, fault, mapped, sides
-from pipelines.scan import read_sample
+from pipelines.sample import read_sample
 from pipelines.shards import INDEX, TURNED, ShardSet
-from pipelines.speech import bar
+from pipelines.shown import refused
 from pipelines.tars import tar_samples
 
-BATCH = 64  # images
 Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if it concerns one sample
 
 
@@ -57,8 +53,11 @@ def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = l
     if manifest.sides and sides(index) != tuple(manifest.sides):
         raise ShardError(f"{path} and {MANIFEST} disagree (sides): run `python -m pipelines index {directory}`")
     found = parallel(_verify_shard, tasks, workers=workers, images=manifest.samples, label="verify")
-    problems = [problem for problems in found for problem in problems]
-    problems += _not_shown(directory, problems)
+    looked_at = [problem for problems in found for problem in problems]
+    shards = ShardSet(directory, listed=False)
+    problems = [problem for problem in looked_at if problem["reason"]] + refused(
+        shards, _odd_samples(shards, looked_at)
+    )
     for problem in problems:
         tell(problem)
     try:
@@ -68,34 +67,13 @@ def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = l
     return problems
 
 
-def _not_shown(directory: Path, known: list[Problem]) -> list[Problem]:
-    """What can be decoded, but not by DALI, which shows it to the net: a WebP with an alpha channel and EXIF, say.
-    Nothing of tars that have problems as a whole is looked at."""
-    shards = ShardSet(directory, listed=False)
+def _odd_samples(shards: ShardSet, found: list[Problem]) -> Ints:
+    """Those that are whole, but not plain; nothing of tars that have problems as a whole."""
     numbers = {name: number for number, name in enumerate(shards.names)}
     first = np.cumsum(shards.shard_samples) - shards.shard_samples
-    usable = np.ones(len(shards), np.bool_)
-    for problem in known:
-        start = first[numbers[problem["shard"]]]
-        if "row" in problem:
-            usable[start + problem["row"]] = False
-        else:
-            usable[start : start + shards.shard_samples[numbers[problem["shard"]]]] = False
-    if not usable.any():
-        return []
-    shards.quarantined = np.flatnonzero(~usable)
-    loader = Loader(FixedPlan(shards, Augment(resize=64, crop=64)), shards.manifest, batch=BATCH)
-    loader.told = lambda _: None
-    with bar(int(usable.sum()), "verify: as the net is shown it", "img", lines=True) as shown:
-        for batch in loader.epoch():
-            shown.update(len(batch.labels))
-    return [_by_dali(shards, sample, first) for sample in sorted(loader.bad - set(shards.quarantined.tolist()))]
-
-
-def _by_dali(shards: ShardSet, sample: int, first: Ints) -> Problem:
-    number, reason = shards.shard_of(sample), "cannot be decoded by DALI: write it as a plain JPEG"
-    place = {"shard": shards.names[number], "row": sample - int(first[number])}
-    return place | {"name": shards.name(sample), "reason": reason}
+    broken = {problem["shard"] for problem in found if "row" not in problem}
+    odd = [problem for problem in found if not problem["reason"] and problem["shard"] not in broken]
+    return np.array([first[numbers[problem["shard"]]] + problem["row"] for problem in odd], np.int64)
 
 
 def _unwritten(path: Path, problems: int, why: str | None) -> str:
@@ -140,22 +118,22 @@ def _problems(task: _Task, tick: Callable[[], None]) -> Iterator[Problem]:
     with open(task.path, "rb") as file:
         for row, indexed in enumerate(index[task.rows.start : task.rows.stop].tolist()):
             key, group = members.get(indexed[0], (f"sample {row}", None))
-            if reason := _difference(file, group, indexed, task.turned):
+            if (reason := _difference(file, group, indexed, task.turned)) is not None:
                 yield {"shard": shard, "row": row, "name": f"{shard}/{key}", "reason": reason}
             tick()
 
 
-def _difference(file: Any, group: Any, indexed: tuple[int, ...], turned: bool) -> str:
-    """Reason to reject a sample; empty if there is none."""
+def _difference(file: Any, group: Any, indexed: tuple[int, ...], turned: bool) -> str | None:
+    """Reason to reject a sample; None if there is none; empty if it is whole, but DALI is to be asked, too."""
     if group is None:
         return "is not in the tar where the index says"
     try:
-        row = read_sample(file, group, turn=turned).row
+        sample = read_sample(file, group, turn=turned)
     except Exception as error:  # whatever a decoder makes of garbage
         if of_the_system(error):
             raise
         return f"cannot be read: {first_line(error)}"
     names = SAMPLE.names or ()
-    changed = [name for name, a, b in zip(names, row, indexed, strict=True) if a != b]
+    changed = [name for name, a, b in zip(names, sample.row, indexed, strict=True) if a != b]
     # Never "differs": an earlier program had the bytes of quarantine.jsonl in the fingerprint of a set.
-    return f"{' and '.join(changed)} differ from the index" if changed else ""
+    return f"{' and '.join(changed)} differ from the index" if changed else None if sample.plain else ""

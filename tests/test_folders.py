@@ -114,7 +114,7 @@ def test_litter_is_passed_over_and_named(
     assert pipelines(monkeypatch, "pack", "imagefolder", src, tmp_path / "set", "--shorter-side", 16) == 0
     out, err = capsys.readouterr()
     assert f"{src}: 4 classes: ant, bee, empty, odd\n" in err
-    assert f"{tmp_path}/set: there is no image of empty, odd, which stay classes: labels count them\n" in err
+    assert f"{tmp_path}/set: there is no image of empty, odd; labels count them as classes\n" in err
     assert "8 images of 4 classes in 1 shards, 0 MB; 1 rejected, 9 passed over, see " in out
     reasons = told(tmp_path / "set")
     assert {name for name, reason in reasons.items() if reason == "passed over: known as no image"} == litter
@@ -243,7 +243,7 @@ def test_a_source_that_has_changed(src: Path, tmp_path: Path) -> None:
     (src / "bee" / "3.jpg").unlink()
     assert refusal() == f"{held} (1 of another size: ant/0.jpg; 1 new: bee/9.jpg; 1 gone): {remedy}"
     (out / "files.npy").write_bytes(b"garbage")
-    assert "packed from another source or under another name: pack into another directory, or" in refusal()
+    assert "packed from another source, or in a directory of another name: pack into another directory, or" in refusal()
     index(out, classes=None, split="x", workers=1)
     assert "of which `index` made a set: pack into another directory, or remove" in refusal()
 
@@ -265,7 +265,9 @@ def test_changed_files_of_the_same_size_are_counted(
     os.utime(src / "ant" / "0.jpg", (later, later))
     capsys.readouterr()
     assert pipelines(monkeypatch, *words) == 0
-    line = "; already packed, 1 of its files changed since then: to have it otherwise, pack into another directory\n"
+    line = (
+        "; already packed, 1 files of the source have a later date: to have it otherwise, pack into another directory\n"
+    )
     assert capsys.readouterr().out.endswith(line)
 
 

@@ -595,7 +595,7 @@ def test_index_reads_the_tars_of_other_tools(foreign: tuple[Path, dict[str, tupl
 
 def test_index_and_class_names(foreign: tuple[Path, dict[str, tuple[bytes, int]]]) -> None:
     directory, _ = foreign
-    with pytest.raises(ShardError, match="label 4 is out of range for 3 classes: name all of them in --classes"):
+    with pytest.raises(ShardError, match=r"label 4 is out of range for 3 classes, .*: name all of them in --classes"):
         index(directory, classes=["a", "b", "c"], split="x", workers=1)
     assert index(directory, classes=list("abcde"), split="x", workers=1).classes == list("abcde")
     (directory / "index.npy").unlink()
@@ -815,5 +815,5 @@ def test_a_pack_among_tars_whose_index_was_begun(image_folder: Path, tmp_path: P
 def test_a_label_is_digits(label: str, tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         tar.write({"__key__": "a", "png": encoded(Image.new("RGB", (8, 8)), "PNG"), "cls": label})
-    with pytest.raises(ShardError, match=r"is not a class number \(1\)"):
+    with pytest.raises(ShardError, match=r"is not a class number: for classes by name pack folders \(1\)"):
         index(tmp_path, classes=None, split="x", workers=1)

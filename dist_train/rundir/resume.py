@@ -155,7 +155,8 @@ def _refuse_other_settings(found: Checkpoint, run: Path, ours: dict[str, Any]) -
             different.append(f"{key} was {was!r}, now {value!r}")
     if different:
         raise CheckpointError(
-            f"{run} was begun with other settings ({'; '.join(different)}): restore them, or choose another run.name"
+            f"{run} was begun with other settings ({'; '.join(different)}): restore them, or choose another run.name "
+            f"or run.dir"
         )
 
 

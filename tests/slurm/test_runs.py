@@ -105,6 +105,8 @@ def test_a_requeue_loses_nothing_and_a_crashed_rank_comes_back(user: User, unint
 def test_a_node_crash_and_one_run_in_wandb(user: User, uninterrupted: Path) -> None:
     job = user.submit("crash", "--monitor.wandb=offline")
     user.freeze("crash", job, rank=3)
+    (first,) = user.run("crash").glob("wandb/offline-run-*/run-*.wandb")
+    wait_for(lambda: logged(first)[0], 60, "the file of wandb")  # which it writes in its own time
     node = user.cluster.nodes[1]
     user.cluster.crash(node)
     user.wait("crash", job, "done")

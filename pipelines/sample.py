@@ -1,0 +1,76 @@
+"""One sample of a tar: read, decoded, and what kind of image it is."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from io import BytesIO
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from PIL import Image
+
+from pipelines.rows import HEADER, NAME
+from pipelines.shards import IMAGES
+from pipelines.sources import ORIENTATION, upright_rgb
+
+# What DALI decodes on the CPU and on the GPU, whatever the extension says.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+LARGEST = 65535  # pixels per side: what SAMPLE holds
+
+
+class Sample(NamedTuple):
+    """One sample of a tar.
+
+    Attributes:
+        row: its SAMPLE record, in which width and height are those of the image as it is shown.
+        image: upright, RGB.
+        turned: whether its EXIF orientation says that it lies as it is stored.
+        plain: whether it is of a kind that DALI has always decoded as Pillow does.
+    """
+
+    row: tuple[int, ...]
+    image: Image.Image
+    turned: bool
+    plain: bool
+
+
+def read_sample(file: Any, members: dict[str, Any], *, turn: bool = True) -> Sample:
+    """Read and decode one sample. Raises ValueError and Pillow's errors.
+
+    Args:
+        turn: whether it is shown as its EXIF orientation says; not so in the sets that earlier programs indexed.
+    """
+    member = next((members[ext] for ext in IMAGES if ext in members), None)
+    if member is None or "cls" not in members:
+        raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
+    file.seek(members["cls"].offset_data)
+    text = file.read(members["cls"].size).strip()[:20]  # digits, of which 20 are more than there can be
+    if not text.isdigit() or (label := int(text)) >= 1 << 31:
+        raise ValueError(
+            f"label {text.decode('ascii', 'backslashreplace')} is not a class number: for classes by name pack folders"
+        )
+    file.seek(member.offset_data - HEADER)
+    header, data = file.read(HEADER), file.read(member.size)
+    image = Image.open(BytesIO(data))
+    if image.format not in FORMATS:
+        raise ValueError(f"is a {image.format} image: pack it from a folder, or write it as JPEG, PNG or WebP")
+    if max(image.size) > LARGEST:
+        raise ValueError(f"is {image.width}x{image.height} pixels: at most {LARGEST} a side")
+    image.load()
+    upright = upright_rgb(image)
+    turned = turn and _lies(image)
+    row = (member.offset_data, member.size, *(upright if turned else image).size, label)
+    plain = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and ORIENTATION not in image.getexif()
+    return Sample((*row, crc32(header[:NAME]), crc32(data)), upright, turned, plain)
+
+
+def _lies(image: Image.Image) -> bool:
+    """Whether an image is to be turned before it is shown. Raises ValueError if only others than DALI would do it."""
+    said = Image.Exif()
+    with suppress(Exception):  # whatever Pillow makes of a broken block
+        said.load(image.info.get("exif", b""))
+    ways = [exif.get(ORIENTATION, 1) for exif in (said, image.getexif())]  # the second one reads XMP, too
+    lies = [way in range(2, 9) for way in ways]
+    if lies[0] != lies[1]:
+        raise ValueError("is turned by its XMP alone, which DALI does not read: pack it from a folder")
+    return lies[0]

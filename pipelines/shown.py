@@ -1,0 +1,39 @@
+"""What Pillow decodes, and DALI, which shows it to the net, does not: some WebPs with EXIF, a BMP of 16 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipelines.augment import Augment
+from pipelines.loader import Loader
+from pipelines.order import Ints
+from pipelines.plan import FixedPlan
+from pipelines.shards import ShardSet
+from pipelines.speech import bar
+
+SIDE = 64  # pixels that are shown: all are decoded
+
+
+def refused(shards: ShardSet, samples: Ints) -> list[dict[str, Any]]:
+    """Those of these samples that DALI refuses, as problems of `verify`.
+
+    One by one: where several of a batch are refused, DALI 2.4 was seen to end in SIGSEGV.
+    """
+    if not len(samples):
+        return []
+    plan = FixedPlan(shards, Augment(resize=SIDE, crop=SIDE), samples=samples)
+    loader = Loader(plan, shards.manifest, batch=1)
+    known = set(loader.bad)
+    loader.told = lambda _: None
+    with bar(len(samples), "as the net is shown them", "img", lines=True) as shown:
+        for _ in loader.epoch():
+            shown.update()
+    first = np.cumsum(shards.shard_samples) - shards.shard_samples
+    problems = []
+    for sample in sorted(loader.bad - known):
+        number, reason = shards.shard_of(sample), "cannot be decoded by DALI: write it as a plain JPEG"
+        place: dict[str, Any] = {"shard": shards.names[number], "row": sample - int(first[number])}
+        problems.append(place | {"name": shards.name(sample), "reason": reason})
+    return problems
