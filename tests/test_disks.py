@@ -249,6 +249,7 @@ def test_half_a_line_is_no_line(tmp_path: Path) -> None:
     run.record.append("step", step=2)
     with pytest.raises(OSError, match="No space left"):
         run.record.settle()
+    run._writer.wait()  # which tries, too
     assert record.read(tmp_path) == [{"kind": "step", "step": 1}]
     run.record._file = whole
     run.record.settle()
