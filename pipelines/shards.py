@@ -95,6 +95,11 @@ class ShardSet:
         return TURNED in self.manifest.stored
 
     @property
+    def firsts(self) -> NDArray[np.int64]:
+        """The first sample of each shard, int64 [shards]."""
+        return self._ends - self.shard_samples
+
+    @property
     def good(self) -> NDArray[np.int64]:
         """All samples but the quarantined ones, int64 [n]: for small sets."""
         return np.delete(np.arange(len(self)), self.quarantined)
@@ -115,7 +120,7 @@ class ShardSet:
         taken: NDArray[Any] = self._rows[samples]
         if found := fault(taken, self._tar_bytes[shards], len(self.classes), self.manifest.sides):
             at, reason = found
-            row = samples[at] - (self._ends - self.shard_samples)[shards[at]]
+            row = samples[at] - self.firsts[shards[at]]
             raise self._damaged(f"row {row} of {self.names[shards[at]]} {reason}")
         return taken
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from pipelines.augment import Augment
 from pipelines.loader import Loader
 from pipelines.order import Ints
@@ -30,10 +28,9 @@ def refused(shards: ShardSet, samples: Ints) -> list[dict[str, Any]]:
     with bar(len(samples), "as the net is shown them", "img", lines=True) as shown:
         for _ in loader.epoch():
             shown.update()
-    first = np.cumsum(shards.shard_samples) - shards.shard_samples
-    problems = []
+    problems, firsts = [], shards.firsts
     for sample in sorted(loader.bad - known):
         number, reason = shards.shard_of(sample), "cannot be decoded by DALI: write it as a plain JPEG"
-        place: dict[str, Any] = {"shard": shards.names[number], "row": sample - int(first[number])}
+        place: dict[str, Any] = {"shard": shards.names[number], "row": sample - int(firsts[number])}
         problems.append(place | {"name": shards.name(sample), "reason": reason})
     return problems

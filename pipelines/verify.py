@@ -70,10 +70,10 @@ def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = l
 def _odd_samples(shards: ShardSet, found: list[Problem]) -> Ints:
     """Those that are whole, but not plain; nothing of tars that have problems as a whole."""
     numbers = {name: number for number, name in enumerate(shards.names)}
-    first = np.cumsum(shards.shard_samples) - shards.shard_samples
+    firsts = shards.firsts
     broken = {problem["shard"] for problem in found if "row" not in problem}
     odd = [problem for problem in found if not problem["reason"] and problem["shard"] not in broken]
-    return np.array([first[numbers[problem["shard"]]] + problem["row"] for problem in odd], np.int64)
+    return np.array([firsts[numbers[problem["shard"]]] + problem["row"] for problem in odd], np.int64)
 
 
 def _unwritten(path: Path, problems: int, why: str | None) -> str:

@@ -73,8 +73,10 @@ def restore(
         run.say(f"checkpoint {name} is bad ({why}): looking for an older one")
         resumed.bad.append(name)
 
-    resumed.newest = newest_name(run.path)
-    found: Checkpoint | None = world.share(find(run.path, bad=bad) if world.rank == 0 else None)
+    found: Checkpoint | None = None
+    if world.rank == 0:
+        resumed.newest, found = newest_name(run.path), find(run.path, bad=bad)
+    found = world.share(found)
     if found is None:
         if world.share(resumed.bad):
             remedy = "put a good one back, or begin anew under another run.name"

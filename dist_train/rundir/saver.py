@@ -22,8 +22,8 @@ class Saver:
     Args:
         meta: what a checkpoint's meta.json says of the run, besides its progress.
         covered: told how many bytes of the record are safe, beside training, once the state that was saved with them is
-            on the disk. A
-            restart cuts the record back to what its checkpoint covers, so nothing behind them may be sent to wandb yet.
+            on the disk. A restart cuts the record back to what its checkpoint covers, so nothing behind them may be
+            sent to wandb yet.
     """
 
     def __init__(

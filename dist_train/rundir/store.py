@@ -127,9 +127,9 @@ class Store:
             self._moment("written")
             json.dump(meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}, text, indent=1)
             # A busy file system takes seconds for each: all at once.
-            with ThreadPoolExecutor(3) as pool:
+            with ThreadPoolExecutor(2) as pool:
                 flushed = [pool.submit(_flush, opened) for opened in (file, text)]
-                pool.submit(self._settle).result()
+                self._settle()
             for flush in flushed:
                 flush.result()
                 self._moment("flushed")
