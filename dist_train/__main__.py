@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dist_train import cli
 from dist_train.analysis.verbs import SHARED, VERBS
-from dist_train.ranks import kin, launcher
+from dist_train.ranks import beside, kin, launcher
 from pipelines.cli import refuse, run_verb
 from pipelines.speech import begin
 
@@ -18,6 +18,7 @@ from pipelines.speech import begin
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; see `dist_train.outcomes`."""
     begin()
+    beside.settle()
     kin.bind()
     words = list(sys.argv[1:] if argv is None else argv)
     if before := launcher.end_before():

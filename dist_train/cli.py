@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from dist_train.config import DEFAULT, UNDOTTED, Config, ConfigError, as_dict, at_home
+from dist_train.config import DEFAULT, UNDOTTED, Config, ConfigError, as_dict
+from dist_train.monitor import notify
 from dist_train.ranks import kin, launcher
 from dist_train.ranks.watch import Watch
-from dist_train.rundir import restarts
+from dist_train.rundir import events, restarts
+from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.last_words import LastWords
-from dist_train.rundir.status import Announcement
 from pipelines.cli import interrupted, nearest
 from pipelines.errors import UserError
 from pipelines.opened import raise_limit
@@ -47,7 +50,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
     here = (data.train, data.val) == (of_files.train, of_files.val)
     if not here and data.source == of_files.source and not any("data.source" in word for word in argv):
         config = replace(config, data=replace(data, source=""))
-    return at_home(config), Path(str(namespace.config[-1])).stem
+    return _at_home(config), Path(str(namespace.config[-1])).stem
 
 
 def overrides_of(line: str, file: Path) -> list[str]:
@@ -74,6 +77,8 @@ def train(argv: Sequence[str]) -> int:
         path = config.run.path(name)
         announcement = Announcement(path, writes=launcher.rank() == 0)
         words = LastWords(path, announcement)
+        if not launcher.attended():  # nobody sees why the run does not begin
+            words.tellers = [partial(events.tell, path), partial(notify.tell_now, config.run.name or path.name, path)]
         watch = Watch(config.run.start_timeout, config.run.stop_timeout, words)
     except ConfigError as error:
         return launcher.end_refused(error)
@@ -85,6 +90,7 @@ def train(argv: Sequence[str]) -> int:
                 restarts.count(path)
     except UserError as error:
         announcement.fail(str(error))
+        notify.tell_now(config.run.name or path.name, path, "given_up", reason=str(error))
         return launcher.end_refused(error)
     try:
         announcement.say("torch is imported")
@@ -140,3 +146,19 @@ def _unknown(key: str) -> str:
     if "." in key or "." in meant:
         return f"unknown configuration key {key}: did you mean {meant}?"
     return f"unknown option --{key}: did you mean --{meant}?"
+
+
+def _at_home(config: Config) -> Config:
+    """The same with `~` in paths replaced by the user's directory, which a shell does not do in `--data.train=~/x`."""
+    data, model, run = config.data, config.model, config.run
+    return replace(
+        config,
+        data=replace(data, train=_path(data.train), val=_path(data.val)),
+        model=replace(model, init_from=_path(model.init_from)),
+        run=replace(run, root=_path(run.root), dir=_path(run.dir)),
+    )
+
+
+def _path(text: str) -> str:
+    """The name as the system takes it, in a locale without its characters, too."""
+    return os.fsdecode(os.path.expanduser(text).encode(errors="surrogateescape"))

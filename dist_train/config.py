@@ -6,8 +6,7 @@ Precedence: these defaults < a YAML file < `--optim.lr 0.02` on the command line
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,8 +175,20 @@ class MonitorConfig:
     """Steps between two records in metrics.jsonl."""
     probes: tuple[int, ...] = ()
     """Steps before which activations, gradients and curvature are measured layer by layer (dist_train/probe.py)."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    wandb_project: str = "dist_train"
+    wandb: Literal["disabled", "offline", "online"] | None = None
+    """null: WANDB_MODE; without that online if WANDB_PROJECT, WANDB_ENTITY or WANDB_DIR is set, else disabled."""
+    wandb_project: str | None = None
+    """null: WANDB_PROJECT, else dist_train."""
+    wandb_entity: str | None = None
+    """null: WANDB_ENTITY, else the user's own."""
+    wandb_tags: tuple[str, ...] = ()
+    """Besides those of WANDB_TAGS."""
+    wandb_notes: str | None = None
+    """null: WANDB_NOTES."""
+    wandb_checkpoint: bool = False
+    """Keep the best checkpoint as an artifact, when the run is done."""
+    tensorboard: bool = False
+    """Write what TensorBoard shows into <run>/tensorboard; needs the extra `tensorboard`."""
 
 
 @dataclass(frozen=True)
@@ -250,22 +261,6 @@ class Config:
                 f"data.crop {self.data.crop} is larger than data.resize {self.data.resize}, the shorter side that "
                 f"it is cut from: raise data.resize"
             )
-
-
-def at_home(config: Config) -> Config:
-    """The same with `~` in paths replaced by the user's directory, which a shell does not do in `--data.train=~/x`."""
-    data, model, run = config.data, config.model, config.run
-    return replace(
-        config,
-        data=replace(data, train=_path(data.train), val=_path(data.val)),
-        model=replace(model, init_from=_path(model.init_from)),
-        run=replace(run, root=_path(run.root), dir=_path(run.dir)),
-    )
-
-
-def _path(text: str) -> str:
-    """The name as the system takes it, in a locale without its characters, too."""
-    return os.fsdecode(os.path.expanduser(text).encode(errors="surrogateescape"))
 
 
 def idle_fields(name: str) -> dict[str, Any]:

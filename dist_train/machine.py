@@ -110,14 +110,21 @@ def usable() -> tuple[int, str]:
     return count, str(said[-1].message).splitlines()[0]
 
 
+def versions_of_training() -> dict[str, str]:
+    """Of what a trainer has imported anyway, by name."""
+    import nvidia.dali
+    import torch
+
+    found = {"Python": platform.python_version(), "torch": torch.__version__, **_of_torch()}
+    return found | {"DALI": nvidia.dali.__version__}
+
+
 def versions() -> dict[str, str]:
     """Of what computes, by name."""
-    import nvidia.dali
     import torch
     import torchvision
 
-    found = {"Python": platform.python_version(), "torch": torch.__version__, **_of_torch()}
-    found |= {"torchvision": torchvision.__version__, "DALI": nvidia.dali.__version__}
+    found = versions_of_training() | {"torchvision": torchvision.__version__}
     for place in sorted(Path(torch.__file__).parents[1].glob("nvidia_*.dist-info")):
         if package := re.fullmatch(r"nvidia_(nvjpeg|nvimgcodec)(?:_cu\d+)?-(.+)\.dist-info", place.name):
             found[package[1]] = package[2]

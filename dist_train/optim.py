@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,26 +36,45 @@ def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
+class Updated(NamedTuple):
+    """What became of a step, as scalars on the device.
+
+    Attributes:
+        refused: 1.0 if a gradient was not finite, and so nothing was changed, else 0.0; float32. With a scaler always
+            0: there an overflow is ordinary, skipped by the scaler, which lowers its scale.
+        square: of the gradient's norm, without the scale; float64. Not finite after an overflow.
+    """
+
+    refused: Tensor
+    square: Tensor
+
+
 def update(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, agree: Callable[[Tensor], None] = lambda _: None
-) -> Tensor:
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    agree: Callable[[Tensor], None] = lambda _: None,
+    told_of: Sequence[nn.Parameter] | None = None,
+) -> Updated:
     """Step, except where a gradient is not finite: then weights and state stay as they are, decided on the device.
 
-    Returns 1.0 where the step was refused for that reason, else 0.0: a float32 scalar on the device. With a scaler
-    that is always 0: there an overflow is ordinary, skipped by the scaler, which lowers its scale. `agree` makes it one
-    of several ranks that hold different parts of a net (`World.agree`).
+    Args:
+        agree: makes `refused` one of several ranks that hold different parts of a net (`World.agree`).
+        told_of: the parameters whose gradients are in `square`, if not all.
     """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    own = norm if told_of is None else nn.utils.get_total_norm([p.grad for p in told_of if p.grad is not None])
     if scaler.is_enabled():
+        own = own / scaler.scale(torch.ones((), device=norm.device))  # of this step: `update` may change it
         scaler.step(optimizer)
         scaler.update()
-        return torch.zeros((), device=next(iter(optimizer.param_groups[0]["params"])).device)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    refused = (~torch.isfinite(nn.utils.get_total_norm(gradients))).float()
+        return Updated(torch.zeros_like(norm), own.double().square())
+    refused = (~torch.isfinite(norm)).float()
     agree(refused)
     optimizer.found_inf = refused  # type: ignore[attr-defined]  # how GradScaler tells a fused optimizer to skip
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()
-    return refused
+    return Updated(refused, own.double().square())
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

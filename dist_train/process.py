@@ -12,11 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_train import machine, models
+from dist_train import code, machine, models
 from dist_train.config import Config
 from dist_train.ranks.world import World
 
@@ -58,6 +59,18 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled
     _set_deterministic(flag, benchmark=not config.train.deterministic)
     how = "by torch's flag" if flag else "by construction" if config.train.deterministic else "no"
     return Settled(_compiled(config, world, say), how, keep_freed_memory(world.device), _accelerator(world))
+
+
+def described(world: World, settled: Settled) -> dict[str, Any]:
+    """Who computes, with what, and which program, as the story of a run says it of a start; see `rundir.events`."""
+    return {
+        "nodes": list(dict.fromkeys(world.nodes)),
+        "world_size": world.size,
+        "device": settled.accelerator or world.device.type,
+        "versions": machine.versions_of_training(),
+        "code": code.version(),
+        "pid": os.getpid(),
+    }
 
 
 def _compiled(config: Config, world: World, say: Callable[[str], None]) -> bool:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_train import data
+from dist_train import data, process
 from dist_train.config import Config, as_dict
+from dist_train.monitor.notify import tell_now
+from dist_train.monitor.reader import Shown
+from dist_train.monitor.readers import Readers
 from dist_train.monitor.terminal import Terminal
-from dist_train.monitor.wandb import WandbRun
-from dist_train.outcomes import Done, Ended, NotBegun, NotHere, Refused
-from dist_train.pictures.curves import draw_curves
+from dist_train.outcomes import FAILED, STOPPED, Done, Ended, NotBegun, NotHere, Refused, Stopped
 from dist_train.ranks import launcher
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World, flight_record, join
-from dist_train.rundir import record, resume
+from dist_train.rundir import resume, story
+from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.directory import RunDirectory
+from dist_train.rundir.errors import Failure
 from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.resume import Resumed
 from dist_train.rundir.state import Progress
-from dist_train.rundir.status import Announcement
+from dist_train.summary import summary
 from dist_train.train import Trainer
 from pipelines.errors import UserError
-from pipelines.files import readable_jsonl
 from pipelines.shards import ShardSet
 from pipelines.speech import say, show
 
+LAST = 1.5  # seconds for the readers of a run that cannot go on
+SHOWING, MARGIN = 20.0, 5.0  # seconds that they have after a stop, and that are left then
 TOLD_BEFORE = ("numerics", "accelerator")  # whose change `restore` has told
 
 
@@ -47,7 +52,7 @@ def start(config: Config, name: str, watch: Watch, words: LastWords, announcemen
         try:
             world = join(config.train.device)
         except UserError as error:
-            end = _missing(error, announcement)
+            end = _missing(error, words, announcement)
         else:
             end = _run(config, name, world, watch, words, announcement)
             if not isinstance(end, Refused | NotBegun):  # which may be one rank's alone
@@ -58,20 +63,22 @@ def start(config: Config, name: str, watch: Watch, words: LastWords, announcemen
     return launcher.end(end.code, str(end))
 
 
-def _missing(error: UserError, announcement: Announcement) -> Ended:
+def _missing(error: UserError, words: LastWords, announcement: Announcement) -> Ended:
     """How a start ends whose rank has no device, or no launcher. By hand that is refused. What has run before can run
     on another node, so it is a failure there, which brings the job back."""
     end = NotHere(str(error)) if launcher.restarted() else Refused(str(error))
     if launcher.rank() == 0 or not launcher.attended():
-        _tell(end, announcement)
+        _tell(end, words, announcement)
     return end
 
 
-def _tell(end: Ended, announcement: Announcement) -> None:
+def _tell(end: Ended, words: LastWords, announcement: Announcement) -> None:
     """Say why the run does not begin, in status.json too where nobody is there to read it, or the run has suffered."""
     say(f"error: {end}")
     if end.state or not launcher.attended():
-        announcement.fail(str(end), rank=launcher.rank(), node=socket.gethostname(), error=type(end).__name__)
+        first = Failure(launcher.rank(), socket.gethostname(), type(end).__name__, str(end))
+        if announcement.fail(first.reason, rank=first.rank, node=first.node, error=first.kind):
+            words.tell(first, end.code)
     else:
         announcement.retract()
 
@@ -86,41 +93,43 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         terminal = Terminal(is_first=world.rank == 0)
         path = Path(config.run.dir)
         run = RunDirectory(path, terminal.say, keep=config.checkpoint.keep, writes=world.rank == 0)
-        wandb = WandbRun(path, config.monitor, terminal.say)
         compiled = config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda")
         announcement.say("the net is compiled" if compiled else "the net is built")
         try:  # before anything is claimed
-            trainer = Trainer(config, world, watch, run, sets, terminal, wandb)
+            run.record.told = terminal.take
+            trainer = Trainer(config, world, watch, run, sets, terminal)
             resumed = resume.restore(trainer.state, config, world, sets[0], run, asdict(trainer.settled))
             config = replace(config, model=replace(config.model, init_from=resumed.init_from))
             trainer.saver.meta["config"] = as_dict(config)
         except ValueError as error:  # ours, and torch's for sizes that do not fit
             raise Refused(str(error)) from error
+        brought_back = launcher.submitted() and launcher.restarted()
+        run.ledger.go_on(announcement.before, resumed.ledger, launcher.submitted_at(), requeued=brought_back)
         _claim(config, world, run, resumed)
     except (Refused, NotBegun) as refusal:  # the same on all ranks, or else the launcher ends the others
         if world.rank == 0:
-            _tell(refusal, announcement)
+            _tell(refusal, words, announcement)
         return refusal
-    words.claimed(run.path, run.status, world.size)
-    if world.device.type == "cuda":
-        words.record = flight_record
-    if world.rank == 0:
-        wandb.open(as_dict(config))
-        wandb.publish(resumed.record_bytes)
-        words.close = [run.close, wandb.close]
+    readers = Readers(Shown(path, config, run.say, run.record.size, run.events.size, trainer.progress.step))
+    _begin(config, world, run, words, readers)
+    place = {"step": trainer.progress.step, "checkpoint": resumed.checkpoint}
+
+    def tell_start() -> None:
+        if world.rank == 0:
+            about = process.described(world, trainer.settled)
+            story.tell_start(run, announcement.before, config, **place, **about)
+
+    _attempt(run, tell_start)
     size = f"{world.size} x {world.device.type}, {len(sets[0])} images"
     _announce(run, trainer.progress, resumed, asdict(trainer.settled), size)
     if advice := data.small_share(config, world.size, world.device.type):
         run.say(advice)
     end = _end_of(trainer.fit)
+    words.ended(end)
     terminal.end_epoch()
-    if not end.state:  # the run is another start's now
-        run.say(str(end))
-        return end
-    run.status.set(end.state, str(end), step=trainer.progress.step, epoch=trainer.progress.epoch)
-    _put_away(run, run.close, lambda: wandb.publish(run.record.size), wandb.close)
-    if world.rank == 0:
-        show(summary(path, end, trainer.progress))
+    # The other ranks wait for rank 0, and that for the readers.
+    watch.heartbeat(config.run.step_timeout + (config.run.stop_timeout if world.rank else 0))
+    _conclude(end, run, trainer.progress, readers, watch)
     return end
 
 
@@ -173,6 +182,18 @@ def _claim(config: Config, world: World, run: RunDirectory, resumed: Resumed) ->
     run.lease.token = world.share(token)
 
 
+def _begin(config: Config, world: World, run: RunDirectory, words: LastWords, readers: Readers) -> None:
+    """The run is this start's: from here on it is shown, and said to be so whatever ends it."""
+    words.claimed(run.path, run.status, world.size)
+    if world.device.type == "cuda":
+        words.record = flight_record
+    words.tellers = [run.events.tell, partial(tell_now, config.run.name, run.path)]
+    if world.rank == 0:
+        readers.open()
+        run.record.written = run.events.written = readers.wake
+        words.close = [run.close, lambda: readers.close(LAST)]
+
+
 def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: dict[str, Any], size: str) -> None:
     """Say, and record, that training begins or goes on."""
     if not resumed.found:
@@ -195,56 +216,42 @@ def _end_of(training: Callable[[], None]) -> Ended:
     return Done()
 
 
-def _put_away(run: RunDirectory, *works: Callable[[], None]) -> None:
-    """The run has come to its end whether or not all can be put away."""
+def _conclude(end: Ended, run: RunDirectory, progress: Progress, readers: Readers, watch: Watch) -> None:
+    """Write and say how the run ended."""
+    if not end.state:  # the run is another start's now
+        run.say(str(end))
+        readers.abandon()
+        return
+    run.status.set(end.state, str(end), step=progress.step, epoch=progress.epoch)
+    how = {"state": end.state, "reason": str(end), "code": end.code, "step": progress.step, "epoch": progress.epoch}
+    requeued = end.code in (STOPPED, FAILED) and launcher.comes_back()
+    spent = run.ledger.state_dict()
+    run.events.append("end", **how, requeued=requeued, **spent)
+    _attempt(run, run.close)
+    if launcher.rank() == 0:
+        show(summary(run.path, end, progress, spent["seconds"]))
+    before = watch.stop
+
+    def patient() -> bool:
+        watch.wait()
+        return watch.stop == before
+
+    _attempt(run, lambda: readers.close(_for_readers(end, watch), patient))
+
+
+def _attempt(run: RunDirectory, *works: Callable[[], None]) -> None:
+    """Do what is not worth a run: it goes on, or has ended, whether or not that can be done."""
     for work in works:
         try:
             work()
         except Exception as error:
-            run.say(f"at the end of {run.path}: {type(error).__name__}: {error}")
+            run.say(f"{run.path}: {type(error).__name__}: {error}")
 
 
-def summary(path: Path, end: Ended, progress: Progress) -> str:
-    """What is shown at the end of a run, as far as it can be: that it has come to its end is not in doubt."""
-    reason = f": {end}" if str(end) else ""
-    rows = [("outcome", end.state + reason), ("epochs", f"{progress.epoch} ({progress.step} steps)")]
-    lines: list[dict[str, Any]] = []
-
-    def readable() -> list[tuple[str, str]]:
-        found, damaged = readable_jsonl(path / record.FILE)
-        lines.extend(found)
-        numbers = ", ".join(map(str, damaged[:8]))
-        return [("record", f"damaged in line {numbers} of {path / record.FILE}, left out here")] if damaged else []
-
-    def curves() -> list[tuple[str, str]]:
-        picture = draw_curves(path, lines)
-        return [("curves", str(picture))] if picture else []
-
-    for label, work in (
-        ("record", readable),
-        ("accuracy", lambda: _accuracies(lines)),
-        ("images/s", lambda: _rate(lines)),
-        ("curves", curves),
-    ):
-        try:
-            rows += work()
-        except Exception as error:
-            rows.append((label, f"cannot be shown ({type(error).__name__}: {' '.join(str(error).split())})"))
-    rows.append(("run", str(path)))
-    return "\n".join(f"{label:>14}  {text}" for label, text in rows)
-
-
-def _accuracies(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    checks = [line for line in lines if line.get("kind") == "validation"]
-    rows = []
-    if checks:
-        best = min(checks, key=lambda line: float(line["top1_error"]))
-        for label, line in (("best", best), ("last", checks[-1])):
-            top1, top5 = 1 - line["top1_error"], 1 - line["top5_error"]
-            rows.append((f"{label} accuracy", f"top-1 {top1:.2%}, top-5 {top5:.2%} (epoch {line['epoch'] + 1})"))
-    return rows
-
-
-def _rate(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    rates = [line["images_per_s"] for line in lines if line.get("kind") == "step"]
-    return [("images/s", f"{sorted(rates)[len(rates) // 2]:.0f} (median)")] if rates else []
+def _for_readers(end: Ended, watch: Watch) -> float:
+    """Seconds that the readers have at an end: as long as a stop may take; after one what it leaves, but not all of
+    that, since whoever stops a run may be less patient than `run.stop_timeout` says."""
+    left, stopped = watch.left(), isinstance(end, Stopped)
+    if stopped or watch.stop:
+        left -= min(MARGIN, watch.grace / 4)
+    return max(LAST, min(left, SHOWING) if stopped else left)

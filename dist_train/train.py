@@ -16,8 +16,8 @@ from dist_train.config import Config, as_dict
 from dist_train.models.dropout import keys_of_epoch, rank_seed
 from dist_train.monitor.reporter import Reporter
 from dist_train.monitor.terminal import Terminal
-from dist_train.monitor.wandb import WandbRun
 from dist_train.outcomes import BadData, Diverged, Stopped
+from dist_train.ranks.tower_parallel import told_of
 from dist_train.ranks.vote import PendingVote, Vote
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World
@@ -25,7 +25,7 @@ from dist_train.rundir import postmortem
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.resume import QUARANTINED, identity, quarantined
 from dist_train.rundir.saver import Saver
-from dist_train.rundir.state import MEMORY, Progress, Step, TrainState
+from dist_train.rundir.state import MEMORY, Progress, Step, TrainState, Window
 from dist_train.validate import chance_error, validate
 from pipelines.loader import Batch, Loader
 from pipelines.opened import ReadError
@@ -71,7 +71,6 @@ class Trainer:
         run: RunDirectory,
         sets: tuple[ShardSet, ShardSet],
         terminal: Terminal,
-        wandb: WandbRun,
     ) -> None:
         training_set, val_set = sets
         self.config, self.world, self.watch, self.run = config, world, watch, run
@@ -83,32 +82,40 @@ class Trainer:
         self.val_loader = build.fixed_loader(config, world, val_set, training_set, batch=batch)
         compiled = self.settled.compiled
         self.model = build.model(config, world, len(training_set.classes), compiled=compiled)
-        self.net = build.distribute(self.model, config, world, compiled=compiled)
+        with run.ledger.during("compiling" if compiled else "startup"):
+            self.net = build.distribute(self.model, config, world, compiled=compiled)
         self.autocast = build.autocast(config, world)
         scaler = torch.amp.GradScaler(world.device.type, enabled=self.settled.precision == "fp16")
         schedule = optim.Schedule(config.schedule, config.optim.lr)
         self.progress = Progress()
-        self.state = TrainState(self.model, optim.build(config.optim, self.model), scaler, schedule, self.progress)
+        optimizer = optim.build(config.optim, self.model)
+        self.state = TrainState(self.model, optimizer, scaler, schedule, self.progress, Window())
         self.pending, self.unread = None, []
         meta: dict[str, Any] = identity(config, training_set) | {"config": as_dict(config)}
         meta |= {"torch": torch.__version__, "world_size": world.size, "process": asdict(self.settled)}
         meta |= {QUARANTINED: quarantined(training_set)}
-        self.saver = Saver(config.checkpoint, world, run, self.state, meta, wandb.publish)
-        self.report = Reporter(config, run, terminal, self.train_loader)
+        self.saver = Saver(config.checkpoint, world, run, self.state, meta)
+        self.report = Reporter(config, world, run, terminal, self.train_loader)
 
     def fit(self) -> None:
         """Train from the state that is there to the last epoch. Raises Ended if it ends before."""
         progress, schedule, steps = self.progress, self.state.schedule, self.train_loader.steps
-        while progress.epoch < self.config.train.epochs and not self.enough():  # section 5: "roughly 90 cycles"
+        ledger, stepping = self.run.ledger, "compiling" if self.settled.compiled else "training"
+        # Section 5: "roughly 90 cycles". An epoch that was begun is validated, whatever has ended it.
+        while progress.epoch < self.config.train.epochs and (progress.step_in_epoch or not self.enough()):
+            ledger.enter("training")
             self.report.begin_epoch(progress)
             keys = keys_of_epoch(self.config.train.seed, first=progress.step - progress.step_in_epoch)
-            for batch in self.train_loader.epoch(progress.epoch, progress.step_in_epoch, keys, self.unread):
+            epoch = self.train_loader.epoch(progress.epoch, progress.step_in_epoch, keys, self.unread)
+            for batch in () if self.enough() else epoch:
                 lr = schedule.lr(progress.epoch, progress.step_in_epoch, steps)
                 if progress.step in self.config.monitor.probes and not self.unread:
                     self.probe(batch, lr)
                 # The step before is finished while this one is under way, so that the device is never waited for.
                 before = self.pending
-                self.pending = self.train_step(batch, lr)
+                ledger.enter(stepping)  # the first step compiles
+                self.pending, stepping = self.train_step(batch, lr), "training"
+                ledger.enter("training")
                 progress.advance()
                 self.finish_step(before)
                 if self.enough():
@@ -118,7 +125,9 @@ class Trainer:
             error = self.validate()
             # "divide the learning rate by 10 when the validation error rate stopped improving"
             if schedule.step(error, progress.epoch):
-                self.report.division(error, chance_error(self.val_loader.shards.labels(self.val_loader.shards.good)))
+                chance = chance_error(self.val_loader.shards.labels(self.val_loader.shards.good))
+                self.report.division(error, chance, schedule.lr(progress.epoch + 1, 0, steps), progress)
+            self.state.window.clear_epoch()
             progress.next_epoch(error)  # before the save: a restart must not repeat the epoch
             self.saver.save()
         self.saver.finish()
@@ -161,13 +170,15 @@ class Trainer:
                 scaled.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             wrong += (logits.argmax(1) != labels[low:high]).sum()
-        refused = optim.update(optimizer, scaler, world.agree)
-        said: dict[str, Any] = {"refused": refused, "stop": self.watch.stop, "lost": self.run.lease.lost}
+        updated = optim.update(optimizer, scaler, world.agree, told_of(self.model))
+        said: dict[str, Any] = {"refused": updated.refused, "stop": self.watch.stop, "lost": self.run.lease.lost}
         said |= {"save": self.saver.due_by_clock(), "unread": len(self.unread)}
         if world.counted:  # not by the second tower of a net, which saw the same samples as the first
             said |= {"loss": total, "wrong": wrong, "bad": batch.replaced}
+        if world.dp_rank == 0:  # the gradients are the same on all, but for towers
+            said["square"] = updated.square
         step = Step(progress.epoch, progress.step_in_epoch, progress.step, lr)
-        return Pending(step, Vote.cast(world, **said))
+        return Pending(step, Vote.cast(world, self.report.row(step), **said))
 
     def finish_step(self, pending: Pending | None) -> None:
         """Record a step, save where due, and stop if a rank was asked to. Raises Ended."""
@@ -212,7 +223,8 @@ class Trainer:
                 f"`python -m pipelines verify {self.config.data.train}`, or raise it; the same command continues"
             )
         progress.average(vote.wrong / batch, step.number)
-        self.report.step(step, loss, progress, last=self.enough())
+        self.state.window.add(vote.loss, vote.wrong, math.sqrt(vote.square))
+        self.report.step(step, vote.rows, self.state, last=self.pending is None and self.enough())
         return vote
 
     def validate(self) -> float:
@@ -233,9 +245,11 @@ class Trainer:
                 self.saver.finish()
                 raise Stopped
 
-        scores = validate(self.model, self.val_loader, self.world, self.autocast, after_batch, self.unread)
+        with self.run.ledger.during("validation"):
+            scores, taken = validate(self.model, self.val_loader, self.world, self.autocast, after_batch, self.unread)
+        self.run.confusion.put(taken, self.val_loader.shards.classes, progress.step, progress.epoch)
         lr = self.state.schedule.lr(progress.epoch, self.train_loader.steps - 1, self.train_loader.steps)
-        self.report.validation(scores, progress, lr)
+        self.report.validation(scores, self.state, lr)
         return scores.top1_error
 
     def probe(self, batch: Batch, lr: float) -> None:

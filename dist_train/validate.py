@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_train.ranks.world import World
+from dist_train.rundir.confusion import MOST, Confusion
 from pipelines.loader import Loader
 from pipelines.misc import ceil_div
 from pipelines.opened import ReadError
@@ -35,13 +36,13 @@ def validate(
     autocast: torch.autocast,
     after_batch: Callable[[], None],
     unread: list[ReadError],
-) -> Scores:
-    """Top-1 and top-5 error of `model` over all images of `loader`, the same on all ranks.
+) -> tuple[Scores, Confusion]:
+    """Top-1 and top-5 error of `model` over all images of `loader`, and what it takes for what, the same on all ranks.
 
     Counts are integers and are summed once; where the towers are on two ranks, one of these counts. `after_batch` is
     called after every batch, on all ranks alike; `unread` is as for `Loader.epoch`.
     """
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)
+    tally = Tally(len(loader.shards.classes), world.device)
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
     full = ceil_div(loader.batch, loader.dp_size)
     model.eval()
@@ -50,15 +51,49 @@ def validate(
             if n := len(batch.labels):
                 with autocast:
                     logits = model(padded(batch.inputs, full))[:n].float()
-                counts += _hits(logits, batch.labels)
+                tally.add(logits, batch.labels)
                 total += F.cross_entropy(logits, batch.labels, reduction="sum")
             after_batch()
     model.train()
     if not world.counted:
-        counts, total = torch.zeros_like(counts), torch.zeros_like(total)
-    world.sum(counts, total)
-    top1, top5, images = (int(v) for v in counts)
-    return Scores(1 - top1 / images, 1 - top5 / images, float(total) / images, images)
+        tally.counts.zero_()
+        total.zero_()
+    world.sum(tally.counts, total)
+    found = tally.found()
+    top1, top5, images = (int(values.sum()) for values in (found.top1, found.top5, found.samples))
+    return Scores(1 - top1 / images, 1 - top5 / images, float(total) / images, images), found
+
+
+class Tally:
+    """What the validation counts, in one tensor on the device, which is not waited for.
+
+    Attributes:
+        counts: a row for each class, flat, int64. Its first columns have the images by what is the most probable: a
+            class, or in the last of them an output that stands for none; above MOST classes, the class itself or
+            another. The column behind them has the images whose label is among the five most probable.
+    """
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self._classes, self._pairs = classes, classes <= MOST
+        self._columns = (classes + 1 if self._pairs else 2) + 1
+        self.counts = torch.zeros(classes * self._columns, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits [n, outputs], labels int64 [n]."""
+        top = logits.topk(min(5, logits.shape[1])).indices
+        first, among = top[:, 0], (top == labels[:, None]).any(1).long()
+        column = first.clamp(max=self._classes) if self._pairs else (first != labels).long()
+        row = labels * self._columns
+        places = torch.cat([row + column, row + self._columns - 1])
+        self.counts.index_add_(0, places, torch.cat([torch.ones_like(among), among]))
+
+    def found(self) -> Confusion:
+        """What was counted; waits for the device."""
+        table = self.counts.view(self._classes, self._columns).cpu().numpy()
+        taken, top5 = table[:, :-1], table[:, -1]
+        top1 = taken.diagonal() if self._pairs else taken[:, 0]
+        label, predicted = np.nonzero(taken if self._pairs else taken[:0])
+        return Confusion(taken.sum(1), top1, top5, label, predicted, taken[label, predicted])
 
 
 def padded(inputs: Tensor, n: int) -> Tensor:
@@ -71,9 +106,3 @@ def padded(inputs: Tensor, n: int) -> Tensor:
 def chance_error(labels: NDArray[Any]) -> float:
     """The error of a net that always names the most common class."""
     return 1 - int(np.bincount(labels).max()) / len(labels)
-
-
-def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many labels are the first, how many among the first five, and how many there are: int64 [3]."""
-    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.sum(), torch.full((), len(labels), device=labels.device)])

@@ -21,6 +21,11 @@ class HeldFile(FileIO):
         self.close()
 
 
+def no_link(path: str, flags: int) -> int:
+    """Opens a file, but none that a link stands for: somebody else may have put it there. Raises OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_atomically(path: Path, data: bytes, by: str = "", *, durable: bool = True) -> None:
     """Write beside, flush to the disk, rename: after a crash the file is the old one or the new one.
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 STREAMS = ("stdin", "stdout", "stderr")  # by the number of their file descriptor
+CLEAR = "\033[H\033[2J"  # cursor to the first line, and nothing is below it; of ECMA-48
 PATIENCE = 1.0  # seconds that a training waits for a reader that is there but does not read (Ctrl-S, `less`)
 _bars: type[tqdm[Any]] | None = None  # once there has been one
 
@@ -113,6 +114,15 @@ def cry(text: str) -> None:
 def show(text: str, end: str = "\n") -> None:
     """A line of what a command was asked for, on stdout. Never raises: see `unheard`."""
     _put(sys.stdout, text + end)
+
+
+def show_anew(text: str) -> None:
+    """`show` lines in the place of all that stands on the terminal; where stdout is none, below what was shown before.
+    Never raises."""
+    stands = False
+    with suppress(AttributeError, OSError, ValueError):
+        stands = sys.stdout.isatty()
+    show(CLEAR + text if stands else text)
 
 
 def unheard() -> OSError | None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from dist_train.outcomes import FAILED
-from dist_train.ranks.launcher import launched, leave, rank, submitted
+from dist_train.ranks.launcher import launched, leave, rank, restarts, submitted
 from pipelines.speech import say
 
 TORCHRUN, STEP = ("torchrun", "pt_elastic"), "slurmstepd"  # names of the processes; torch gives torchrun the second one
@@ -96,6 +96,16 @@ def stamp() -> str:
         when = datetime.fromtimestamp(boot + found.began // os.sysconf("SC_CLK_TCK"))
         which = f"{socket.gethostname()} {found.pid} {found.began}"
     return f"{when:%Y%m%d-%H%M%S}-{crc32(which.encode()) % 0x10000:04x}"
+
+
+def began() -> float:
+    """When this start began, in Unix's seconds: its launcher, or after a restart by that, and without one, this
+    process."""
+    found = _process(os.getppid() if launched() and not restarts() else os.getpid())
+    if found is None:
+        return time.time()
+    up = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    return time.time() - max(0.0, up - found.began / os.sysconf("SC_CLK_TCK"))  # a container may have its own clock
 
 
 def _siblings() -> list[tuple[int, dict[str, str]]]:

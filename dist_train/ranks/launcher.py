@@ -19,6 +19,8 @@ from dist_train.outcomes import DIVERGED, DONE, FAILED, STOPPED
 from pipelines.cli import INTERRUPTED, USAGE, heard, refuse
 from pipelines.speech import flush, say
 
+SUBMITTED = "DIST_TRAIN_SUBMITTED"  # the variable in which `slurm.job` says so
+OVER = "DIST_TRAIN_OVER"  # names the mark that keeps Slurm from bringing the job back
 FINAL = (USAGE, DIVERGED)  # codes of ends that another try would not change
 
 
@@ -51,14 +53,39 @@ def size() -> int:
     return _number("WORLD_SIZE") or 1
 
 
+def submitted_at() -> float:
+    """When the job was submitted whose first start this is, in Unix's seconds; 0 if it is not the first, or no job."""
+    return float(_number(SUBMITTED))
+
+
+def comes_back() -> bool:
+    """Whether Slurm brings this job back after a stop, or a failure that another try may mend. Not after `scancel`,
+    which nothing but Slurm knows of."""
+    mark = os.environ.get(OVER)
+    return submitted() and mark is not None and not os.path.exists(mark)
+
+
+def job() -> str:
+    """The job that this process is of, as Slurm writes it, `12` or `12_3`, or by submitit's number on this machine;
+    empty without one."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    here = os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+    return here or (f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", ""))
+
+
 def restarts() -> int:
     """How often torchrun has restarted the run by itself."""
     return _number("TORCHELASTIC_RESTART_COUNT")
 
 
+def brought_back() -> int:
+    """How often Slurm has started the job anew, by itself."""
+    return _number("SLURM_RESTART_COUNT") if submitted() else 0
+
+
 def restarted() -> bool:
     """Whether torchrun or Slurm has started the run anew, by itself."""
-    return restarts() > 0 or (submitted() and _number("SLURM_RESTART_COUNT") > 0)
+    return restarts() + brought_back() > 0
 
 
 def attended() -> bool:

@@ -137,5 +137,14 @@ def pair_of(model: nn.Module) -> Pair | None:
     return exchange if isinstance(exchange, Pair) else None
 
 
+def told_of(model: nn.Module) -> list[nn.Parameter] | None:
+    """The parameters whose gradients this rank tells of, so that both ranks of a pair together tell of each once; None
+    for all. What both hold, tower 0 tells of."""
+    pair = pair_of(model)
+    if pair is None or pair.tower == 0:
+        return None
+    return [parameter for name, parameter in model.named_parameters() if name.startswith(_prefix(pair.tower))]
+
+
 def _prefix(tower: int) -> str:
     return f"towers.{tower}."

@@ -75,7 +75,7 @@ class Watch:
         self.grace = grace
         self._words = words
         self._open, self._begun = True, False
-        self._patience, self._armed = 0.0, 0.0
+        self._patience, self._armed, self._stopped = 0.0, 0.0, float("inf")
         faulthandler.enable(STDERR)  # shows where a signal like SIGSEGV has struck
         self._hear(patience)
         self._reader, writer = os.pipe()
@@ -92,8 +92,12 @@ class Watch:
         self._hear(patience)
 
     def wait(self) -> None:
-        """The main thread is alive, and what it waits for before the first step goes on."""
+        """The main thread is alive, and what it waits for, before the first step or after the last, goes on."""
         self._hear(self._patience)
+
+    def left(self) -> float:
+        """Seconds that a stop may still take; all of them if none is asked for."""
+        return self.grace - max(0.0, time.monotonic() - self._stopped)
 
     def close(self) -> None:
         """Training is over: watch no more."""
@@ -108,7 +112,7 @@ class Watch:
             self._armed = self._heard
 
     def _run(self) -> None:
-        first, asked = float("inf"), 0.0
+        asked = 0.0
         while self._open:
             ready, _, _ = select.select([self._reader], [], [], POLL)
             now = time.monotonic()
@@ -116,11 +120,11 @@ class Watch:
                 self._words.follow(signalled=True, begun=self._begun)
                 if not self._begun:
                     self._words.force("stopped before the first step", begun=False)
-                if first == float("inf"):
-                    first, self.stop = now, True
-                elif now - first > ECHO:
+                if not self.stop:
+                    self._stopped, self.stop = now, True
+                elif now - self._stopped > ECHO:
                     self._words.force("second stop signal: leaving without a save", begun=True)
-            if now - first > self.grace:
+            if now - self._stopped > self.grace:
                 self._words.force(f"the stop took longer than {self.grace:g} s: leaving without a save", begun=True)
             hangs = now - self._heard > self._patience
             if now - max(self._heard, asked) > QUIET:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ class World:
 
     Attributes:
         mesh: (data, tower), where the towers of a net are on two ranks; else each rank has the whole net.
+        nodes: the name of each rank's node, by rank.
     """
 
     rank: int
@@ -42,11 +44,12 @@ class World:
     local_size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    nodes: list[str] = field(default_factory=list)
 
     @classmethod
     def single(cls, device: torch.device) -> World:
         """A world of one rank, which needs no process group."""
-        return cls(0, 1, device.index or 0, 1, device)
+        return cls(0, 1, device.index or 0, 1, device, nodes=[socket.gethostname()])
 
     def in_pairs(self) -> World:
         """These ranks, an even number, in pairs: rank 2 d + t has tower t of data-parallel rank d."""
@@ -193,7 +196,9 @@ def join(device: str) -> World:
     if complaint:
         raise UserError(complaint)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, place)
+    nodes = [""] * size
+    dist.all_gather_object(nodes, socket.gethostname())
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, place, nodes=nodes)
 
 
 def _meet(store: Store, rank: int, size: int) -> str:

@@ -2,7 +2,8 @@
 
 To stderr, to torchrun's report, to errors/<start>/ and to status.json, where the failure that came first stands,
 whichever rank met it: what the others see of it (closed connections, a launcher that ends them) is not the reason.
-Nothing here waits for another rank, and for a file system only some seconds.
+Whoever is not there to see it is told besides. Nothing here waits for another rank, and for a file system or a server
+only some seconds.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, NoReturn, TypeVar
 
-from dist_train.outcomes import FAILED
+from dist_train.outcomes import FAILED, STOPPED, Ended
 from dist_train.ranks import kin, launcher
+from dist_train.rundir import status as statuses
+from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.errors import Failure, Standstill
-from dist_train.rundir.status import Announcement, Status
+from dist_train.rundir.status import STAYS, Status
 from pipelines.speech import cry, flush
 
 T = TypeVar("T")
 LIMIT, EACH = 5.0, 2.0  # seconds that all this, and each piece, may take: a file system may hang
+BACK, TELLING = 1.0, 3.0  # seconds of their own to ask whether the job comes back, and for the tellers, all at once
 GATHERING = 2.0  # seconds in which the other ranks say where they stand still
 SHOWING = 1.0  # seconds in which those that are ended by a signal say it
 KILLED = "another rank is gone and has not said why: it was killed, perhaps for want of memory"
@@ -44,36 +48,45 @@ class LastWords:
 
     Attributes:
         record: called with errors/<start>/ when the process hangs, for what else there is to keep.
+        tellers: each called with the event of this end, if this rank was the first to fail; in threads of their own.
         close: called last, one after the other, for what others hold in memory still.
     """
 
     def __init__(self, run: Path | None = None, announcement: Announcement | None = None) -> None:
         self.record: Callable[[Path], None] = lambda _: None
+        self.tellers: list[Callable[..., None]] = []
         self.close: list[Callable[[], None]] = []
         self._run, self._announcement = run, announcement
         self._rank, self._node = launcher.rank(), socket.gethostname()
         self._size = launcher.size()
         self._status: Status | None = None
+        self._end: Ended | None = None
         self._leaving = Lock()  # never released: what another thread sees of the end is not the reason
         self._until = 0.0
+        self._entered: Failure | None = None  # the first one, as far as the file system has answered
         self._looking: Thread | None = None
 
     def claimed(self, run: Path, status: Status, size: int) -> None:
         """From here on the run is this start's, which has so many ranks."""
         self._run, self._status, self._size = run, status, size
 
+    def ended(self, end: Ended) -> None:
+        """The run has come to its end. From here on whatever strikes while things are put away ends the process as the
+        run has ended, once status.json says so."""
+        self._end = end
+
     def fail(self, error: BaseException) -> NoReturn:
         """Leave after an error that nobody foresaw; to be called where it was caught."""
         kind, reason = type(error).__name__, f"{type(error).__name__}: {error}"
         text = traceback.format_exc()
-        self._begin_to_leave()
+        self._begin_to_leave(reason)
         if self._size > 1 and isinstance(error, RuntimeError) and (found := LOST.search(reason)):
             self._leave(self._why_lost(f"{KILLED}, or its node is lost ({found[0]})"), text)
         self._leave(self._failure(kind, reason), text)
 
     def force(self, why: str, *, begun: bool) -> None:
         """Leave without a save, as `ranks.watch` asks for."""
-        self._begin_to_leave()
+        self._begin_to_leave(why)
         if run := self._run:
             newest = self._ask(lambda: newest_name(run), "")
             why += f"; {newest} stands" if newest else "; no checkpoint is there yet"
@@ -83,13 +96,13 @@ class LastWords:
 
     def hang(self, seconds: float, step: int, place: str, stacks: str) -> None:
         """Leave after so long a silence, as `ranks.watch` asks for."""
-        self._begin_to_leave()
+        self._begin_to_leave(f"no progress for {seconds:.0f} s in {place}")
         began = time.time()
         silence, here = f"no progress for {seconds:.0f} s: ", Standstill(self._rank, self._node, step, place)
         mine = self._failure("Hang", f"{silence}a rank or a file system hangs; {here}")
         self._print(f"{mine.reason}\n{stacks}")
         if status := self._status:
-            first = self._ask(lambda: status.errors.enter(mine), mine)
+            first = self._enter(mine, status)
             self._ask(lambda: status.errors.write(self._rank, f"{here}\n\n{stacks}"), None)
             time.sleep(self._left(GATHERING))
             places: list[Standstill] = self._ask(status.errors.places, [])
@@ -113,10 +126,10 @@ class LastWords:
         if found and (first := found[0]) and first.rank != self._rank:
             if first.kind == "Hang":
                 return True
-            self._begin_to_leave()
+            self._begin_to_leave(first.reason)
             self._leave(first, "")
         if signalled and (launcher.others_said() or kin.gone(begun=begun)):
-            self._begin_to_leave()
+            self._begin_to_leave(KILLED)
             self._leave(self._why_lost(KILLED), "")
         return False
 
@@ -138,7 +151,7 @@ class LastWords:
     def _leave(self, failure: Failure, text: str, *, at: float = 0) -> NoReturn:
         """`text`: a traceback, in which the reason stands too. `at`: as for `launcher.end`."""
         status = self._status
-        first = self._ask(lambda: status.errors.enter(failure), failure) if status else failure
+        first = self._enter(failure, status) if status else failure
         if first.rank != self._rank:
             told = f": see {status.errors.folder}" if status else ""
             shown = f"rank {self._rank}: leaving, since rank {first.rank} failed first: {first.reason}{told}"
@@ -150,16 +163,51 @@ class LastWords:
         self._ask(lambda: self._tell_launcher(first, at=at, final=final), 0)
         if status and failure.kind != "Hang":  # of which it has said more already
             self._ask(partial(status.errors.write, self._rank, f"{shown}\n\n{text}"), None)
+        is_first = first.rank == self._rank and (self._entered is not None or self._rank == 0)  # if nothing answers
         if first.kind != "Hang" or first.rank == self._rank:  # of which the first rank finds out more
-            self._ask(lambda: self._tell(first), None)
+            is_first = self._ask(lambda: self._set(first, is_first), is_first)
+        if is_first and not self._end:
+            self.tell(first)
+        self._close()
+        os._exit(FAILED)
+
+    def tell(self, first: Failure, code: int = FAILED) -> None:
+        """Have the tellers tell of an end with this code. Whoever calls waits BACK + TELLING seconds at most."""
+        back, kept = list[bool](), dict[str, Any]()
+
+        def look() -> None:
+            back.append(code in (FAILED, STOPPED) and launcher.comes_back())
+            found = statuses.known(self._run) if self._run else {}
+            kept.update({key: found[key] for key in STAYS if key in found})
+
+        _attempt(look).join(BACK)
+        how = {"state": "stopped" if first.kind == "Stopped" else "failed", "reason": first.reason, "code": code}
+        who = {"rank": first.rank, "node": first.node, "error": first.kind}
+        event = {**dict(kept), **how, "requeued": back == [True], **who}
+        telling = [_attempt(partial(tell, "end", **event)) for tell in self.tellers]
+        until = time.monotonic() + TELLING
+        for thread in telling:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _enter(self, failure: Failure, status: Status) -> Failure:
+        """The first failure of all ranks: this one, too, if the file system has not answered yet."""
+        self._entered = self._ask(lambda: status.errors.enter(failure), self._entered)
+        return failure if self._entered is None or self._entered.rank == self._rank else self._entered
+
+    def _begin_to_leave(self, why: str) -> None:
+        """Nobody else leaves from here on. Leaves at once if the run had ended before."""
+        self._leaving.acquire()
+        self._until = time.monotonic() + LIMIT
+        end, status = self._end, self._status
+        if end and (not end.state or (status and self._ask(status.over, False))):
+            self._print(f"rank {self._rank}: leaving, the run had ended before: {why}")
+            self._close()
+            os._exit(self._ask(lambda: launcher.end(end.code, str(end)), launcher.exit_code(end.code)))
+
+    def _close(self) -> None:
         for close in self.close:
             self._ask(close, None)
         self._ask(flush, None)
-        os._exit(FAILED)
-
-    def _begin_to_leave(self) -> None:
-        self._leaving.acquire()
-        self._until = time.monotonic() + LIMIT
 
     def _left(self, seconds: float) -> float:
         """So many seconds, or what is left of all."""
@@ -174,13 +222,17 @@ class LastWords:
     def _print(self, text: str) -> None:
         _attempt(lambda: cry(text)).join(max(0.5, self._left(1)))
 
-    def _tell(self, first: Failure) -> None:
+    def _set(self, first: Failure, is_first: bool) -> bool:
+        """Say it in status.json. Returns whether it is this rank's to tell; of a start that has not come to claim the
+        run, and was stopped, there is nothing to tell."""
         if self._status:
             self._status.fail(first)
-        elif self._announcement and first.kind == "Refused" and launcher.attended():
+            return is_first
+        if self._announcement and first.kind == "Refused" and launcher.attended():
             self._announcement.retract()
         elif self._announcement and first.kind != "Stopped":
-            self._announcement.fail(first.reason, rank=first.rank, node=first.node, error=first.kind)
+            return self._announcement.fail(first.reason, rank=first.rank, node=first.node, error=first.kind)
+        return False
 
 
 def compared(places: list[Standstill], size: int) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dist_train.ranks import launcher
+from dist_train.rundir import events
 from dist_train.rundir.checkpoint import newest_name
 from pipelines.errors import UserError
 from pipelines.files import read_json, write_atomically
@@ -40,10 +42,14 @@ def count(run: Path) -> None:
     path, newest = run / FILE, newest_name(run)
     before = read_json(path) if path.exists() else {}
     number = before["count"] + 1 if before.get("checkpoint") == newest else 1
-    write_atomically(path, json.dumps({"checkpoint": newest, "count": number}).encode())
-    if number >= LIMIT:
-        place = f"at {newest}" if newest else "at the beginning"
-        raise NoProgress(f"{number} automatic restarts began {place} without progress: see the log")
+    if number < LIMIT:
+        write_atomically(path, json.dumps({"checkpoint": newest, "count": number}).encode())
+        return
+    place = f"at {newest}" if newest else "at the beginning"
+    error = NoProgress(f"{number} automatic restarts began {place} without progress: see the log")
+    with suppress(OSError):  # a full disk does not let the restarts go on
+        events.tell(run, "given_up", reason=str(error))
+    raise error
 
 
 def forget(run: Path) -> None:

@@ -35,19 +35,23 @@ class Resumed:
 
     Attributes:
         found: whether there was a checkpoint.
+        checkpoint: its name.
         newest: the name of the newest checkpoint, good or not, when it was looked for (rank 0).
         record_bytes: of the record, which the checkpoint covers.
         changed: settings that differ from those that the checkpoint was made with.
         bad: names of the checkpoints that were found to be damaged (rank 0).
         init_from: `model.init_from` that the run was begun with.
+        ledger: of the time, when it was saved.
     """
 
     found: bool = False
+    checkpoint: str = ""
     newest: str = ""
     record_bytes: int = 0
     changed: dict[str, Any] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
     init_from: str = ""
+    ledger: dict[str, Any] = field(default_factory=dict)
 
 
 def restore(
@@ -94,7 +98,8 @@ def restore(
     if found.meta.get(QUARANTINED, 0) != quarantined(training_set):  # then it is not known which of them still count
         progress.bad_samples = 0
     run.say(f"continuing from {found.path.name}: epoch {progress.epoch + 1}, step {progress.step}")
-    resumed.found, resumed.record_bytes = True, int(saved["record"])
+    resumed.found, resumed.checkpoint, resumed.record_bytes = True, found.path.name, int(saved["record"])
+    resumed.ledger = saved.get("ledger", {})  # older programs kept none
     resumed.changed = _unlike(found, settled, run.say) | _changed(found.meta["config"], as_dict(config))
     return resumed
 

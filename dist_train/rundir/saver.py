@@ -21,9 +21,6 @@ class Saver:
 
     Args:
         meta: what a checkpoint's meta.json says of the run, besides its progress.
-        covered: told how many bytes of the record are safe, beside training, once the state that was saved with them is
-            on the disk. A restart cuts the record back to what its checkpoint covers, so nothing behind them may be
-            sent to wandb yet.
     """
 
     def __init__(
@@ -33,10 +30,9 @@ class Saver:
         run: RunDirectory,
         state: TrainState,
         meta: dict[str, Any],
-        covered: Callable[[int], None],
     ) -> None:
         self._config, self._world, self._run, self._state = config, world, run, state
-        self.meta, self._covered = meta, covered
+        self.meta = meta
         self._saved_at = time.monotonic()
         self._saved_step = -1
 
@@ -64,6 +60,10 @@ class Saver:
             unless: whether this save is left to another one that comes at once; rank 0 asks when the save before it is
                 done, which may take a while.
         """
+        with self._run.ledger.during("saving"):
+            self._save(unless)
+
+    def _save(self, unless: Callable[[], bool]) -> None:
         self._saved_at, self._saved_step = time.monotonic(), self._state.progress.step
         state = self._state.state_dict()  # on all ranks: towers on two ranks are put together
         if self._world.rank:
@@ -74,9 +74,8 @@ class Saver:
             return
         if run.store.error:
             run.say(f"the last save failed ({run.store.error}): {self._stands()}, trying again")
-        size = run.record.size
-        meta = self._state.progress.as_meta() | self.meta
-        run.store.save(state | {"record": size}, meta, lambda: self._covered(size))
+        state |= {"record": run.record.size, "ledger": run.ledger.state_dict()}
+        run.store.save(state, self._state.progress.as_meta() | self.meta)
 
     def give_up(self, unread: list[ReadError], *, saves: bool, stop: bool) -> NoReturn:
         """End the run, on all ranks alike, since one of them cannot read its samples. Raises Unread, or what `finish`
@@ -103,6 +102,7 @@ class Saver:
         """Wait for the last save, and try once more if it failed. Raises LeaseLost, and NotSaved if it fails again, on
         all ranks."""
         run, share = self._run, self._world.share
+        run.ledger.enter("saving")  # to the end of the run
         run.store.join()
         self.check()
         if share(bool(run.store.error) and not run.lease.lost):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -69,6 +70,50 @@ class Progress:
         return asdict(self)
 
 
+@dataclass
+class Window:
+    """Sums over the steps since the last record, and over those of the epoch: of the samples' losses in nats, of
+    wrong predictions, and of gradient norms. `skipped` are steps of which none was taken: fp16 overflowed."""
+
+    steps: int = 0
+    loss: float = 0.0
+    wrong: float = 0.0
+    norm: float = 0.0
+    skipped: int = 0
+    epoch_steps: int = 0
+    epoch_loss: float = 0.0
+    epoch_wrong: float = 0.0
+
+    def add(self, loss: float, wrong: float, norm: float) -> None:
+        """Take the sums of a step over its batch."""
+        self.steps, self.loss, self.wrong = self.steps + 1, self.loss + loss, self.wrong + wrong
+        self.epoch_steps, self.epoch_loss = self.epoch_steps + 1, self.epoch_loss + loss
+        self.epoch_wrong += wrong
+        if math.isfinite(norm):
+            self.norm += norm
+        else:
+            self.skipped += 1
+
+    def means(self, batch: int) -> dict[str, Any]:
+        """Of the steps since the last record, per sample of batches of this size; the norm's over steps taken."""
+        images, taken = self.steps * batch, self.steps - self.skipped
+        values: dict[str, Any] = {"loss": self.loss / images, "train_error": self.wrong / images}
+        values["grad_norm"] = self.norm / taken if taken else None
+        return values | ({"skipped": self.skipped} if self.skipped else {})
+
+    def epoch_means(self, batch: int) -> dict[str, float]:
+        """Of the epoch, as far as its steps are known."""
+        images = max(1, self.epoch_steps * batch)
+        return {"train_loss": self.epoch_loss / images, "train_error": self.epoch_wrong / images}
+
+    def clear(self) -> None:
+        """A record is made."""
+        self.steps, self.loss, self.wrong, self.norm, self.skipped = 0, 0.0, 0.0, 0.0, 0
+
+    def clear_epoch(self) -> None:
+        self.epoch_steps, self.epoch_loss, self.epoch_wrong = 0, 0.0, 0.0
+
+
 class TrainState(NamedTuple):
     """Everything a checkpoint stores. None of it is per rank, so a run may resume at another world size."""
 
@@ -77,6 +122,7 @@ class TrainState(NamedTuple):
     scaler: torch.amp.GradScaler
     schedule: optim.Schedule
     progress: Progress
+    window: Window
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, which holds the whole net: complete on rank 0, and all ranks call it at the same point."""
@@ -89,6 +135,7 @@ class TrainState(NamedTuple):
             "scaler": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "state": asdict(self.progress),
+            "window": asdict(self.window),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -102,3 +149,4 @@ class TrainState(NamedTuple):
             self.scaler.load_state_dict(saved["scaler"])
         self.schedule.load_state_dict(saved["schedule"])
         vars(self.progress).update(saved["state"])
+        vars(self.window).update(saved.get("window", {}))  # older programs recorded single steps

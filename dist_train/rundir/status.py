@@ -16,6 +16,7 @@ from typing import Any
 from dist_train.ranks import launcher
 from dist_train.rundir.errors import Errors, Failure
 from dist_train.rundir.lease import Lease
+from dist_train.rundir.ledger import KEPT, LONGEST
 from dist_train.rundir.writer import Writer
 from pipelines.errors import UserError
 from pipelines.files import HeldFile, read_json, write_atomically
@@ -25,103 +26,47 @@ PERIOD = 10.0  # seconds between two heartbeats
 SILENT = 60.0  # seconds without one, after which nobody is there
 TRIES, BETWEEN = 5, 1.0  # to write an end, and seconds
 OVER = ("done", "stopped", "diverged", "failed")
+CRASH = "crash"  # set where a start of Slurm's has noted how the one before it failed
+STATES = ("starting", "running", *OVER)
+STAYS = (
+    "step",
+    "epoch",
+    "orderly",
+    "announced",
+    *KEPT,
+)  # what a start that has not come to anything itself leaves as it is
 
 
 def read(run: Path) -> dict[str, Any]:
     """What was written last; empty before the first start. Raises UserError for a damaged file."""
     path = run / FILE
-    body: dict[str, Any] = read_json(path) if path.exists() else {}
+    body: Any = read_json(path) if path.exists() else {}
+    if not isinstance(body, dict) or (body and not _makes_sense(body)):
+        raise UserError(f"{path} is damaged (it is no state of a run): restore it, or move it away")
     return body
+
+
+def _makes_sense(body: dict[str, Any]) -> bool:
+    heartbeat = body.get("heartbeat", 0)
+    return (
+        body.get("state") in STATES
+        and isinstance(body.get("reason", ""), str)
+        and isinstance(heartbeat, int | float)
+        and 0 <= heartbeat < LONGEST
+    )
 
 
 def known(run: Path) -> dict[str, Any]:
     """As `read`; nothing of a damaged file, which is written anew."""
-    with suppress(UserError, TypeError, ValueError):
-        return dict(read(run))
+    with suppress(UserError, IsADirectoryError):
+        return read(run)
     return {}
 
 
 def write(run: Path, state: str, reason: str = "", **where: Any) -> None:
     """`state`: starting, running, stopped, done, diverged or failed; `where`: step, epoch and the like. Raises
     OSError."""
-    _place(run, _text(state, reason, **where))
-
-
-class Announcement:
-    """What status.json says of a start that has not claimed the run yet, and may be refused: that it begins, and what
-    it waits for. It writes nothing over a run that is done, nor over one that another start is alive in.
-
-    Args:
-        writes: whether this is rank 0; the others only tell why they cannot begin.
-    """
-
-    def __init__(self, run: Path, *, writes: bool) -> None:
-        self._run, self._writes, self._since = run, writes, time.time()
-        self._before: bytes | None = None
-        self._changed = 0  # when, in ns
-        self._ours = b""
-        self._lock, self._over = Lock(), False  # the watch may take back what is just being written
-        self._made: list[Path] = []  # directories
-        self._failed = ""  # the start before
-
-    def say(self, what: str) -> None:
-        """Begin, or go on: what is waited for now."""
-        with self._lock, suppress(OSError):  # the claim will tell
-            if self._writes and not self._over and (self._still_ours() if self._ours else self._begin()):
-                self._put("starting", what + self._failed)
-
-    def retract(self) -> None:
-        """The start is refused: all is as it was."""
-        with self._lock, suppress(OSError):
-            path, self._over = self._run / FILE, True
-            if not self._ours or not self._still_ours():
-                return
-            if self._before is None:
-                path.unlink()
-                for folder in self._made:
-                    folder.rmdir()
-            else:
-                _place(self._run, self._before)
-                os.utime(path, ns=(self._changed, self._changed))
-
-    def fail(self, reason: str, **about: Any) -> None:
-        """The start is over before it could claim the run, and the next one, or a person, is to know why."""
-        with self._lock, suppress(OSError):
-            found = known(self._run)
-            told = self.failed() is not None or (about.get("error") == "Lost" and found.get("state") == "failed")
-            if self._run.is_dir() and not told and (self._ours or not _taken(self._run)):
-                self._put("failed", reason, **about)
-
-    def failed(self) -> Failure | None:
-        """Why another rank of this start cannot begin, if it has said so."""
-        found = known(self._run)
-        if found.get("state") != "failed" or found.get("heartbeat", 0) < self._since:
-            return None
-        with suppress(KeyError):  # of the cluster's, which knows no rank
-            return Failure(found["rank"], found["node"], found["error"], found["reason"])
-        return None
-
-    def _still_ours(self) -> bool:
-        """Whether no other rank has failed since."""
-        return (self._run / FILE).read_bytes() == self._ours
-
-    def _begin(self) -> bool:
-        path = self._run / FILE
-        if _taken(self._run):
-            return False
-        found = known(self._run)
-        if found.get("state") == "failed":
-            self._failed = f"; the start before this one failed: {found['reason']}"
-        if path.exists():
-            self._before, self._changed = path.read_bytes(), path.stat().st_mtime_ns
-        self._made = [folder for folder in (self._run, *self._run.parents) if not folder.exists()]
-        self._run.mkdir(parents=True, exist_ok=True)
-        return True
-
-    def _put(self, state: str, reason: str, **about: Any) -> None:
-        kept = {key: value for key, value in known(self._run).items() if key in ("step", "epoch")}
-        self._ours = _text(state, reason, **kept, **about)
-        _place(self._run, self._ours)
+    place(run, text_of(state, reason, **where))
 
 
 class Status:
@@ -132,13 +77,22 @@ class Status:
         say: shows the user a line.
         writer: writes beside training.
         writes: whether this is rank 0; the others write only that they have failed.
+        ledger: gives what is told, besides, of the time.
 
     Attributes:
         errors: of this start.
     """
 
-    def __init__(self, lease: Lease, say: Callable[[str], None], writer: Writer, *, writes: bool) -> None:
-        self.errors = Errors(lease)
+    def __init__(
+        self,
+        lease: Lease,
+        say: Callable[[str], None],
+        writer: Writer,
+        *,
+        writes: bool,
+        ledger: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.errors, self._ledger = Errors(lease), ledger
         self._lease, self._say, self._writer, self._writes = lease, say, writer, writes
         self._where: dict[str, int] = {}
         self._state, self._asked = "", 0.0
@@ -151,7 +105,8 @@ class Status:
         self._where |= where
         self._state, self._asked = state, time.monotonic()
         if self._writes:
-            self._last = partial(self._write, state, reason, dict(self._where))
+            orderly = {"orderly": True} if state in ("done", "stopped") else {}  # which tells what the time after it is
+            self._last = partial(self._write, state, reason, self._where | self._ledger() | orderly)
             self._writer.ask(FILE, self._last)
 
     def heartbeat(self, **where: int) -> None:
@@ -160,7 +115,7 @@ class Status:
         if self._state != "running" or time.monotonic() - self._asked > PERIOD:
             self.set("running")
 
-    def _write(self, state: str, reason: str, where: dict[str, int]) -> None:
+    def _write(self, state: str, reason: str, where: dict[str, Any]) -> None:
         try:
             if state == "running" and self.errors.first():  # another rank has said that it is not
                 return
@@ -181,6 +136,11 @@ class Status:
                 return
             time.sleep(BETWEEN)
             self._writer.ask(FILE, self._last)
+
+    def over(self) -> bool:
+        """Whether the end that was set is what status.json says."""
+        found = known(self._lease.run)
+        return self._state in OVER and (found.get("start"), found.get("state")) == (self._lease.token, self._state)
 
     def failed(self) -> Failure | None:
         """The failure that another rank, or this one, has met first in this start. Raises OSError.
@@ -204,10 +164,11 @@ class Status:
             if found.get("start") != self._lease.token or found.get("state") not in OVER:
                 about = {"rank": first.rank, "node": first.node, "error": first.kind, "start": self._lease.token}
                 state = "stopped" if first.kind == "Stopped" else "failed"
-                write(self._lease.run, state, first.reason, **self._where, **about)
+                stays = {key: found[key] for key in STAYS if key in found}
+                write(self._lease.run, state, first.reason, **(stays | self._where), **about)
 
 
-def _place(run: Path, text: bytes) -> None:
+def place(run: Path, text: bytes) -> None:
     """Each rank by a file of its own, since several may write at once. A stop has only so much time, and what comes
     after it goes by the checkpoint: only the other ends are worth the wait for the disk."""
     path, ends = run / FILE, any(f'"state": "{state}"'.encode() in text for state in OVER if state != "stopped")
@@ -225,12 +186,12 @@ def _place(run: Path, text: bytes) -> None:
             old.truncate()
 
 
-def _text(state: str, reason: str, **where: Any) -> bytes:
+def text_of(state: str, reason: str, **where: Any) -> bytes:
     body = {"state": state, "reason": reason, **where, "heartbeat": time.time(), "pid": os.getpid()}
     return (json.dumps(body, indent=1) + "\n").encode()
 
 
-def _taken(run: Path) -> bool:
+def taken(run: Path) -> bool:
     """Whether the run is done, or another start alive in it."""
     found = known(run)
     age = time.time() - found.get("heartbeat", 0)

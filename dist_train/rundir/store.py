@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -47,23 +48,23 @@ class Store:
     ) -> None:
         self.directory, self.keep = lease.run / FOLDER, keep
         self.error: BaseException | None = None
+        self._took: float | None = None
         self._lease, self._say, self._settle, self._moment = lease, say, settle, moment
         self._writer: Thread | None = None
         self._missed: tuple[dict[str, Any], dict[str, Any]] | None = None  # the best, if it could not be saved
         self._linked, self._told = "", False  # the name that `best` points to, or should; that it cannot
 
-    def save(self, state: dict[str, Any], meta: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
+    def save(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Copy `state` to host memory and write it beside training. At most one save is in flight. A save that fails
         sets `error`; the older checkpoints stand. If that was the best state, it is kept in memory, and saved with the
         next one unless that is better.
 
         Args:
             meta: `step`, `epoch` and `validated` order the checkpoints; for the best one see `is_best`.
-            then: called when it is on the disk.
         """
         self.join()
         host = _to_host(state)
-        self._writer = Thread(target=self._write, args=(host, meta, then), name="save")
+        self._writer = Thread(target=self._write, args=(host, meta), name="save")
         self._writer.start()
 
     def join(self) -> None:
@@ -71,6 +72,12 @@ class Store:
         if self._writer:
             self._writer.join()
             self._writer = None
+
+    def took(self) -> float | None:
+        """The seconds of the last save that has come to its end beside training; None if there is none since it was
+        asked before."""
+        took, self._took = self._took, None
+        return took
 
     def clean(self, bad: list[str]) -> None:
         """Remove what killed saves left, and set the checkpoints that are known to be bad aside as `bad-*`."""
@@ -82,7 +89,8 @@ class Store:
             _remove(aside)
             (self.directory / name).rename(aside)
 
-    def _write(self, state: dict[str, Any], meta: dict[str, Any], then: Callable[[], None]) -> None:
+    def _write(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        began = time.monotonic()
         try:
             if self._keep(state, meta):
                 if self._missed and not is_best(meta):
@@ -90,8 +98,8 @@ class Store:
                 self._missed = None
                 self._link()
                 self._prune()
-                then()
             self.error = None
+            self._took = time.monotonic() - began
         except BaseException as error:  # a full disk, a vanished directory: the run decides what to do
             self.error = error
             if is_best(meta):

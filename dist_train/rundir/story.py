@@ -1,0 +1,84 @@
+"""What a start adds to the story of its run: what became of the one before it, that it begins, and what is different.
+Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dist_train.config import Config, as_dict
+from dist_train.ranks import launcher
+from dist_train.rundir import events
+from dist_train.rundir.directory import RunDirectory
+from dist_train.rundir.status import CRASH, OVER
+
+PLACES = ("run.name", "run.root", "run.dir")  # of a run that is moved, or called by another path
+
+
+def tell_start(run: RunDirectory, before: Mapping[str, Any], config: Config, **start: Any) -> None:
+    """Tell that a start has claimed the run; to be called before it adds anything else to its story.
+
+    Args:
+        before: what status.json said when this start began.
+        config: the settings of this start.
+        start: what the event says besides: step, checkpoint, nodes and the like.
+    """
+    told = events.read(run.path)
+    last: dict[str, Any] = next((event for event in reversed(told) if event.get("event") == "start"), {})
+    _tell_end(run, told, last, before)
+    job, restart = launcher.job(), launcher.restarts() + launcher.brought_back()
+    if launcher.brought_back() or (launcher.submitted() and last.get("job") == job):
+        run.events.append("requeued", job=job, restart=restart)
+    run.events.append("start", **start, job=job, restart=restart)
+    changed: dict[str, Any] = {}
+    if settings := differences(run.earlier, config):
+        changed["settings"] = settings
+    was, code = last.get("code"), start["code"]
+    if isinstance(was, dict) and was.get("sources") != code["sources"]:
+        changed["code"] = [was, code]
+    if changed:
+        run.events.append("changed", step=start["step"], **changed)
+
+
+def differences(earlier: Mapping[str, Any], config: Config) -> dict[str, list[Any]]:
+    """The settings that are not those of the start before: {key: [was, is]}.
+
+    Args:
+        earlier: flat; a key that is not there counts as its default.
+    """
+    if not earlier:
+        return {}
+    defaults, now = _plain(as_dict(Config())), _plain(as_dict(config))
+    was = _plain({key: earlier.get(key, default) for key, default in defaults.items()})
+    return {key: [was[key], now[key]] for key in now if key not in PLACES and was[key] != now[key]}
+
+
+def _tell_end(
+    run: RunDirectory, told: list[dict[str, Any]], last: Mapping[str, Any], before: Mapping[str, Any]
+) -> None:
+    """Tell how the start before ended, if it could not."""
+    if before.get("state") == "starting" and "start" not in before:
+        run.events.append("killed", of="", heartbeat=before.get("heartbeat"), reason=before.get("reason", ""))
+    name = before.get("start") or last.get("start")
+    if not name or any(event.get("event") == "end" and event.get("start") == name for event in told):
+        return
+    if not told and before.get("state") in OVER:  # of a program that told nothing
+        return
+    about = {key: before[key] for key in ("step", "epoch") if key in before}
+    own = before.get("start") == name  # else a later start has said how it failed before it could claim the run
+    if own and before.get("state") in OVER and not {"error", CRASH} & before.keys():
+        how = {key: before.get(key, "") for key in ("state", "reason")}
+        run.events.append("end", **about | how | {"start": name})
+        return
+    nodes = last.get("nodes") if last.get("start") == name else None
+    about["node"] = (own and before.get("node")) or (nodes[0] if isinstance(nodes, list) and nodes else "")
+    if own and before.get("state") == "failed":
+        about["reason"] = before.get("reason", "")
+    run.events.append("killed", of=name, heartbeat=before.get("until", before.get("heartbeat")), **about)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back: tuples are lists, and what somebody has written into a configuration is text."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
