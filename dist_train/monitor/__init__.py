@@ -1,1 +1,1 @@
-"""Who reads the record of a run while it grows: the terminal, wandb."""
+"""Who reads the record of a run while it grows: the terminal, wandb, TensorBoard, messages."""

@@ -1,113 +1,294 @@
-"""The run in wandb: a reader of the same records."""
+"""The run in wandb: a reader of the same record."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from shlex import quote
+from typing import Any
 
-from dist_train.config import MonitorConfig
+from dist_train.config import as_dict
+from dist_train.monitor import names, wandb_about, wandb_extras, wandb_files, wandb_process, wandb_variables
+from dist_train.monitor.reader import Anew, Shown, lines, one_line
+from dist_train.monitor.wandb_about import EPOCH, LONGEST, Mode, X
+from dist_train.monitor.wandb_extras import Pictures
+from dist_train.monitor.wandb_files import Kept
+from dist_train.outcomes import FAILED, Done
 from dist_train.rundir import record
-from pipelines.files import write_atomically
+from pipelines.files import readable_jsonl
 
-Mode = Literal["disabled", "offline", "online"]
 FALLBACK: dict[Mode, Mode] = {"online": "offline", "offline": "disabled"}
+STARTED = ("code", "versions", "nodes", "world_size", "device")  # of the event of a start, besides the configuration
+FATAL = "filestream: fatal error"  # in the log of wandb's own process
 TIMEOUT = 60  # seconds that wandb may take to begin
+ALERTS = {"diverged": "ERROR", "failed": "ERROR", "stopped": "WARN"}
+UNTOLD = {"state": "failed", "reason": "the process left in haste", "code": FAILED}  # where no event tells the end
 
 
 class WandbRun:
-    """The run's one wandb run over all its starts: the id is kept in the run directory.
+    """The run's one wandb run over all its starts: its id, and how far it was sent, are kept in the run directory.
 
-    Falls back to offline, then to nothing, and says so: showing a run must never end it.
-
-    Args:
-        run: directory of the run.
-        say: shows the user a line.
+    wandb has a row for each step, and takes none for a step below the last one. It falls back to offline, then to
+    nothing, and says so: showing a run must never end it.
     """
 
-    def __init__(self, run: Path, config: MonitorConfig, say: Callable[[str], None]) -> None:
-        self._path, self._config, self._say = run, config, say
-        self._folder, self._record = run / "wandb", run / record.FILE
+    def __init__(self, shown: Shown, mode: Mode) -> None:
+        self._shown, self._mode = shown, mode
+        self._kept, self._odd = Kept(shown), list[str]()
         self._run: Any = None
-        self._told = False
+        self._home, self._id, self._url = Path(), "", ""  # of the run in wandb, once it has begun
+        self._first, self._row = 0, 0  # the step from which on lines are sent, and the row for the next line
+        self._had = set[str]()  # kinds of lines that have been sent of the step before
+        self._taken, self._begun, self._lost = 0, 0, False
+        self._hurried, self._abandoned, self._closing, self._said_how = False, False, False, False
+        self._pictures: Pictures | None = None
+        self._shows_inputs, self._missed = False, ""  # in this start
+        self._end: dict[str, Any] = UNTOLD
 
-    def open(self, settings: dict[str, Any]) -> None:
-        """Begin, or go on, on the one rank that shows the run; `settings` is the configuration."""
-        mode: Mode = self._config.wandb
-        while mode != "disabled" and self._run is None:
+    @classmethod
+    def wanted(cls, shown: Shown) -> WandbRun | None:
+        mode = wandb_about.mode(shown.config)
+        return None if mode == "disabled" else cls(shown, mode)
+
+    def begin(self) -> int:
+        self._begun += 1
+        if self._run is not None:
+            self._bury()
+        elif not self._is_there():
+            self._mode = "disabled"
+        while self._mode != "disabled" and self._run is None and not self._abandoned:
             try:
-                self._run = self._begin(mode, settings)
+                self._run = self._init()
             except Exception as error:  # no network, no key, a server that answers nonsense
-                self._say(f"wandb {mode} does not work ({error}): {FALLBACK[mode]} instead")
-                mode = FALLBACK[mode]
+                instead = FALLBACK[self._mode]
+                self._shown.say(f"wandb {self._mode} does not work ({self._why(error)}): {instead} instead")
+                self._mode = instead
+                self._bury()
+        if self._run is None:
+            return self._shown.record_bytes
+        if self._pictures is None:
+            self._pictures = Pictures(self._shown.run, self._shown.say, inputs=not self._kept.has_inputs)
+        online, mark = self._mode == "online", self._kept.mark()
+        sent = [line for end, line in self._lines() if end <= mark]
+        self._first = self._row = self._run.starting_step if online else _step(sent) + 1
+        self._had = {line["kind"] for line in sent if line.get("step") == self._first - 1}
+        self._taken = 0 if online else len(sent)
+        return 0 if online else mark
 
-    def publish(self, size: int) -> None:
-        """Send the records up to byte `size` that were not sent yet: a checkpoint covers them, so they are never cut
-        off."""
-        if self._run:
-            self._attempt(lambda: self._send(size))
+    def take(self, line: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            if "kind" in line:
+                self._show(line)
+            else:
+                self._hear(line)
+        except Exception as error:  # wandb's own process has died
+            self._fail(error)
+            raise
 
     def close(self) -> None:
-        if self._run:
-            self._attempt(self._run.finish)
-
-    def _attempt(self, work: Callable[[], object]) -> None:
-        """Do it. A failure is told once, and what was not sent is sent the next time."""
+        if self._run is None:
+            return
+        self._closing = True
+        mark = max((end for i, (end, _) in enumerate(self._lines()) if i < self._taken), default=0)
         try:
-            work()
-        except Exception as error:  # a service that has died, a full disk
-            if not self._told:
-                self._say(f"wandb is not told ({type(error).__name__}: {error}): training goes on, see {self._folder}")
-            self._told = True
+            self._tell_end()
+            self._show_last()
+            self._run.finish(exit_code=int(self._end["code"]))
+            wandb_process.teardown()  # which waits for the last bytes in the file
+            self._check()
+        except Exception as error:
+            self._fail(error)
+        if not self._lost:
+            self._kept.move(mark)
+            if self._shows_inputs:
+                self._kept.inputs_arrived()
+            if self._missed and self._begun == 1:
+                self._shown.say(f"wandb does not show all of {self._shown.run} ({self._missed})")
+        self._say_how()
 
-    def _send(self, size: int) -> None:
-        mark = self._folder / "sent"
-        sent = int(mark.read_text(encoding="utf-8")) if mark.exists() else 0
-        with open(self._record, "rb") as file:
-            file.seek(sent)
-            lines = file.read(max(0, size - sent))
-            for line in lines.splitlines():
-                values = json.loads(line)
-                if (kind := values.pop("kind")) not in ("begun", "changed"):
-                    named = {f"{kind}/{k}": v for k, v in values.items()}
-                    self._run.log(named | {"images": values["images"]}, step=values["step"])
-        write_atomically(mark, str(sent + len(lines)).encode(), durable=False)
+    def hurry(self, *, last: bool) -> None:
+        self._hurried, self._abandoned = True, last
+        if last and self._pictures:
+            self._pictures.end()
+        if last or self._mode == "online":
+            wandb_process.kill()  # which waits for a server; without it, the run goes into a file
+        if last and self._closing and self._home.name:
+            self._lost = True
+            self._say_how()
 
-    def _begin(self, mode: Mode, settings: dict[str, Any]) -> Any:
-        self._folder.mkdir(exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # wandb's, of its own dependencies
-            import wandb
-        mark = self._folder / "id"
-        if not mark.exists():
-            write_atomically(mark, uuid.uuid4().hex[:8].encode())
-        with _nobody_is_asked():
-            began = wandb.init(
-                project=self._config.wandb_project,
-                id=mark.read_text(encoding="utf-8"),
-                name=self._path.name,
-                dir=str(self._path),
-                mode=mode,
-                resume="allow" if mode == "online" else None,  # offline wandb takes none; `wandb sync` merges by id
-                config=settings,
-                settings=wandb.Settings(init_timeout=TIMEOUT, console="off", silent=True),
-            )
-        began.define_metric("*", step_metric="images")
-        return began
+    def _show(self, line: dict[str, Any]) -> None:
+        """A line of the record."""
+        if values := dict[str, Any](names.named(line)):
+            step, kind = int(line["step"]), line["kind"]
+            # The server has the step; but the run may have stopped between the step and its validation.
+            late = step == self._first - 1 and self._had and kind not in self._had
+            if step >= self._first or late:
+                # Behind the last step of an epoch comes its validation, and behind the last one what is shown at the
+                # end of a run: a row for that would be where the next step belongs, if there are to be more epochs.
+                ends = kind == "step" and line["progress"] % 1 > 0
+                where = {X: line[X]} | ({EPOCH: line["progress"]} if kind == "step" else {})
+                self._log(where | values | self._pictured(kind), step, ends=ends)
+        self._taken += 1
 
+    def _hear(self, line: dict[str, Any]) -> None:
+        """An event."""
+        event = line.get("event")
+        if event == "start":
+            self._end = UNTOLD  # that of an earlier start may have been told just now
+            told = {key: line[key] for key in STARTED if key in line}
+            self._run.config.update({"start": told}, allow_val_change=True)
+        elif event == "end":
+            self._end = line
+        elif event == "alert":
+            self._alert("alert", line["sentence"], "WARN")
 
-@contextmanager
-def _nobody_is_asked() -> Iterator[None]:
-    """Without a key wandb asks for one where stdin is a terminal, and waits; where it is none, it raises an error."""
-    usual = sys.stdin
-    with open(os.devnull, encoding="utf-8") as sys.stdin:
+    def _alert(self, title: str, text: str, level: str) -> None:
+        name = self._shown.config.run.name
+        self._run.alert(f"{title}: {name}"[: LONGEST - 1], f"{name}: {text}", level=level)
+
+    def _log(self, values: dict[str, Any], step: int, *, ends: bool) -> None:
+        """Log them in the row of their step; in the next one, with what comes there, if that is gone.
+
+        Args:
+            ends: whether nothing more is to come of this step. A row goes out when it ends.
+        """
+        row = max(step, self._row)
+        ends = ends and row == step
+        self._run.log(values, step=row, commit=ends)
+        self._row = row + ends
+
+    def _fail(self, error: Exception) -> None:
+        """wandb has failed in the midst of the run. Raises Anew for the first time."""
+        self._lost = self._begun > 1 or self._abandoned
+        if not self._lost:
+            self._shown.say(f"wandb has failed ({self._why(error)}): it begins anew, offline")
+            self._mode = "offline"
+            raise Anew from error
+
+    def _check(self) -> None:
+        """Raises ConnectionError where the server has refused lines in the midst of the run: `finish` does not. Nor
+        does it where the disk was full, which is told."""
+        log, file = Path(self._run.settings.log_internal), Path(self._run.settings.sync_file)
+        if self._mode == "offline" and not wandb_files.is_whole(file):
+            self._shown.say(f"wandb has not written all to {file}: is the disk full?")
+            self._lost = True
+        if self._mode == "online" and log.exists() and FATAL in log.read_text(encoding="utf-8", errors="replace"):
+            raise ConnectionError("the server has refused it")
+
+    def _tell_end(self) -> None:
+        end, summary = self._end, self._run.summary
+        summary.update({key: end[key] for key in ("state", "reason", "goodput", "seconds") if key in end})
+        checks = [line for line in readable_jsonl(self._shown.run / record.FILE)[0] if line.get("kind") == "validation"]
+        if checks:
+            best = min(checks, key=lambda line: float(line["top1_error"]))
+            for which, line in (("best", best), ("last", checks[-1])):
+                summary.update({f"{which}_{key}": line[key] for key in ("top1_error", "top5_error")})
+        if level := ALERTS.get(end["state"]):
+            self._alert(end["state"], end["reason"], level)
+        if end.get("requeued"):
+            self._run.mark_preempting()
+
+    def _pictured(self, kind: str) -> dict[str, Any]:
+        """What has been drawn meanwhile, to be shown with a line of this kind."""
+        assert self._pictures is not None
+        if kind == "validation":
+            self._pictures.validated()
+        return self._images(self._pictures.look()) if kind == "step" else {}
+
+    def _images(self, pictures: dict[str, Path]) -> dict[str, Any]:
+        self._shows_inputs |= "pictures/inputs" in pictures
+        return wandb_extras.images(pictures)
+
+    def _show_last(self) -> None:
+        """What there is to see of a run that is done; another one has no time for it."""
+        assert self._pictures is not None
+        run, row, pictures = self._shown.run, self._row, self._pictures
+        works: list[Callable[[], Any]] = []
+        patience = wandb_extras.patience(self._shown.config.run.stop_timeout) if self._begun == 1 else 0.0
+        if self._end["state"] == Done.state:
+            works = [lambda: self._run.log(self._images(pictures.look(last=patience)), step=row)]
+            works += [lambda: self._run.log(wandb_extras.tables(run), step=row)]
+            if self._shown.config.monitor.wandb_checkpoint:
+                works += [lambda: self._run.log_artifact(wandb_extras.checkpoint(run, f"checkpoint-{self._run.id}"))]
+        for work in works:
+            try:
+                work()
+            except Exception as error:
+                self._missed = one_line(error)
+        pictures.end()
+
+    def _say_how(self) -> None:
+        """What a user can do to see the run: once, by the thread that comes first."""
+        if self._said_how:
+            return
+        self._said_how = True
+        if self._lost:
+            self._shown.say("wandb: the same command, once more, sends what is missing")
+        if self._mode == "online":
+            self._shown.say(f"wandb: {self._url}")
+        elif made := wandb_files.sendable(self._home, self._id):
+            self._shown.say(f"wandb sync {' '.join(quote(str(path)) for path in made)}")
+        self._shown.say(f"wandb leet {quote(str(self._home))}")
+
+    def _is_there(self) -> bool:
+        """Whether wandb can be imported, and what it refuses of its variables."""
         try:
-            yield
-        finally:
-            sys.stdin = usual
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # wandb's, of its own dependencies
+                import wandb  # noqa: F401
+            self._odd = wandb_variables.odd()
+        except (Exception, SystemExit) as error:
+            self._shown.say(f"wandb does not work ({one_line(error)}): the run is not shown there")
+            return False
+        for name in self._odd:
+            self._shown.say(f"wandb: {name} is left out: wandb does not take its value")
+        return True
+
+    def _init(self) -> Any:
+        import wandb
+
+        self._id = self._kept.id()
+        wandb_process.forget()
+        with wandb_variables.hidden(self._odd):
+            about = wandb_about.about(self._shown.config)
+            with wandb_variables.hidden(wandb_variables.OURS), wandb_process.nobody_is_asked(), wandb_process.mute():
+                run = wandb.init(
+                    **about,
+                    id=self._id,
+                    dir=os.environ.get("WANDB_DIR") or str(self._shown.run),
+                    mode=self._mode,
+                    resume="allow" if self._mode == "online" else None,  # offline none; `wandb sync` merges by id
+                    config=as_dict(self._shown.config),
+                    settings=wandb.Settings(init_timeout=TIMEOUT, console="off", silent=True),
+                )
+        self._home, self._url = Path(run.settings.wandb_dir), str(run.url) if self._mode == "online" else ""
+        for definition in wandb_about.definitions():
+            run.define_metric(**definition)
+        run.summary.update({"state": "running", "reason": ""})
+        return run
+
+    def _bury(self) -> None:
+        """Make room for another one in this process: wandb's own process has died, or has the id in use still."""
+        self._run = None
+        wandb_process.kill()  # if it were stopped, it would be waited for
+        with suppress(Exception):
+            wandb_process.teardown()
+
+    def _why(self, error: Exception) -> str:
+        """Why wandb has failed: an end of its process that was brought about here is not the reason."""
+        hurried = self._hurried and self._mode == "online"
+        return "the server does not answer" if hurried else one_line(error)
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The lines of the record that readers are given, each with the byte behind it."""
+        return ((end, line) for end, line in lines(self._shown.run / record.FILE) if line is not None)
+
+
+def _step(lines: list[dict[str, Any]]) -> int:
+    """The last step in lines of the record; -1 for none."""
+    return max((int(line["step"]) for line in lines if names.named(line)), default=-1)

@@ -1,0 +1,115 @@
+"""What wandb leaves on the disk, and what is kept there for the next start: the run's id, and how far it was sent."""
+
+from __future__ import annotations
+
+import re
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from dist_train.monitor.reader import Shown, lines
+from dist_train.rundir import record
+from pipelines.files import write_atomically
+
+BLOCK, HEADER = 32768, 7  # bytes: of a file of wandb's, and what is before each of its pieces and at its beginning
+WHOLE, LAST = 1, 4  # pieces that end a message
+ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class Kept:
+    """A run's folder wandb, where a mark says how far it was sent: the byte of the record behind what has arrived for
+    good. It moves when a start ends well: what a killed one sent may be lost."""
+
+    def __init__(self, shown: Shown) -> None:
+        self._shown = shown
+        self._id, self._sent, self._inputs = (shown.run / "wandb" / name for name in ("id", "sent", "inputs"))
+
+    def id(self) -> str:
+        """The id of the run with wandb; of a new one where there is none yet, or none that wandb would take."""
+        self._id.parent.mkdir(exist_ok=True)
+        found = self._id.read_text(encoding="utf-8", errors="replace").strip() if self._id.exists() else None
+        if found and ID.fullmatch(found):
+            return found
+        if found is not None:
+            self._shown.say(f"wandb: {self._id} holds no id: the run is shown from its beginning, as a new one")
+        for left in (self._sent, self._inputs):  # which tell of the other one
+            left.unlink(missing_ok=True)
+        new = uuid.uuid4().hex[:8]
+        write_atomically(self._id, new.encode())
+        return new
+
+    def mark(self) -> int:
+        """The mark, at the end of a line. If the record has been cut back, or another one has been put there, so is the
+        mark, on the disk: lines that are written anew may have other lengths, and it would be among them."""
+        try:
+            mark = int(self._sent.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return 0
+        most = min(mark, self._shown.record_bytes)
+        found = max((end for end, _ in lines(self._shown.run / record.FILE) if end <= most), default=0)
+        if found != mark:
+            with suppress(OSError):  # a full disk
+                self.move(found)
+        return found
+
+    def move(self, mark: int) -> None:
+        write_atomically(self._sent, str(mark).encode())
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the picture of what the net is shown has arrived."""
+        return self._inputs.exists()
+
+    def inputs_arrived(self) -> None:
+        self._inputs.touch()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an offline file goes as far as the exit of the run. On a full disk wandb leaves out what has no room, and
+    tells nobody."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    try:
+        return any(Record.FromString(message).HasField("exit") for message in _messages(path))
+    except (OSError, ValueError):
+        return False
+
+
+def sendable(home: Path, run_id: str) -> list[Path]:
+    """Offline folders of a run that hold anything. `wandb sync` of a file without a message, which a start leaves that
+    was killed early, gives up and sends none of the others."""
+    found = []
+    for path in sorted(home.glob(f"offline-run-*/run-{run_id}.wandb")):  # of two in one second one has another end
+        with suppress(OSError, ValueError):
+            if any(True for _ in _messages(path)):
+                found.append(path.parent)
+    return found
+
+
+def _messages(path: Path) -> Iterator[bytes]:
+    """The whole messages in a file of wandb's: a log as LevelDB has it, of blocks with pieces, each behind its
+    checksum, length and kind. Ends where the file does. Raises ValueError for damage."""
+    place, message = HEADER, b""
+    with open(path, "rb") as file:
+        file.seek(place)
+        while True:
+            if (rest := BLOCK - place % BLOCK) < HEADER:
+                file.read(rest)
+                place += rest
+                continue
+            head = file.read(HEADER)
+            if len(head) < HEADER:
+                return
+            checksum, size, kind = struct.unpack("<IHB", head)
+            piece = file.read(size)
+            if len(piece) < size:
+                return
+            if zlib.crc32(piece, zlib.crc32(head[6:])) != checksum:
+                raise ValueError(f"{path}: damaged at byte {place}")
+            place, message = place + HEADER + size, message + piece
+            if kind in (WHOLE, LAST):
+                yield message
+                message = b""
