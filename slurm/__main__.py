@@ -76,17 +76,34 @@ def _submit_pack(args: Namespace) -> int:
 
 def _status_options(parser: Parser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="directory, or name under runs/; without: all there")
+    parser.add_argument(
+        "--watch",
+        type=positive,
+        nargs="?",
+        const=10,
+        metavar="SECONDS",
+        help="again every so many seconds (10 if none are given) until Ctrl-C; messages about runs that fall silent",
+    )
 
 
 def _status(args: Namespace) -> int:
     """Print the table."""
-    from slurm.table import status_table
 
-    if args.runs in ([], ["all"]):
-        runs = submissions.all_runs()
-    else:
-        runs = [run for text in args.runs for run in submissions.find_runs(text)]
-    show(status_table(runs) if runs else f"no submitted runs under {submissions.ROOT}/")
+    def find() -> list[SubmittedRun]:
+        if args.runs in ([], ["all"]):
+            return submissions.all_runs()
+        return [run for text in args.runs for run in submissions.find_runs(text)]
+
+    none = f"no submitted runs under {submissions.ROOT}/"
+    if args.watch:
+        from slurm.watch import watch
+
+        watch(find, args.watch, none)
+        return 0
+    from slurm.table import in_queue, status_table
+
+    runs = find()
+    show(status_table(runs, in_queue(runs)) if runs else none)
     return 0
 
 

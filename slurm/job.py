@@ -7,6 +7,8 @@ import atexit
 import os
 import signal
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,18 @@ from submitit import JobEnvironment
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import Checkpointable, DelayedSubmission, TorchDistributedEnvironment
 
+from dist_train.monitor.notify import tell_now
 from dist_train.outcomes import DIVERGED, FAILED, STOPPED
 from dist_train.ranks.kin import bind
-from dist_train.ranks.launcher import FINAL, leave
-from dist_train.rundir import restarts, status
+from dist_train.ranks.launcher import FINAL, OVER, SUBMITTED, leave
+from dist_train.rundir import events, restarts, status
+from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.last_words import LastWords
-from dist_train.rundir.status import Announcement
 from pipelines.misc import cpus
 from pipelines.speech import begin, say
 from slurm.cluster import entry
-from slurm.submissions import CRASH, Submission, SubmittedRun
+from slurm.submissions import Submission, SubmittedRun
 
 PORTS = range(20000, 32000)  # below those that Linux hands out by itself
 
@@ -49,7 +52,9 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         except UncompletedJobError:  # submitit's handler, before the trainer's: cancelled
             raise
         except Exception as error:  # before the trainer could catch it: a node may have lost the program
-            LastWords(self.directory, announcement).fail(error)
+            words, name = LastWords(self.directory, announcement), SubmittedRun(self.directory).name
+            words.tellers = [partial(events.tell, self.directory), partial(tell_now, name, self.directory)]
+            words.fail(error)
 
     def _start(self, here: JobEnvironment) -> None:
         requeue: Any = signal.getsignal(signal.SIGUSR2)
@@ -57,6 +62,7 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         # Neighbouring job numbers give different ports, so that jobs on one node do not meet.
         os.environ["MASTER_PORT"] = str(PORTS[int(here.raw_job_id) % len(PORTS)])
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
+        os.environ[OVER] = str(_submission(here).no_requeue)
         _remove_stale(here)
         if rank == 0 and not _begin(run, here):
             os._exit(DIVERGED)  # like a run that diverged, it must not be tried again
@@ -124,11 +130,13 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
     """Records this start. Returns False, and says why in status.json, if the last three starts made no progress."""
     history, newest, submission = run.history(), newest_name(run.directory), _submission(here)
     found = status.known(run.directory)
-    where = {key: found[key] for key in ("step", "epoch") if key in found}
+    where = {key: found[key] for key in status.STAYS if key in found}
     failed = str(found["reason"]) if found.get("state") == "failed" else ""
     if crash := run.crash(found):
         failed = crash
-        status.write(run.directory, "failed", crash, **where, **{CRASH: True})
+        # That of the start which crashed, if it had come to claim the run.
+        claimed = {"start": found["start"]} if "start" in found and status.CRASH not in found else {}
+        status.write(run.directory, "failed", crash, **where, **claimed, **{status.CRASH: True})
     submission.crash.unlink(missing_ok=True)
     last = max((i for i, line in enumerate(history) if "submitted" in line), default=-1)
     starts = history[last + 1 :]
@@ -140,9 +148,17 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
             f"`python -m slurm requeue`"
         )
         say(f"error: {reason}")
-        status.write(run.directory, "failed", reason, **where)
-        submission.no_requeue.touch()
+        for write in (  # what matters most comes first, and what a full disk does not take holds nothing up
+            submission.no_requeue.touch,
+            partial(status.write, run.directory, "failed", reason, **where),
+            partial(events.tell, run.directory, "given_up", reason=reason),
+        ):
+            with suppress(OSError):
+                write()
+        tell_now(run.name, run.directory, "given_up", reason=reason)
         return False
+    first = last >= 0 and not starts
+    os.environ[SUBMITTED] = str(int(history[last]["time"])) if first else ""
     run.append(start=here.job_id, checkpoint=newest, nodes=list(here.hostnames))
     submission.started.touch()
     return True

@@ -25,7 +25,6 @@ from pipelines.errors import UserError, first_line
 from pipelines.files import read_json, read_jsonl, read_text, write_atomically
 
 ROOT = Path("runs")
-CRASH = "crash"  # in status.json, where a start has put there how the one before it failed
 
 
 class SlurmError(UserError):
@@ -128,7 +127,7 @@ class SubmittedRun:
         except (OSError, ValueError):  # nothing is there, or half of it
             return ""
         heartbeat = told.get("heartbeat", 0)
-        said = told.get("state") in status.OVER and CRASH not in told  # else it is of the start before that one
+        said = told.get("state") in status.OVER and status.CRASH not in told  # else it is of the start before that one
         if heartbeat > ended or (heartbeat >= began and said):
             return ""
         return f"exit code {code}: {error or 'see the log'}"

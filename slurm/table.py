@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dist_train.rundir import record, status
+from dist_train.rundir.ledger import spent
 from pipelines.errors import UserError
 from pipelines.files import parsed_json
 from pipelines.speech import show, unheard
@@ -26,41 +27,52 @@ HEAD = (
     "TOP-1 ERROR",
     "HEARTBEAT",
     "RESTARTS",
+    "ELAPSED",
+    "GOODPUT",
     "TIME LEFT",
 )
 TAIL = 1 << 16  # bytes of the record that are read from its end
 
 
-def status_table(runs: list[SubmittedRun]) -> str:
-    """A line of column names and one line per run."""
-    rows: list[tuple[str, ...]] = [HEAD]
+def in_queue(runs: list[SubmittedRun]) -> dict[str, Entry]:
+    """The entries of the runs in the queue, by name; without those that have none, or a damaged file."""
     submissions: dict[str, Submission] = {}
     for run in runs:
-        with suppress(UserError):  # its row will say so
+        with suppress(UserError):
             submissions[run.name] = run.last
     queue = look(submissions.values())
+    return {name: queue[submission.job] for name, submission in submissions.items() if submission.job in queue}
+
+
+def status_table(runs: list[SubmittedRun], queue: Mapping[str, Entry]) -> str:
+    """A line of column names and one line per run; `queue`: as `in_queue` gives it."""
+    rows: list[tuple[str, ...]] = [HEAD]
     for run in runs:
         try:
-            rows.append(row(run, queue, time.time()))
+            rows.append(row(run, queue.get(run.name), time.time()))
         except UserError as error:  # one damaged run does not hide the others
-            job = submissions[run.name].job if run.name in submissions else ""
+            job = ""
+            with suppress(UserError):
+                job = run.last.job
             rows.append((run.name, job, "", str(error), *[""] * (len(HEAD) - 4)))
     widths = [max(len(line[i]) for line in rows) for i in range(len(HEAD))]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in rows)
 
 
-def row(run: SubmittedRun, queue: dict[str, Entry], now: float) -> tuple[str, ...]:
+def row(run: SubmittedRun, place: Entry | None, now: float) -> tuple[str, ...]:
     """The cells under HEAD."""
-    now_at, place = status.read(run.directory), queue.get(run.last.job)
+    now_at = status.read(run.directory)
     if crash := run.crash(now_at):
         now_at |= {"state": "failed", "reason": crash}
     state, heartbeat = _state(now_at, place, now)
     rate, error = _newest_numbers(run.directory / record.FILE)
     starts = sum("start" in line for line in run.history())
+    seconds = spent(now_at)
+    whole = sum(seconds.values())
     return (
         run.name,
         run.last.job,
-        _in_queue(place),
+        _slurms(place),
         state,
         f"{now_at['epoch']}/{run.config()['train']['epochs']}" if "epoch" in now_at else "-",
         str(now_at.get("step", "-")),
@@ -68,6 +80,8 @@ def row(run: SubmittedRun, queue: dict[str, Entry], now: float) -> tuple[str, ..
         error,
         heartbeat,
         str(max(0, starts - 1)),
+        duration(whole) if whole else "-",
+        f"{seconds['training'] / whole:.0%}" if whole and "training" in seconds else "-",
         place.left if place and place.state == "RUNNING" and place.left else "-",
     )
 
@@ -129,7 +143,7 @@ def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str,
     return (state if state in ("running", "stopped") else told), heartbeat
 
 
-def _in_queue(place: Entry | None) -> str:
+def _slurms(place: Entry | None) -> str:
     """The cell of Slurm's own state."""
     if place is None:
         return "not in the queue"
@@ -146,9 +160,12 @@ def _newest_numbers(path: Path) -> tuple[str, str]:
     if path.stat().st_size > TAIL:
         lines = lines[1:]  # its beginning is cut off
     newest: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        values = parsed_json(path, line)
-        newest[values["kind"]] = values
-    rate = f"{newest['step']['images_per_s']:.0f}" if "step" in newest else "-"
-    error = f"{newest['validation']['top1_error']:.1%}" if "validation" in newest else "-"
+    try:
+        for line in lines:
+            values = parsed_json(path, line)
+            newest[values["kind"]] = values
+        rate = f"{record.rate(newest['step']) or 0:.0f}" if "step" in newest else "-"
+        error = f"{newest['validation']['top1_error']:.1%}" if "validation" in newest else "-"
+    except (AttributeError, KeyError, TypeError, ValueError) as strange:
+        raise UserError(f"{path} is damaged (a line is no record): restore it, or move it away") from strange
     return rate, error

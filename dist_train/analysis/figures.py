@@ -3,16 +3,23 @@
 kernels.png   figure 3: the kernels of the first convolution
 top5.png      figure 4, left: the five classes that the net finds most probable for some validation images
 nearest.png   figure 4, right: the training images that the last hidden layer takes for similar
+
+With `--only`, others too, which are drawn beside a run that goes on (monitor/portraits.py):
+
+inputs.png    what the net is shown: training images beside augmented versions of them; needs no checkpoint
+wrong.png     as top5.png, for images that the net gets wrong
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -20,12 +27,14 @@ from dist_train.analysis.neighbours import (
     FigureError,
     Neighbours,
     Predictions,
+    misclassified,
     most_probable,
     nearest_images,
     searched,
     varied_tests,
 )
-from dist_train.analysis.trained import Trained, device_option, open_run
+from dist_train.analysis.trained import Trained, device_option, open_run, read_config
+from dist_train.config import Config
 from dist_train.models.alexnet import AlexNet
 from dist_train.pictures.cells import Named
 from dist_train.pictures.kernels import Weights, draw_kernels
@@ -36,14 +45,15 @@ from dist_train.pictures.top5 import BARS, draw_top5
 from dist_train.ranks.world import pick_device
 from pipelines.files import write_atomically
 from pipelines.png import as_png
-from pipelines.preview import decoded
+from pipelines.preview import decoded, shown_figure
 from pipelines.shards import ShardSet
 from pipelines.speech import say, show
 
 RUN_NAME = 250  # width in points
+ROWS = 6  # images whose augmented versions are shown
 
 
-class Drawing(NamedTuple):
+class Drawn(NamedTuple):
     """A figure, and the share of neighbours of the same class if it shows neighbours."""
 
     figure: Figure
@@ -59,33 +69,38 @@ def start(args: Namespace) -> int:
     out: Path = args.out or args.run / "figures"
     with device_option():
         device = pick_device(args.device)
-    run = open_run(args.run, device, args.checkpoint)
+    drawings: dict[str, Callable[[], Drawn]] = {}
+    if "inputs" in args.only:
+        config = read_config(args.run)
+        drawings["inputs"] = lambda: Drawn(inputs_figure(config))
+    if set(args.only) != {"inputs"}:
+        drawings |= _of_net(_threads(open_run(args.run, device, args.checkpoint)), args)
     out.mkdir(parents=True, exist_ok=True)
-    rows = write_figures(run, out, images=args.images, neighbours=args.neighbours, train_images=args.train_images)
+    rows = write_figures({name: drawings[name] for name in drawings if name in args.only}, out)
     show("\n".join(f"{label:>14}  {text}" for label, text in rows))
     return 0
 
 
-def write_figures(run: Trained, out: Path, *, images: int, neighbours: int, train_images: int) -> list[tuple[str, str]]:
-    """Write the three figures into the directory `out`.
+def _of_net(run: Trained, args: Namespace) -> dict[str, Callable[[], Drawn]]:
+    """How each figure of a trained net is drawn."""
 
-    Args:
-        images: validation images in top5.png and in nearest.png.
-        neighbours: training images beside each in nearest.png.
-        train_images: the number of training images that are searched for them; 0: all.
+    def similar() -> Drawn:
+        found = nearest_images(run, varied_tests(run, args.images), searched(run, args.train_images), args.neighbours)
+        return Drawn(nearest_figure(run, found), found.summary())
+
+    return {
+        "kernels": lambda: Drawn(kernels_figure(run)),
+        "top5": lambda: Drawn(top5_figure(run, most_probable(run, args.images))),
+        "nearest": similar,
+        "wrong": lambda: Drawn(top5_figure(run, misclassified(run, args.images))),
+    }
+
+
+def write_figures(drawings: Mapping[str, Callable[[], Drawn]], out: Path) -> list[tuple[str, str]]:
+    """Write these figures into the directory `out`, under their names.
 
     Returns (label, text) for each result, the paths last. Raises ShardError and OSError.
     """
-
-    def similar() -> Drawing:
-        found = nearest_images(run, varied_tests(run, images), searched(run, train_images), neighbours)
-        return Drawing(nearest_figure(run, found), found.summary())
-
-    drawings: dict[str, Callable[[], Drawing]] = {
-        "kernels": lambda: Drawing(kernels_figure(run)),
-        "top5": lambda: Drawing(top5_figure(run, most_probable(run, images))),
-        "nearest": similar,
-    }
     results: list[tuple[str, str]] = []
     paths: list[tuple[str, str]] = []
     for name, drawing in drawings.items():
@@ -100,6 +115,12 @@ def write_figures(run: Trained, out: Path, *, images: int, neighbours: int, trai
         write_atomically(path, as_png(figure, dpi=figure.dpi, pil_kwargs={"optimize": True}))
         paths.append((name, str(path)))
     return results + paths
+
+
+def inputs_figure(config: Config) -> Figure:
+    """What the net is shown, as this configuration has it augmented. Raises ShardError."""
+    shards = ShardSet(config.data.train)
+    return shown_figure(shards, config.data, rows=ROWS, seed=config.train.seed, threads=torch.get_num_threads())
 
 
 def kernels_figure(run: Trained) -> Figure:
@@ -128,7 +149,7 @@ def top5_figure(run: Trained, predictions: Predictions) -> Figure:
     images = "1 validation image" if n == 1 else f"{n} validation images"
     title = f"The {min(BARS, outputs)} most probable classes of {images}: {_title(run)}\n"
     if wrong:
-        title += f"Picked so that {wrong} of {n} are misclassified, which stand last. "
+        title += f"Picked so that {wrong} of {n} are misclassified{', which stand last' * (wrong < n)}. "
     title += f"Error of the {predictions.looked} images looked at: {predictions.error:.1%}\n"
     title += "Pink: the correct class, if it is among them"
     names = [run.output_name(output) for output in range(outputs)]
@@ -152,6 +173,12 @@ def named(run: Trained, shards: ShardSet, samples: Sequence[int]) -> list[Named]
     """The whole images of these samples, with the names of their classes."""
     labels = shards.labels(np.array(samples, np.int64)).tolist()
     return [Named(decoded(shards, sample), run.classes[label]) for sample, label in zip(samples, labels, strict=True)]
+
+
+def _threads(run: Trained) -> Trained:
+    """The run, with as many threads for decoding as torch has for the net: OMP_NUM_THREADS, or the CPUs."""
+    data = replace(run.config.data, threads=torch.get_num_threads())
+    return replace(run, config=replace(run.config, data=data))
 
 
 def _title(run: Trained) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.speech import bar
 
 BATCH = 128  # images in a forward pass
 LOOKED = 512  # validation images among which examples are picked
+FEW, LOOKED_WRONG = 32, 256  # the same beside a run that goes on, whose memory and CPU that takes
 
 
 class FigureError(UserError):
@@ -53,14 +54,16 @@ def forward(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
     return logits, torch.cat(halves, 1) if halves else None
 
 
-def outputs(run: Trained, shards: ShardSet, samples: Ints, text: str) -> Iterator[tuple[Ints, Tensor, Tensor | None]]:
+def outputs(
+    run: Trained, shards: ShardSet, samples: Ints, text: str, batch: int = BATCH
+) -> Iterator[tuple[Ints, Tensor, Tensor | None]]:
     """(samples, logits, features) of the central crops, a batch at a time, with `text` at a progress bar.
 
     Another sample takes the place of one that cannot be decoded, so these are not always the ones that were asked for.
     Raises ShardError.
     """
     device = next(run.model.parameters()).device
-    batch = min(BATCH, len(samples))
+    batch = min(batch, len(samples))
     loader = build.fixed_loader(run.config, World.single(device), shards, run.train, batch=batch, samples=samples)
     with bar(len(samples), text, "img") as done:
         for images in loader.epoch():
@@ -115,13 +118,32 @@ class Predictions:
 def most_probable(run: Trained, n: int) -> Predictions:
     """Predictions of `n` examples among the first few hundred validation images of a permutation that follows from the
     seed of the run. Raises ShardError."""
-    candidates = _permuted(run, run.val)[: max(LOOKED, n)]
-    found = list(outputs(run, run.val, candidates, "most probable classes"))
+    return _picked(run, max(LOOKED, n), BATCH, lambda labels, right: pick_examples(labels, right, n))
+
+
+def misclassified(run: Trained, n: int) -> Predictions:
+    """Predictions of at most `n` misclassified ones among the first of the same permutation, as far as possible of
+    different classes. Raises FigureError if there are none, and ShardError."""
+
+    def pick(labels: NDArray[Any], right: NDArray[np.bool_]) -> Ints:
+        errors = np.flatnonzero(~right)
+        if not len(errors):
+            raise FigureError(f"the net is right about all of the {len(right)} validation images that were looked at")
+        return errors[np.argsort(occurrence(labels[errors]), kind="stable")][:n]
+
+    return _picked(run, max(LOOKED_WRONG, n), FEW, pick)
+
+
+def _picked(
+    run: Trained, many: int, batch: int, pick: Callable[[NDArray[Any], NDArray[np.bool_]], Ints]
+) -> Predictions:
+    """Predictions of those that `pick`, given the labels and what is right, finds among so many validation images."""
+    found = list(outputs(run, run.val, _permuted(run, run.val)[:many], "most probable classes", batch))
     samples = np.concatenate([samples for samples, _, _ in found])
     probabilities = torch.cat([logits for _, logits, _ in found]).softmax(1).cpu().numpy()
     labels = run.val.labels(samples)
     right = probabilities.argmax(1) == labels
-    at = pick_examples(labels, right, n)
+    at = pick(labels, right)
     return Predictions(samples[at], labels[at], probabilities[at], float(1 - right.mean()), len(samples))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines.cli import Parser, natural, positive
 
+FIGURES = ("kernels", "top5", "nearest")  # of the paper, which are drawn if none is named
 CROPS = {"one": 1, "five": 5, "ten": 10}  # fixed views that `evaluate` averages
 # The parts of `gpu-report` in their order, and the seconds that each may take; all together, GPU_MINUTES. The last one
 # takes what the others leave, and does the most telling first.
@@ -36,6 +37,14 @@ def figures(parser: Parser) -> None:
     parser.add_argument("--neighbours", type=positive, default=6, metavar="K", help="training images beside each")
     parser.add_argument(
         "--train-images", type=natural, default=10000, metavar="M", help="training images searched; 0: all"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*FIGURES, "inputs", "wrong"],
+        default=FIGURES,
+        metavar="NAME",
+        help="some only, or another one: inputs, what the net is shown; wrong, images that it gets wrong",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the figures go; without: RUN/figures")
 

@@ -21,7 +21,6 @@ from dist_train import build
 from dist_train.config import Config
 from dist_train.models.dropout import keys_of_epoch, mask_keys
 from dist_train.monitor.terminal import Terminal
-from dist_train.monitor.wandb import WandbRun
 from dist_train.outcomes import Diverged, Refused
 from dist_train.ranks.vote import Vote
 from dist_train.ranks.watch import Watch
@@ -101,9 +100,8 @@ class Pace:
         began = time.perf_counter()
         terminal = Terminal(is_first=world.rank == 0)
         directory = RunDirectory(scratch, terminal.say, keep=2, writes=False)
-        wandb = WandbRun(scratch, config.monitor, terminal.say)
         silent = Terminal(is_first=False)
-        self._trainer = Trainer(config, world, watch, directory, (shards, shards), silent, wandb)
+        self._trainer = Trainer(config, world, watch, directory, (shards, shards), silent)
         self._synchronize()
         self.build_seconds = time.perf_counter() - began
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class ArmRun:
 
     def first_below(self, error: float) -> int | None:
         """The first recorded step whose running training error lies below, once that looks back far enough."""
-        return next((r["step"] for r in self.steps if r["step"] >= MEMORY and r["train_error"] < error), None)
+        means = running_errors(self.steps)
+        return next((step for step, mean in means if step >= MEMORY and mean < error), None)
 
     def probe(self, step: int) -> dict[str, Any] | None:
         """What was measured before a step, if it was."""
@@ -56,6 +57,22 @@ class ArmRun:
 
 Runs = Mapping[str, Sequence[ArmRun]]  # by the name of the arm
 Errors = Mapping[str, Sequence[float]]  # of validation, of the runs or pairs of each arm
+
+
+def running_errors(steps: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, float]]:
+    """Each recorded step, and the training error as `Progress.train_error` remembers it, from the means of windows.
+    Older programs have recorded that itself."""
+    mean, before = 0.0, 0
+    for line in steps:
+        step, error = line["step"], line["train_error"]
+        if record.MACHINE in line:
+            many = step - before
+            weight = many / step if step <= MEMORY else 1 - (1 - 1 / MEMORY) ** many
+            mean += (error - mean) * weight
+        else:
+            mean = error
+        before = step
+        yield step, mean
 
 
 def report(experiment: Experiment, out: Path) -> list[Path]:

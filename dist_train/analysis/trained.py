@@ -18,15 +18,21 @@ from dist_train.data import open_sets
 from dist_train.process import keep_freed_memory
 from dist_train.ranks.world import World
 from dist_train.rundir import store
-from dist_train.rundir.checkpoint import Checkpoint, CheckpointError, find, newest_name
+from dist_train.rundir.checkpoint import FOLDER, Checkpoint, CheckpointError, find, newest_name
 from pipelines.errors import UsageError, UserError
 from pipelines.manifest import MANIFEST
 from pipelines.shards import ShardSet
 from pipelines.speech import say
 
+TRIES = 3  # of which a checkpoint may vanish while it is read
+
 
 class RunError(UserError):
     """A run that cannot be opened; the message says why, and the remedy."""
+
+
+class VanishedError(RunError):
+    """A checkpoint is gone that was there, or all are: a run that goes on keeps the newest only."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,21 @@ def open_run(directory: Path, device: torch.device, which: str = "last", split: 
     val = str(split or config.data.val)
     config = replace(config, data=replace(config.data, val=val, device="auto"))  # this machine may have no GPU
     _check_paths(directory, config, split)
-    train, test = open_sets(config)
+    sets = open_sets(config)
+    for _ in range(TRIES - 1):
+        try:
+            return _opened(directory, config, device, which, sets)
+        except VanishedError:
+            if which not in ("last", "best") or not newest_name(directory):
+                raise
+    return _opened(directory, config, device, which, sets)
+
+
+def _opened(
+    directory: Path, config: Config, device: torch.device, which: str, sets: tuple[ShardSet, ShardSet]
+) -> Trained:
+    """The run with the weights of a checkpoint. Raises RunError."""
+    train, test = sets
     checkpoint = _checkpoint(directory, which)
     trained_on = checkpoint.meta.get("training set")
     if trained_on not in (train.fingerprint[:16], train.earlier_fingerprint[:16]):
@@ -142,6 +162,8 @@ def _checkpoint(directory: Path, which: str) -> Checkpoint:
         raise RunError(str(error)) from error
     reasons = ", ".join(f"{name}: {why}" for name, why in bad.items())
     if found is None:
+        if bad and not any((directory / FOLDER / name).exists() for name in bad):
+            raise VanishedError(f"{directory} has lost its checkpoints while it was read, as it goes on: try again")
         if bad:
             remedy = "put a good one back" if which == "last" else "choose last"
             raise RunError(f"{directory} has no good checkpoint ({reasons}): {remedy}")
@@ -162,7 +184,7 @@ def _model(directory: Path, config: Config, device: torch.device, classes: int, 
         model.load_state_dict(store.load_state(path, torch.device("cpu"))["model"])
     except (OSError, KeyError, RuntimeError) as error:
         if not path.exists():
-            raise RunError(f"{path} vanished while it was read, the run goes on: try again") from error
+            raise VanishedError(f"{path} vanished while it was read, the run goes on: try again") from error
         reason = " ".join(str(error).split())[:200]
         raise RunError(
             f"{path} does not fit the model of {directory / 'config.yaml'} ({reason}): restore the file"

@@ -1,0 +1,73 @@
+"""`status --watch`: the table again and again, and a message for each run that falls silent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from dist_train.monitor.notify import Outbox, silence
+from dist_train.monitor.webhook import Message, Webhook
+from dist_train.rundir import status
+from pipelines.speech import say, show_anew, unheard
+from slurm.cluster import Entry
+from slurm.submissions import SubmittedRun
+from slurm.table import in_queue, status_table
+
+
+def watch(find: Callable[[], list[SubmittedRun]], seconds: float, otherwise: str) -> None:
+    """Show the table every so many seconds, until Ctrl-C, or until nobody reads it any more. Raises UserError for an
+    address of messages that is none.
+
+    Args:
+        find: the runs, which may become more.
+        otherwise: what is shown without a run.
+    """
+    webhook, silences = Webhook.wanted(), Silences()
+    outbox = Outbox(webhook, say) if webhook else None
+    try:
+        while not unheard():
+            runs = find()
+            queue = in_queue(runs)
+            show_anew(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{status_table(runs, queue) if runs else otherwise}")
+            for message in silences.found(runs, queue, time.time()):
+                if outbox:
+                    outbox.put(message)
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        pass
+    if outbox:
+        outbox.close()
+
+
+class Silences:
+    """The runs that fell silent, as one watch sees them: those that Slurm has running, and those that it has seen alive
+    itself, whatever the queue says: a job that was killed, or whose node is lost, may have left it by then."""
+
+    def __init__(self) -> None:
+        self._alive = set[str]()
+        self._told = set[tuple[str, float]]()  # run and last sign of life
+
+    def found(self, runs: list[SubmittedRun], queue: Mapping[str, Entry], now: float) -> list[Message]:
+        """A message for each run that gives no sign of life, once for each silence.
+
+        Args:
+            queue: as `in_queue` gives it.
+            now: in Unix's seconds.
+        """
+        messages = []
+        for run in runs:
+            at, place = status.known(run.directory), queue.get(run.name)
+            heartbeat = at.get("heartbeat")
+            if at.get("state") not in ("starting", "running") or not isinstance(heartbeat, int | float):
+                self._alive.discard(run.name)
+            elif now - heartbeat <= status.SILENT:
+                if at["state"] == "running":
+                    self._alive.add(run.name)
+            elif (run.name in self._alive or (place and place.state == "RUNNING")) and (
+                (silent := (run.name, heartbeat)) not in self._told
+            ):
+                self._told.add(silent)
+                self._alive.discard(run.name)
+                slurms = place.state if place else "not in the queue"
+                messages.append(silence(run.name, heartbeat, step=at.get("step"), Slurm=slurms))
+        return messages
