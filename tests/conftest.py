@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from dist_train.monitor import wandb_process
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
@@ -27,6 +32,18 @@ def photograph(rng: np.random.Generator, width: int, height: int, tint: NDArray[
     coarse = rng.normal(tint, 45, (5, 5, 3)).clip(0, 255).astype(np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float64)
     return Image.fromarray((smooth + rng.normal(0, 3, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def wandb_alone() -> Iterator[None]:
+    """Of wandb in the process of the tests nothing is left: neither its own process, nor the variable by which others
+    would share that."""
+    yield
+    if "wandb" in sys.modules:
+        wandb_process.kill()
+        with suppress(Exception, SystemExit):
+            wandb_process.teardown()
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 @pytest.fixture(scope="session")

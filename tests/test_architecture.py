@@ -15,18 +15,19 @@ PACKAGES = ("dist_train", "pipelines", "slurm")
 
 # Who may import whom, also inside a function. A room is a module or a folder of dist_train, or another package.
 ARROWS = """
-    slurm     cli config data outcomes ranks rundir pipelines
+    slurm     cli config data monitor outcomes ranks rundir pipelines
     __main__  analysis cli ranks pipelines
     analysis  cli train build process monitor pictures probe rundir ranks models data config machine driver \
               outcomes pipelines
-    cli       run rundir ranks config pipelines
-    run       train data monitor pictures rundir ranks config outcomes pipelines
+    cli       run monitor rundir ranks config pipelines
+    run       summary train data monitor rundir ranks process config outcomes pipelines
+    summary   pictures rundir outcomes pipelines
     train     build process validate monitor rundir ranks models optim probe config outcomes pipelines
-    monitor   validate rundir config pipelines
-    validate  ranks pipelines
+    monitor   validate ranks rundir config outcomes pipelines
+    validate  ranks rundir pipelines
     pictures  pipelines
     build     ranks models config pipelines
-    process   machine ranks models config
+    process   code machine ranks models config
     rundir    ranks optim config outcomes pipelines
     ranks     models outcomes pipelines
     models    config pipelines
@@ -35,13 +36,18 @@ ARROWS = """
     config    pipelines
     machine   driver pipelines
     driver
+    code
     probe
     outcomes  pipelines
     pipelines
 """
 ALLOWED = {room: set(targets) for room, *targets in map(str.split, ARROWS.strip().splitlines())}
-# What slurm takes of these two rooms: modules that import no torch.
-FOR_SLURM = {"ranks": {"kin", "launcher"}, "rundir": {"checkpoint", "last_words", "record", "restarts", "status"}}
+# What slurm takes of these rooms: modules that import no torch.
+FOR_SLURM = {
+    "monitor": {"notify", "webhook"},
+    "ranks": {"kin", "launcher"},
+    "rundir": {"announcement", "checkpoint", "events", "last_words", "ledger", "record", "restarts", "status"},
+}
 
 # Words that mean one thing: where each may be a name. A part is a packing task's share of the shards.
 WORDS = {"alone": set[str](), "choose": set[str](), "part": {"slurm/job.py"}}
@@ -87,7 +93,10 @@ HIDDEN = ("importlib", "__import__", "runpy")
 HOMES = {
     "status.json": "dist_train/rundir/status.py",
     "metrics.jsonl": "dist_train/rundir/record.py",
+    "events.jsonl": "dist_train/rundir/events.py",
     "starts.json": "dist_train/rundir/restarts.py",
+    "message.json": "dist_train/monitor/notify.py",
+    "confusion.npz": "dist_train/rundir/confusion.py",
     "owner": "dist_train/rundir/lease.py",
     "state.pt": "dist_train/rundir/checkpoint.py",
     "ArgumentParser": "pipelines/cli.py dist_train/cli.py",  # of argparse, and of jsonargparse for the trainer

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_train.rundir import events
 from pipelines import quarantine
 from pipelines.augment import Augment
 from pipelines.dali import Decode
@@ -164,6 +165,9 @@ def test_counted_and_limited(damaged: tuple[Path, list[int]], tmp_path: Path) ->
     result = launch(root, tmp_path / "run", "--train.epochs=1")
     assert result.returncode == 0, result.stderr
     assert records(tmp_path / "run", "step")[-1]["bad_samples"] == len(bad)
+    told = [event["samples"] for event in events.read(tmp_path / "run") if event["event"] == "bad_samples"]
+    assert told == sorted(set(told)), "once a record in which there are more"
+    assert told[-1] == len(bad)
     assert result.stderr.count("is damaged: another sample takes its place") == len(bad)
     result = launch(root, tmp_path / "strict", "--train.epochs=1", "--data.max_bad=1", ranks=0)
     assert result.returncode == 2

@@ -24,7 +24,7 @@ from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.restarts import NoProgress, count, forget
 from dist_train.rundir.resume import Resumed, identity, restore
-from dist_train.rundir.state import Progress, TrainState
+from dist_train.rundir.state import Progress, TrainState, Window
 from dist_train.rundir.store import Store
 from pipelines.shards import ShardSet
 
@@ -237,7 +237,7 @@ class Start:
         self.settled = vars(Settled(False, "by construction", "kept", precision=precision))
         self.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
         schedule = optim.Schedule(ScheduleConfig(), 0.01)
-        self.state = TrainState(net, optim.build(OptimConfig(), net), self.scaler, schedule, Progress())
+        self.state = TrainState(net, optim.build(OptimConfig(), net), self.scaler, schedule, Progress(), Window())
 
     def restore(self) -> Resumed:
         return restore(self.state, self.config, self.world, self.shards, self.run, self.settled)

@@ -261,6 +261,7 @@ def test_preview_looks_at_a_part_of_a_large_set(
     assert max(looked_at) == 50
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("resize", "path"),
     [
@@ -280,6 +281,7 @@ def test_bench(shard_sets: Path, resize: int, path: str) -> None:
     assert not done.stderr  # DALI warns of what is fed in vain
 
 
+@pytest.mark.integration
 def test_bench_tells_how_many_images_are_resized(image_folder: Path, tmp_path: Path) -> None:
     """A part of the set, by an independent count."""
     sizes = []

@@ -95,6 +95,7 @@ def trainer(name: str, accumulate: int) -> Trainer:
     made.watch = cast(Any, SimpleNamespace(stop=False))
     made.run = cast(Any, SimpleNamespace(lease=SimpleNamespace(lost=False)))
     made.unread = []
+    made.report = cast(Any, SimpleNamespace(row=lambda _: (0.0, 0.0)))
     made.saver = cast(Any, SimpleNamespace(due_by_clock=lambda: False))
     return made
 
@@ -134,7 +135,7 @@ def test_what_a_step_copies(name: str, accumulate: int, fused_on_meta: None) -> 
     for _ in range(2):
         with Copies() as copies:
             pending = step.train_step(on_meta(), 0.01)
-        assert copies.found == [("cpu to meta", (8,), True)]
+        assert copies.found == [("cpu to meta", (11,), True)]
         assert pending.vote.values.device == META
     assert [values.dtype for values in cast(MetaWorld, step.world).summed] == [torch.float64] * 2
 
@@ -145,7 +146,7 @@ def test_what_waits_is_noticed(fused_on_meta: None) -> None:
     with Copies() as copies:
         labels = torch.zeros(N, dtype=torch.int64).to(META)
         step.train_step(batch._replace(labels=labels), 0.01)
-    assert copies.found == [("cpu to meta", (N,), False), ("cpu to meta", (8,), True)]
+    assert copies.found == [("cpu to meta", (N,), False), ("cpu to meta", (11,), True)]
     with pytest.raises(RuntimeError, match="meta"):
         float(torch.ones((), device=META))
 
@@ -222,7 +223,7 @@ def test_the_vote_comes_back_beside_the_net(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "Event", SimpleNamespace)
     vote._side_stream.cache_clear()
     work = SimpleNamespace(wait=lambda: streams.said.append(f"sum waited for at {streams.at}"))
-    pending = vote._returning(values, cast(Any, work))
+    pending = vote.PendingVote(*vote._returning(values, cast(Any, work)))
     asked = ["side waits for net", "sum waited for at side"]
     asked += ["pinned True", "copied at side, late True", "used by side", "event at side"]
     assert streams.said == asked
@@ -248,7 +249,7 @@ def test_a_vote_is_cast_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch, "tensor", tensor)
     vote._side_stream.cache_clear()
-    world = SimpleNamespace(device=torch.device("cuda", 0), reduce=lambda _: None)
+    world = SimpleNamespace(device=torch.device("cuda", 0), rank=0, size=1, reduce=lambda _: None)
     vote.Vote.cast(cast(World, world), stop=True)
     assert streams.said[:3] == ["made, pinned True", "to cuda:0, late True", "side waits for net"]
     vote._side_stream.cache_clear()
@@ -314,7 +315,7 @@ def learnt(*, zeros: bool, skip: int = -1, steps: int = 5) -> list[torch.Tensor]
         scaler.scale(layer(torch.ones(8, 64)).pow(2).mean()).backward()
         if step == skip:
             layer.weight.grad[0, 0] = torch.inf  # type: ignore[index]
-        assert optim.update(optimizer, scaler) == 0
+        assert optim.update(optimizer, scaler).refused == 0
     return [*map(torch.clone, layer.parameters()), *(s["momentum_buffer"] for s in optimizer.state.values())]
 
 
@@ -386,6 +387,7 @@ def test_full_precision_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather_object", lambda *_: None)
     try:
         join("cuda")
         assert not torch.backends.cudnn.allow_tf32

@@ -20,6 +20,7 @@ import torch
 from dist_train.config import Config
 from dist_train.outcomes import LeaseLost, NotSaved
 from dist_train.rundir import postmortem, record, status
+from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.checkpoint import CheckpointError, find, newest_name
 from dist_train.rundir.directory import ClaimError, RunDirectory
 from dist_train.rundir.errors import Failure
@@ -215,8 +216,8 @@ def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.Mo
         run.claim(Config(), [], 0, "")
     assert not run.lease.token
     assert not run.lease.lost
-    status.Announcement(tmp_path / "other", writes=True).fail("no room")
-    announcement = status.Announcement(tmp_path, writes=True)
+    Announcement(tmp_path / "other", writes=True).fail("no room")
+    announcement = Announcement(tmp_path, writes=True)
     announcement._ours = b"{}"  # what it says stands over a run that was done
     announcement.fail("the run directory cannot be written")
     found = status.read(tmp_path)

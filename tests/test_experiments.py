@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from dist_train.__main__ import main
 from dist_train.analysis import arms, tables
 from dist_train.cli import parse
 from dist_train.config import CONFIGS
+from dist_train.rundir.state import Progress
 from tests.helpers.compare import records, status
 
 NAMES = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.sweep"))
@@ -118,3 +120,21 @@ def test_sweeps_are_what_slurm_takes(tmp_path: Path) -> None:
     for name in NAMES:
         trained = arms.read(name, 3, tmp_path).trained
         assert _sweep(CONFIGS / "experiments" / f"{name}.sweep") == [list(arm.overrides) for arm in trained]
+
+
+def test_a_running_error_from_windows() -> None:
+    """As from single steps, about; exactly so where each step is recorded."""
+    errors, progress, means = [1 - i / 250 for i in range(200)], Progress(), []
+    for number, error in enumerate(errors, 1):
+        progress.average(error, number)
+        means.append(progress.train_error)
+    for many in (1, 5):
+        lines: list[dict[str, Any]] = [
+            {"step": i + many, "train_error": sum(errors[i : i + many]) / many, "machine": {}}
+            for i in range(0, 200, many)
+        ]
+        found = dict(tables.running_errors(lines))
+        assert found == pytest.approx({step: means[step - 1] for step in found}, rel=1e-12 if many == 1 else 0.01)
+    earlier: list[dict[str, Any]] = [{"step": 1000, "train_error": 0.5}]
+    assert dict(tables.running_errors(earlier)) == {1000: 0.5}, "an earlier program's, which goes on"
+    assert dict(tables.running_errors([*earlier, {"step": 1001, "train_error": 0.0, "machine": {}}]))[1001] > 0.48

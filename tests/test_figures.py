@@ -21,10 +21,11 @@ from torchvision.transforms.functional import center_crop
 
 from dist_train import models
 from dist_train.__main__ import main
-from dist_train.analysis.figures import kernel_blocks, kernels_figure, nearest_figure, top5_figure
+from dist_train.analysis.figures import inputs_figure, kernel_blocks, kernels_figure, nearest_figure, top5_figure
 from dist_train.analysis.neighbours import (
     FigureError,
     forward,
+    misclassified,
     most_probable,
     nearest_images,
     occurrence,
@@ -229,6 +230,51 @@ def test_the_most_probable_classes(run: Trained) -> None:
         texts += names
     assert "class #5" in texts
     assert f"Picked so that {(~predictions.right).sum()} of 6 are misclassified" in figure.get_suptitle()
+
+
+def test_images_that_the_net_gets_wrong(run: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = misclassified(run, 4)
+    logits, _ = reference(run, run.val, found.samples)
+    labels = run.val.index["label"][found.samples]
+    assert len(set(found.samples)) == 4
+    assert (logits.argmax(1) != labels).all()
+    every = misclassified(run, 63)
+    assert len(every.samples) == round(63 * found.error) < 63, "as many as there are"
+    assert len(set(labels)) == min(4, len(set(every.labels)))
+    title = top5_figure(run, found).get_suptitle()
+    assert "Picked so that 4 of 4 are misclassified. Error of the 63 images looked at: " in title
+
+    def right(run: Trained, shards: ShardSet, samples: Array, *_: Any) -> list[Any]:
+        return [(samples, 9.0 * F.one_hot(torch.from_numpy(shards.labels(samples))), None)]
+
+    monkeypatch.setattr("dist_train.analysis.neighbours.outputs", right)
+    with pytest.raises(FigureError, match="right about all of the 63 validation images"):
+        misclassified(run, 4)
+
+
+def test_what_the_net_is_shown(run: Trained, tmp_path: Path) -> None:
+    """With the run's own augmentation; however inputs are scaled, the picture shows the levels."""
+    pictures = []
+    for inputs in ("mean_subtracted", "standardized"):
+        data = replace(run.config.data, inputs=inputs, mirror=False, lighting=0.0)
+        figure = inputs_figure(replace(run.config, data=data))
+        pictures.append(pixels_of(figure, tmp_path / "inputs.png"))
+        assert figure.get_suptitle() == "Random 67x67 crop of images resized to shorter side 72"
+    np.testing.assert_array_equal(*pictures)
+    square = replace(run.config.data, center_square=True)
+    title = inputs_figure(replace(run.config, data=square)).get_suptitle()
+    assert title.endswith("crop of the central square of images resized to shorter side 72, reflection, lighting")
+
+
+def test_some_figures_only(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["figures", str(run_directory), "--out", str(tmp_path), "--device=cpu", "--images=3", "--only"]
+    assert main([*argv, "wrong", "inputs"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.png", "wrong.png"]
+    assert main([*argv, "kernels"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.png", "kernels.png", "wrong.png"]
+    capsys.readouterr()
+    assert main([*argv, "kernel"]) == 2
+    assert "invalid choice: 'kernel' (choose from " in capsys.readouterr().err
 
 
 def cells_of(cells: list[Any], bars: bool) -> list[Any]:

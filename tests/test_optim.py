@@ -20,7 +20,7 @@ def test_update_rule_of_section_5() -> None:
     for _ in range(5):
         g = rng.normal(size=(3, 4))
         layer.weight.grad = torch.tensor(g)
-        assert optim.update(optimizer, OFF) == 0
+        assert optim.update(optimizer, OFF).refused == 0
         v = 0.9 * v - 0.0005 * 0.01 * w - 0.01 * g
         w = w + v
     np.testing.assert_allclose(layer.weight.detach().numpy(), w, rtol=1e-12)
@@ -39,7 +39,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float)
             p.grad = torch.randn_like(p)
         if i == 2:
             layer.bias.grad[1] = poison  # type: ignore[index]
-        assert bool(optim.update(optimizer, OFF)) == (i == 2)
+        assert bool(optim.update(optimizer, OFF).refused) == (i == 2)
         same = all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
         assert same == (i == 2)
     after = {k: v for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v)}

@@ -16,6 +16,7 @@ from dist_train.models.alexnet import AlexNet
 from dist_train.models.dropout import mask_keys
 from dist_train.models.two_tower import TwoTowers, grouped_state
 from dist_train.probe import curvature, measure, stable_lr
+from dist_train.rundir.state import Progress
 from tests.helpers.compare import newest, records, status
 from tests.helpers.launch import launch
 
@@ -193,7 +194,10 @@ def test_a_run_with_probes_that_stops_at_a_training_error(shard_sets: Path, tmp_
     options = ("--model.name=alexnet_one_tower", "--train.epochs=6", "--optim.name=adam", "--optim.lr=0.0003")
     plain, probed = tmp_path / "plain", tmp_path / "probed"
     assert launch(shard_sets, plain, *options, ranks=0).returncode == 0
-    errors = [r["train_error"] for r in records(plain, "step")]
+    progress, errors = Progress(), []
+    for line in records(plain, "step"):
+        progress.average(line["train_error"], line["step"])
+        errors.append(progress.train_error)
     level = min(errors[49:54]) + 1e-9  # not before the mean is one of 50 steps
     stop = next(i for i, error in enumerate(errors) if i >= 49 and error < level)
     until = f"--train.until_error={level}"

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dist_train.cli import parse
 from dist_train.data import open_sets
+from dist_train.rundir import events
 from pipelines.manifest import ShardError
 from pipelines.pack import Options, index, pack
 from pipelines.sources import ImageFolder
@@ -86,6 +87,11 @@ def test_a_division_that_comes_too_early_is_told(shard_sets: Path, tmp_path: Pat
         told[lr] = result.stderr.count("no better than always naming the most common class (66.67%): raise")
         errors = [r["top1_error"] for r in records(tmp_path / lr, "validation")]
         assert told[lr] == sum(error > 0.66 for error in errors)
+        story = events.read(tmp_path / lr)
+        assert [e["error"] for e in story if e["event"] == "division"] == errors
+        assert sum(e["event"] == "alert" and "no better" in e["sentence"] for e in story) == told[lr]
+        rates = [e["lr"] / float(lr) for e in story if e["event"] == "division"]
+        assert rates == pytest.approx([1 / 1.01, 1 / 1.01**2, 1 / 1.01**3])
     assert told["1e-30"] == 3
     assert told["3e-4"] < 3
 

@@ -16,23 +16,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dist_train.config import MonitorConfig
-from dist_train.monitor.wandb import WandbRun
 from dist_train.outcomes import Done
 from dist_train.pictures.cells import Named
 from dist_train.pictures.nearest import draw_nearest
 from dist_train.pictures.sweeps import Curve, Probed, draw_arms, draw_layers
 from dist_train.pictures.text import fit
 from dist_train.pictures.top5 import draw_top5
-from dist_train.run import summary
 from dist_train.rundir import record
 from dist_train.rundir.state import Progress
+from dist_train.summary import summary
 from pipelines import speech
 from pipelines.png import as_png
 
@@ -211,7 +208,7 @@ def test_the_end_of_a_run_shows_what_it_can(tmp_path: Path, monkeypatch: pytest.
     run = tmp_path / NAME
     run.mkdir()
     (run / record.FILE).write_text(steps('{"kind": "st\n', "5\n"))
-    shown = summary(run, Done(), Progress(epoch=1, step=1))
+    shown = summary(run, Done(), Progress(epoch=1, step=1), {"training": 60.0})
     assert "curves.png" in shown
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "top-1 75.00%" in shown
@@ -221,10 +218,10 @@ def test_the_end_of_a_run_shows_what_it_can(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("dist_train.pictures.curves.write_atomically", full)
-    shown = summary(run, Done(), Progress(epoch=1, step=1))
+    shown = summary(run, Done(), Progress(epoch=1, step=1), {"training": 60.0})
     assert "curves  cannot be shown (OSError: [Errno 28] No space left on device)" in shown
     (run / record.FILE).write_text('{"kind": "validation"}\n' + steps())
-    shown = summary(run, Done(), Progress(epoch=1, step=1))
+    shown = summary(run, Done(), Progress(epoch=1, step=1), {"training": 60.0})
     assert "accuracy  cannot be shown (KeyError" in shown
     assert "7 (median)" in shown
     assert shown.splitlines()[0].split() == ["outcome", "done"]
@@ -248,56 +245,14 @@ def test_a_name_is_a_name_in_every_picture() -> None:
     assert "\n" not in fit(NAME, 500)
 
 
-class Wandb:
-    """In wandb's place: asks for a key where it can, and its service has died."""
-
-    def __init__(self) -> None:
-        self.modes: list[str] = []
-        self.Settings = SimpleNamespace
-
-    def init(self, mode: str, **_: object) -> Wandb:
-        self.modes.append(mode)
-        assert not sys.stdin.isatty(), "this would be a question"
-        if mode == "online":
-            raise ValueError("No API key configured. Use `wandb login` to log in.")
-        return self
-
-    def define_metric(self, *_: object, **__: object) -> None: ...
-
-    def log(self, *_: object, **__: object) -> None:
-        raise ConnectionError("the service has died")
-
-    def finish(self) -> None:
-        raise BrokenPipeError
-
-
-def test_wandb_ends_nothing_and_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb, said = Wandb(), list[str]()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
-    (tmp_path / record.FILE).write_text('{"kind": "step", "step": 1, "images": 24}\n')
-    ours, terminal = pty.openpty()
-    with open(terminal) as stdin, open(ours, "wb"):
-        monkeypatch.setattr(sys, "stdin", stdin)
-        shown = WandbRun(tmp_path, MonitorConfig(wandb="online"), said.append)
-        shown.open({})
-        assert sys.stdin is stdin
-    assert wandb.modes == ["online", "offline"]
-    assert "wandb login" in said[0]
-    for _ in range(2):
-        shown.publish(1000)
-    shown.close()
-    assert len(said) == 2
-    assert "the service has died" in said[1]
-
-
 @pytest.mark.slow
 def test_the_real_wandb_asks_nothing(tmp_path: Path) -> None:
     """In a terminal, without a key."""
     text = (
-        "import sys; from pathlib import Path; from dist_train.config import MonitorConfig; "
-        "from dist_train.monitor import wandb; wandb.FALLBACK['online'] = 'disabled'; "
+        "import sys; from pathlib import Path; from dist_train.config import Config; "
+        "from dist_train.monitor import reader, wandb; wandb.FALLBACK['online'] = 'disabled'; "
         "assert sys.stdin.isatty() and sys.stderr.isatty(); "
-        "wandb.WandbRun(Path('run'), MonitorConfig(wandb='online'), print).open({})"
+        "wandb.WandbRun(reader.Shown(Path('run'), Config(), print), 'online').begin()"
     )
     (tmp_path / "run").mkdir()
     ours, terminal = pty.openpty()

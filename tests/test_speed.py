@@ -264,6 +264,7 @@ def test_forward_and_backward_go_in_the_pieces_of_a_step(begin: Callable[..., Pa
     assert sizes == [4, 5] * 2
 
 
+@pytest.mark.integration
 def test_a_loss_that_is_not_finite_is_refused(begin: Callable[..., Pace]) -> None:
     """In one sentence of its own, also after more steps than the set has; without data it has one."""
     pace = begin("--model.outputs=7")
@@ -326,6 +327,7 @@ def test_the_plain_script_trains_the_same_net() -> None:
         assert theirs(images).shape == bare(images).shape == (2, 1000)
 
 
+@pytest.mark.integration
 def test_the_plain_script_counts_the_time_of_its_workers() -> None:
     """A child that has ended, one that runs, and the child of that one."""
     busy = "import os, time\n{}\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ntime.sleep({})"

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.rundir import status
+from dist_train.rundir import announcement, status
+from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.errors import Errors, Failure, Standstill
 from dist_train.rundir.last_words import compared
 from dist_train.rundir.lease import Lease
-from dist_train.rundir.status import Announcement, Status
+from dist_train.rundir.status import Status
 from dist_train.rundir.writer import Writer
+from pipelines.errors import UserError
 
 FIRST = Failure(1, "b", "ShardError", "ShardError: the tar is another one")
 LATER = Failure(0, "a", "RuntimeError", "RuntimeError: Connection closed by peer")
@@ -90,13 +92,26 @@ def test_the_first_of_the_ranks_that_cannot_begin_is_told(tmp_path: Path) -> Non
     first, other = Announcement(tmp_path, writes=True), Announcement(tmp_path, writes=False)
     first.say("2 ranks are waited for")
     assert first.failed() is None
-    other.fail("no GPU", rank=1, node="b", error="NotHere")
+    assert other.fail("no GPU", rank=1, node="b", error="NotHere")
     assert first.failed() == Failure(1, "b", "NotHere", "no GPU")
     first.say("the run is looked at")
-    first.fail("a peer is gone", rank=0, node="a", error="Lost")
+    assert not first.fail("a peer is gone", rank=0, node="a", error="Lost")
     first.retract()
     found = status.read(tmp_path)
     assert (found["state"], found["reason"], found["rank"]) == ("failed", "no GPU", 1)
+
+
+def test_of_ranks_that_fail_at_once_one_is_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each start, however many look before any has written."""
+    monkeypatch.setattr(Announcement, "failed", lambda _: None)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    for start in range(3):
+        ranks = [Announcement(tmp_path, writes=rank == 0) for rank in range(4)]
+        if start == 1:
+            ranks[0].say("torch is imported")
+        said = [each.fail("no GPU", rank=rank, node="a", error="NotHere") for rank, each in enumerate(ranks)]
+        assert said == [True, False, False, False], start
+        os.utime(tmp_path / announcement.FIRST, (1, 1))  # the next start is later
 
 
 def test_a_rank_that_is_lost_is_no_reason_beside_one(tmp_path: Path) -> None:
@@ -140,6 +155,20 @@ def test_the_first_failure_is_what_counts(tmp_path: Path) -> None:
     ranks[0]._asked = -1e9
     ranks[0].heartbeat(step=6)
     assert status.read(tmp_path) == found, "a rank that has not noticed yet does not say that it runs"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": 1}', "[1]", "null", '{"state": "running", "heartbeat": null}', '{"state": "running", "heartbeat": "x"}'],
+)
+def test_what_is_no_state(tmp_path: Path, text: str) -> None:
+    """JSON, but nothing that this program writes: a start begins as if there were nothing."""
+    (tmp_path / status.FILE).write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        status.read(tmp_path)
+    assert status.known(tmp_path) == {}
+    Announcement(tmp_path, writes=True).say("torch is imported")
+    assert status.read(tmp_path)["state"] == "starting"
 
 
 def test_an_end_is_not_overwritten(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, Trai
 from dist_train.data import check_batch
 from dist_train.models.dropout import mask_keys
 from dist_train.models.two_tower import TwoTowers
+from dist_train.ranks.tower_parallel import told_of
 from dist_train.ranks.world import World, join
+from dist_train.rundir import confusion
 from pipelines.order import even_split
 from tests.helpers.compare import assert_same_run, equal, newest, records, status
 from tests.helpers.launch import at, launch
@@ -88,6 +90,9 @@ def assert_close(a: Path, b: Path) -> None:
 
 def test_a_pair_is_one_process(alone: Path, pair: Path) -> None:
     assert_close(pair, alone)
+    (counts, _), (theirs, _) = confusion.read(pair), confusion.read(alone)
+    assert counts.samples.sum() == 63, "counted once"
+    assert all(map(np.array_equal, vars(counts).values(), vars(theirs).values()))
 
 
 def test_two_pairs_are_one_process(shard_sets: Path, tmp_path: Path, alone: Path) -> None:
@@ -217,14 +222,19 @@ def compare() -> None:
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-12 * float(reference.abs().max()), msg=name)
 
     optimizer, off = optim.build(config.optim, model), torch.amp.GradScaler("cpu", enabled=False)
-    assert optim.update(optimizer, off, world.agree) == 0
+    updated = optim.update(optimizer, off, world.agree, told_of(model))
+    assert updated.refused == 0
+    square = updated.square if world.dp_rank == 0 else torch.zeros_like(updated.square)
+    dist.all_reduce(square)
+    expected = sum(float(p.grad.square().sum()) for p in whole.parameters() if p.grad is not None)
+    assert abs(float(square) / expected - 1) < 1e-6, "the norm over both towers, told once"
     biases = [torch.empty_like(model.bias) for _ in range(world.size)]
     dist.all_gather(biases, model.bias.detach())
     assert all(torch.equal(bias, biases[0]) for bias in biases), "each rank has this parameter: it must stay one"
     before = {k: v.clone() for k, v in model.state_dict().items()}
     if world.tower == 1:
         optimizer.param_groups[0]["params"][1].grad.fill_(float("nan"))
-    assert optim.update(optimizer, off, world.agree) == 1
+    assert optim.update(optimizer, off, world.agree).refused == 1
     assert equal(dict(model.state_dict()), before), "refused on both"
     print("as one process", flush=True)
 

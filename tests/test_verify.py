@@ -257,6 +257,7 @@ def test_reasons_are_the_same_in_every_process(small: Path) -> None:
     assert json.loads(line)["reason"] == "cannot identify image file"
 
 
+@pytest.mark.integration
 def test_fuzz_never_a_wrong_label(small: Path, tmp_path: Path) -> None:
     """Two thousand times: flip bytes in, or cut, the tar, the index or the manifest. Either there is a sentence, or all
     labels that can be read are the right ones under the right names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def check(world: World) -> None:
     with pytest.raises(NotBegun, match="the disk is gone"):
         world.together(lambda: fail(OSError("the disk is gone")), on=[last], failure=NotBegun)
     assert world.share(world.rank) == 0
+    assert world.nodes == [socket.gethostname()] * world.size
 
 
 def test_alone() -> None:

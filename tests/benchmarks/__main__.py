@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tests.benchmarks import data, loaders, net, sets, settings, step, towers, waiting
+from tests.benchmarks import data, loaders, monitoring, net, record, sets, settings, step, towers, waiting
 
 
 def main(names: list[str]) -> int:
@@ -30,6 +30,8 @@ def main(names: list[str]) -> int:
             "settings": settings.table,
             "net": net.table,
             "towers": towers.table,
+            "record": record.table,
+            "monitoring": lambda: monitoring.table(photographs().packed),
             "waiting": lambda: waiting.table(photographs().packed),
         }
         if unknown := set(names) - set(tables):

@@ -27,7 +27,7 @@ def images_per_s(shards: Path, policy: str, busy: int) -> float:
         command += [f"--data.train={shards}", f"--data.val={shards}", "--data.source="]
         env = os.environ | {"OMP_WAIT_POLICY": policy}
         subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return float(record.read(Path(run))[-2]["images_per_s"])
+        return record.rate(record.read(Path(run))[-2]) or 0.0
 
 
 def table(shards: Path) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from dist_train import optim
 from dist_train.config import OptimConfig
 from dist_train.models.dropout import Dropout, mask_keys
-from tests.helpers.gpu import DEVICE, MARKS
+from dist_train.monitor.gpus import GpuSampler
+from tests.helpers.drills import until
+from tests.helpers.gpu import DEVICE, MARKS, needs_cuda
 
 pytestmark = MARKS
 
@@ -46,7 +48,7 @@ class Descent:
         else:
             self.layer.weight.grad[1, 2] = poison
         with memory_of_nans():
-            return optim.update(self.optimizer, self.scaler)
+            return optim.update(self.optimizer, self.scaler).refused
 
     def descend(self, parameter: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         weight, velocity = state
@@ -94,3 +96,20 @@ def test_an_overflow_under_a_scaler_changes_nothing_but_the_scale(first: int) ->
         descent.step(torch.inf if i == first else None)
         assert descent.scaler.get_scale() == (scale / 2 if i == first else scale)
         descent.check()
+
+
+@needs_cuda("it is NVIDIA's driver that is asked")
+def test_what_the_gpu_does() -> None:
+    said: list[str] = []
+    held = torch.ones(64 << 20, device=DEVICE)
+    sampler = GpuSampler.of(torch.device(DEVICE, 0), said.append)
+    assert sampler
+    sampler.sample()
+    until(lambda: sampler.latest() or said)
+    sample = sampler.latest()
+    assert not said
+    assert sample
+    assert 0 <= sample.use <= 1
+    assert held.nbytes / 1e6 < sample.memory_mb < torch.cuda.get_device_properties(0).total_memory / 1e6
+    assert 0 <= sample.watts < 2000
+    assert 0 <= sample.celsius < 120

@@ -2,12 +2,13 @@
 
 FAULT is JSON: {"at": moment, "n": at which occurrence, "rank": of which rank (-1: of all), "do": what}. Moments:
 meeting (before the ranks meet), step (before a step), loader (before a step's batch is put together), validation (at a
-batch of it), save:written, save:flushed, save:renaming, save:renamed, save:pruning, record (before the run directory is
-written). What can be done: `Faults.do`. It is done once in the life of a run directory, which keeps a mark
-`fault-<rank>`; with "always" in every start, from the n-th occurrence on. With "destroy": "blocks",
+batch of it), save:written, save:flushed, save:renaming, save:renamed, save:pruning, record (before the run directory
+is written), showing:line, showing:end (of a reader of the record), summary (before rank 0 shows it), leaving (before
+the ranks leave together). What can be done: `Faults.do`. It is done once in the life of a run directory, which keeps a
+mark `fault-<rank>`; with "always" in every start, from the n-th occurrence on. With "destroy": "blocks",
 `destroy_process_group` waits for ever, as NCCL's does while others are in a collective that this rank never joins.
-With "fsync": 2, the disk takes so many seconds to flush a file. With "late", rank 0 says nothing before another rank
-has failed.
+With "hangs": moment, the process hangs there as well. With "beats", each step is a heartbeat. With "fsync": 2, the disk
+takes so many seconds to flush a file. With "late", rank 0 says nothing before another rank has failed.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from typing import Any
 
 from torch import distributed, nn
 
-from dist_train import __main__, train, validate
+from dist_train import __main__, run, train, validate
+from dist_train.monitor import readers
+from dist_train.monitor.reader import Shown
 from dist_train.ranks import launcher, world
-from dist_train.rundir import directory, lease, status, store
+from dist_train.rundir import announcement, directory, lease, status, store
 from pipelines.loader import Loader
 from pipelines.manifest import ShardError
 from pipelines.opened import ReadError
@@ -47,6 +50,8 @@ class Faults:
     def reach(self, moment: str) -> None:
         """The program has come to a moment; the fault strikes where it is due."""
         self.seen[moment] += 1
+        if moment == self.fault.get("hangs"):
+            self.do("hang")
         if moment != self.fault.get("at") or self.fault.get("rank", 0) not in (-1, self.rank):
             return
         mark = self.directory / f"fault-{self.rank}"
@@ -147,6 +152,22 @@ class Faults:
         train.Trainer.train_step = logged  # type: ignore[method-assign]
 
 
+class Reader:
+    """Of the record, whose fault strikes in its own thread."""
+
+    def __init__(self, faults: Faults, shown: Shown) -> None:
+        self.faults, self.shown = faults, shown
+
+    def begin(self) -> int:
+        return self.shown.record_bytes
+
+    def take(self, line: dict[str, Any]) -> None:
+        self.faults.reach("showing:line")
+
+    def close(self) -> None:
+        self.faults.reach("showing:end")
+
+
 def kin() -> list[int]:
     """The processes of this run: the children of this one's parent, its launcher."""
     children = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
@@ -157,18 +178,23 @@ def main() -> int:
     faults = Faults()
     faults.directory.mkdir(parents=True, exist_ok=True)
     faults.log_steps()
-    faults.before(validate, "_hits", "validation")
+    faults.before(validate.Tally, "add", "validation")
     faults.before(Loader, "_batch", "loader")
     faults.before(world, "_meet", "meeting")
     directory.Store = partial(store.Store, moment=lambda name: faults.reach(f"save:{name}"))  # type: ignore[misc, assignment]
     faults.before(lease.Lease, "holds", "record")  # what stands before every write of the run directory
+    readers.READERS["reader"] = partial(Reader, faults)
+    faults.before(run, "summary", "summary")
+    faults.before(world.World, "leave", "leaving")
     if seconds := faults.fault.get("fsync"):
         fsync = os.fsync
         os.fsync = lambda handle: (time.sleep(seconds), fsync(handle))[1]  # type: ignore[assignment]
+    if faults.fault.get("beats"):
+        status.PERIOD = 0.0
     if faults.fault.get("destroy") == "blocks":
         distributed.destroy_process_group = lambda *_: time.sleep(3600)  # type: ignore[assignment]
     if faults.fault.get("late") and faults.rank == 0:
-        faults.before(status.Announcement, "say", "late")
+        faults.before(announcement.Announcement, "say", "late")
         faults.fault |= {"at": "late", "rank": 0, "do": "wait"}
     return __main__.main()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.rundir import events
 from pipelines.errors import UserError
 from slurm.cluster import Entry
 from slurm.submissions import SubmittedRun
@@ -87,7 +88,7 @@ def submitted(run: Path) -> Path:
 
 def state(run: Path, in_queue: str = "") -> str:
     """How `status` calls a run whose job is so in the queue, or not there."""
-    return row(SubmittedRun(run), {"12": Entry(in_queue)} if in_queue else {}, time.time())[3]
+    return row(SubmittedRun(run), Entry(in_queue) if in_queue else None, time.time())[3]
 
 
 @pytest.fixture
@@ -309,6 +310,9 @@ def test_a_local_run_stops_and_comes_back(outsider: User) -> None:
     log = outsider.slurm("logs", "local", "--follow")
     assert "continuing from step-" in log
     assert status(outsider.run("local"))["state"] == "done"
+    told = events.read(outsider.run("local"))
+    assert [event["event"] for event in told] == ["start", "end", "start", "end"]
+    assert (told[0]["job"], told[1]["state"], told[1]["requeued"]) == (job, "stopped", False)  # cancelled
 
 
 @pytest.mark.integration

@@ -5,43 +5,22 @@ from __future__ import annotations
 import os
 import re
 import signal
-import struct
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from wandb.proto.wandb_internal_pb2 import Record
 
+from dist_train.rundir import events
 from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
 from tests.helpers.compare import assert_same_run, records, status
 from tests.helpers.launch import alive
+from tests.helpers.wandb_file import files, logged
 from tests.slurm.conftest import EPOCHS, User, job_of
 from tests.slurm.private_cluster import parent, wait_for
 
 pytestmark = pytest.mark.slurm
-
-
-def logged(path: Path) -> tuple[str, list[int]]:
-    """The run's id and the steps in a file of wandb's: a LevelDB log (blocks of 32 KiB; records with checksum,
-    length and kind, of which 1 and 4 end a message) of protobuf messages."""
-    data, place, message = path.read_bytes(), 7, b""
-    name, steps = "", []
-    while place + 7 <= len(data):
-        if (rest := 32768 - place % 32768) < 7:
-            place += rest
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, place)
-        message += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):
-            record, message = Record.FromString(message), b""
-            name = record.run.run_id or name
-            items = {"/".join(item.nested_key): item.value_json for item in record.history.item}
-            if "step/step" in items:
-                steps.append(int(items["step/step"]))
-    return name, steps
 
 
 def test_a_plain_run_and_its_log(user: User, uninterrupted: Path) -> None:
@@ -65,6 +44,13 @@ def test_the_time_limit_loses_nothing(user: User, uninterrupted: Path) -> None:
     user.wait("limited", job, "done")
     assert user.starts("limited") == ["", last]
     assert_same_run(user.run("limited"), uninterrupted)
+    told = events.read(user.run("limited"))
+    assert [event["event"] for event in told] == ["start", "end", "requeued", "start", "end"]
+    assert (told[1]["state"], told[1]["code"], told[1]["requeued"], told[4]["requeued"]) == ("stopped", 75, True, False)
+    assert (told[0]["job"], told[2]["job"], told[2]["restart"], told[3]["restart"]) == (job, job, 1, 1)
+    assert len(told[0]["nodes"]) == 2
+    assert set(told[0]["nodes"]) <= set(user.cluster.nodes)
+    assert status(user.run("limited"))["seconds"]["queue"] > 0
 
 
 def test_preemption_by_either_signal_loses_nothing(user: User, uninterrupted: Path) -> None:
@@ -105,19 +91,19 @@ def test_a_requeue_loses_nothing_and_a_crashed_rank_comes_back(user: User, unint
 def test_a_node_crash_and_one_run_in_wandb(user: User, uninterrupted: Path) -> None:
     job = user.submit("crash", "--monitor.wandb=offline")
     user.freeze("crash", job, rank=3)
-    (first,) = user.run("crash").glob("wandb/offline-run-*/run-*.wandb")
-    wait_for(lambda: logged(first)[0], 60, "the file of wandb")  # which it writes in its own time
+    wait_for(lambda: any(logged(path).id for path in files(user.run("crash"))), 60, "the file of wandb")
     node = user.cluster.nodes[1]
     user.cluster.crash(node)
     user.wait("crash", job, "done")
     user.cluster.boot(node)
     assert len(user.starts("crash")) == 2
     assert_same_run(user.run("crash"), uninterrupted)
-    shown = [logged(path) for path in sorted(user.run("crash").glob("wandb/offline-run-*/run-*.wandb"))]
+    shown = [logged(path) for path in files(user.run("crash"))]
     assert len(shown) == 2
-    assert len({name for name, _ in shown}) == 1, "one run"
-    recorded = [line["step"] for line in records(user.run("crash"), "step")]
-    assert [step for _, steps in shown for step in steps] == recorded, "each step once"
+    assert len({one.id for one in shown}) == 1, "one run"
+    recorded = {line["step"]: line["loss"] for line in records(user.run("crash"), "step")}
+    found = {step: row["loss/training"] for one in shown for step, row in one.rows.items()}
+    assert found == recorded
 
 
 def test_cancel_saves_and_requeue_goes_on(user: User, uninterrupted: Path) -> None:
@@ -277,8 +263,12 @@ def test_no_progress_in_three_starts_ends_the_run(user: User) -> None:
     user.told("broken", "starting: torch is imported; the start before this one failed: OSError: the driver is gone")
     wait_for(lambda: user.cluster.job(job) == "FAILED", 240, "the end")
     assert len(user.starts("broken")) == 3
+    *ends, given_up = events.read(user.run("broken"))
+    assert [(end["event"], end["state"]) for end in ends] == [("end", "failed")] * 3
+    assert given_up["event"] == "given_up"
     reason = f"no progress in 3 starts (on {user.cluster.nodes[0]}; the last one failed: OSError: the driver is gone)"
     assert reason in user.slurm("status", "broken")
+    assert reason in given_up["reason"]
     assert "OSError: the driver is gone" in user.log("broken")
 
     (user.home / "torch.py").unlink()
