@@ -21,14 +21,14 @@ demo: $(VENV)/ready  ## pack Fashion-MNIST, train with two processes, show the r
 quick: lint  ## what a change is tried with: lint, types, and the tests that start no trainer; under two minutes
 	$(PYTEST) 'not integration and not slow and not gpu and not slurm'
 
-test: $(VENV)/ready  ## the tests on Slurm, which mostly wait for it, beside all others
-	$(MAKE) -j2 -Oline test-slurm test-rest
+test: $(VENV)/ready  ## the tests that mostly wait, for Slurm and for what shows a run, beside all others
+	$(MAKE) -j2 -Oline test-waiting test-rest
 
-test-slurm:
-	$(PYTEST) '($(MARK)) and slurm' $(OR_NONE)
+test-waiting:
+	$(PYTEST) '($(MARK)) and (slurm or shown)' $(OR_NONE)
 
 test-rest:
-	$(PYTEST) '($(MARK)) and not slurm' $(OR_NONE)
+	$(PYTEST) '($(MARK)) and not (slurm or shown)' $(OR_NONE)
 
 test-gpu:
 	$(MAKE) test MARK=gpu
@@ -48,4 +48,4 @@ bench: $(VENV)/ready  ## what things cost, as ratios within one run; PHOTOS=DIR 
 gpu-report: $(VENV)/ready  ## what only a machine with GPUs shows: what fits into ten minutes, the most telling first; ARGS='--minutes 30' for all
 	$(BIN)/python -m dist_train gpu-report $(ARGS)
 
-.PHONY: demo quick test test-slurm test-rest test-gpu lint drills bench experiments gpu-report
+.PHONY: demo quick test test-waiting test-rest test-gpu lint drills bench experiments gpu-report
