@@ -48,6 +48,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
         return int(leaving.code or 0)
 
 
+@pytest.mark.integration
 def test_pack_imagefolder(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +110,7 @@ def test_already_packed_is_said_without_opening_the_set(
     assert len(planned) == 1
 
 
+@pytest.mark.integration
 def test_pack_fashion_mnist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +214,7 @@ def test_index_of_shards_that_are_sorted_by_class(
     assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
 
 
+@pytest.mark.integration
 def test_preview(shard_sets: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder" / "grid.png"
     done = python_m_pipelines("preview", shard_sets / "val", out, "--resize", 72, "--crop", 67, "--rows", 3)

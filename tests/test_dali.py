@@ -117,6 +117,7 @@ def test_lighting_and_mean_are_fused_as_the_paper_adds_them(shard_sets: Path) ->
         )
 
 
+@pytest.mark.integration
 def test_scales_of_the_inputs(shard_sets: Path) -> None:
     """The same pixels, lighting included, in each of the three scales."""
     plain, divided, unit = (
@@ -251,6 +252,7 @@ def test_only_some_are_resized_with_the_pixels_of_all_resized(mixed: Path, batch
         assert len(shown.samples) == (56 % batch or batch)
 
 
+@pytest.mark.integration
 def test_what_dali_reads_lives_until_its_batch_is_out(mixed: Path) -> None:
     """On the CPU the feeds are not copied. They are freed soon after, too."""
     loader, steps = make(mixed, batch=7), 8

@@ -337,6 +337,7 @@ def break_state(checkpoint: Path) -> None:
     state.write_bytes(state.read_bytes()[:-1] + b"?")
 
 
+@pytest.mark.integration
 def test_errors_are_one_sentence(
     shard_sets: Path, two_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

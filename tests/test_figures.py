@@ -344,6 +344,7 @@ def test_a_net_without_dense_layers_has_the_other_figures(
     assert re.fullmatch(r"nearest.png is left out: torchvision:squeezenet1_1 has no dense layer, .*", line)
 
 
+@pytest.mark.integration
 def test_the_command(run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["figures", str(run_directory), "--images=3", "--neighbours=2", "--train-images=50", "--device=cpu"]
     assert main(argv) == 0

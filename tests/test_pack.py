@@ -138,6 +138,7 @@ def test_manifest_describes_the_set(shard_sets: Path) -> None:
     )
 
 
+@pytest.mark.integration
 def test_any_number_of_workers_gives_the_same_bytes(shard_sets: Path, image_folder: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
         out = tmp_path / str(workers)
