@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dist_train.rundir.last_words import BACK, LIMIT, TELLING
 from tests.helpers.compare import status
 from tests.helpers.drills import EVERY, TABLE, all_gone, same, table, undisturbed, until
 from tests.helpers.launch import Run, at, finish, launch, start
@@ -148,7 +149,7 @@ def test_a_directory_that_answers_no_more(shard_sets: Path, undisturbed: Path, t
     began = struck(run)
     all_gone(failed, 15)
     took = time.time() - began
-    assert took < 4 + 5 + 4, "silence, last words, and what is slow here"
+    assert took < 4 + LIMIT + BACK + TELLING + 4, "silence, last words, and what is slow here"
     assert finish(failed).returncode == 1
     said = failed.said("stderr")
     assert "no progress for 4 s: a rank or a file system hangs; rank 0" in said

@@ -62,6 +62,9 @@ class Forked:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
+    def __del__(self) -> None:
+        self._answers.close()  # of a test that failed before it waited: no warning in the test that runs by then
+
     def _answer(self, timeout: float | None) -> int:
         self._answers.settimeout(timeout)
         answer = self._answers.recv(64)
