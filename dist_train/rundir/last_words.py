@@ -32,6 +32,7 @@ from pipelines.speech import cry, flush
 
 T = TypeVar("T")
 LIMIT, EACH = 5.0, 2.0  # seconds that all this, and each piece, may take: a file system may hang
+LEAST = 0.5  # seconds for what does not go to the run's file system, if that has taken all others
 BACK, TELLING = 1.0, 3.0  # seconds of their own to ask whether the job comes back, and for the tellers, all at once
 GATHERING = 2.0  # seconds in which the other ranks say where they stand still
 SHOWING = 1.0  # seconds in which those that are ended by a signal say it
@@ -160,7 +161,7 @@ class LastWords:
             shown = traced.rstrip("\n") or f"rank {self._rank}: {failure.reason}"
         self._print(shown)
         final = first.kind in ("Forced", "Stopped")  # it was asked for
-        self._ask(lambda: self._tell_launcher(first, at=at, final=final), 0)
+        self._ask(lambda: self._tell_launcher(first, at=at, final=final), 0, least=LEAST)
         if status and failure.kind != "Hang":  # of which it has said more already
             self._ask(partial(status.errors.write, self._rank, f"{shown}\n\n{text}"), None)
         is_first = first.rank == self._rank and (self._entered is not None or self._rank == 0)  # if nothing answers
@@ -213,14 +214,14 @@ class LastWords:
         """So many seconds, or what is left of all."""
         return max(0.0, min(seconds, self._until - time.monotonic()))
 
-    def _ask(self, work: Callable[[], T], otherwise: T) -> T:
-        """What `work` returns; `otherwise` if it fails, or takes too long."""
+    def _ask(self, work: Callable[[], T], otherwise: T, least: float = 0.0) -> T:
+        """Returns what `work` returns, or `otherwise` if it fails or takes too long. It always has `least` seconds."""
         done: list[T] = []
-        _attempt(lambda: done.append(work())).join(self._left(EACH))
+        _attempt(lambda: done.append(work())).join(max(least, self._left(EACH)))
         return done[0] if done else otherwise
 
     def _print(self, text: str) -> None:
-        _attempt(lambda: cry(text)).join(max(0.5, self._left(1)))
+        _attempt(lambda: cry(text)).join(max(LEAST, self._left(1)))
 
     def _set(self, first: Failure, is_first: bool) -> bool:
         """Say it in status.json. Returns whether it is this rank's to tell; of a start that has not come to claim the
