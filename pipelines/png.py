@@ -1,4 +1,4 @@
-"""Names in pictures, whatever they are, and pictures as files."""
+"""Arbitrary names as text in figures, and figures as PNG."""
 
 from __future__ import annotations
 
@@ -9,27 +9,46 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # a run draws only at its end
+if TYPE_CHECKING:  # a run draws only at its end, so it need not import matplotlib before
     from matplotlib.figure import Figure
 
 
 def literal(text: str, keep: str = "") -> str:
-    """A name as matplotlib shows it with `parse_math=False`: what is no character at all (a line feed, a byte that is
-    not UTF-8) as an escape, unless it is in `keep`."""
+    """A name to be drawn by matplotlib with `parse_math=False`: unprintable characters (a line feed, a byte that is not
+    UTF-8) are escaped unless they are in `keep`."""
     odd = (c not in keep and unicodedata.category(c) in ("Cc", "Cs") for c in text)
     return "".join(ascii(c)[1:-1] if escaped else c for c, escaped in zip(text, odd, strict=True))
 
 
 @contextmanager
 def boxes() -> Iterator[None]:
-    """Letters that the font lacks are boxes, without a word."""
+    """Draws characters missing from the font as boxes, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
         yield
 
 
+def width(text: str, size: float, weight: str = "normal") -> float:
+    """Width of one line of text at this font size, both in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size, weight=weight)
+    with boxes():
+        return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0])
+
+
+def fit(text: str, points: float, size: float, weight: str = "normal") -> str:
+    """The text, cut to this width with an ellipsis if it is wider."""
+    kept = text = literal(text)
+    while text and width(kept, size, weight) > points:
+        text = text[:-1]
+        kept = text.rstrip(" ,") + "…"
+    return kept
+
+
 def as_png(figure: Figure, **options: Any) -> bytes:
-    """A picture as a file holds it. Drawn before the file is begun: nothing can be half written."""
+    """PNG bytes of a figure. It is drawn before a file is opened, so no file can be left half written."""
     png = BytesIO()
     with boxes():
         figure.savefig(png, format="png", **options)

@@ -1,7 +1,8 @@
-"""A picture of what the net is shown: originals beside their augmented versions."""
+"""preview.png: images of a set beside augmented versions of them, as the net is shown them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -15,17 +16,21 @@ from pipelines.dali import Decode
 from pipelines.loader import Loader
 from pipelines.order import Ints
 from pipelines.plan import TrainingPlan
-from pipelines.png import as_png, literal
+from pipelines.png import as_png, fit
 from pipelines.shards import ShardSet
 from pipelines.sources import upright_rgb
 
-VERSIONS = 5  # of each image
-LOOKED_AT = 10_000  # samples, for different classes among them: there may be a billion
-INCHES, DPI = 1.3, 120  # a cell, the picture
+VERSIONS = 5  # per image
+LOOKED_AT = 10_000  # samples searched for different classes: the set may have a billion
+DPI, POINTS, SIZE = 120, 72, 10  # dots and points per inch; font size in points
+# In inches:
+CELL, GAP, NAME = 1.2, 0.06, 1.3  # side of a cell; between two; width of a name
+MARGIN, LINE, HEAD = 0.15, 0.2, 0.95  # around all; a line of the title; all above the cells
+Pixels = NDArray[np.uint8]  # [height, width, 3]
 
 
 class _Chosen(TrainingPlan):
-    """A few samples, the same in every epoch, each augmented anew as in training."""
+    """A few samples, the same in every epoch, augmented anew in each as in training."""
 
     def __init__(self, shards: ShardSet, augment: Augment, seed: int, count: int) -> None:
         super().__init__(shards, augment, shards.manifest, seed)
@@ -49,10 +54,11 @@ def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed:
 
 
 def shown_figure(shards: ShardSet, augment: Augment, *, rows: int, seed: int, threads: int = 0) -> Figure:
-    """`rows` random images, if possible of different classes, each beside five augmented versions of it.
+    """Figure of `rows` random images, of different classes if possible, each beside five augmented versions of it.
 
-    The versions come from the training loader. Lighting is kept and the mean is put back, so colours are those that the
-    net sees, however they are scaled for it; levels are cut to 0..255. `threads`: as for `Decode`. Raises ShardError.
+    The versions come from the training loader. Lighting is kept and the mean is added back, so the colours are those
+    that the net sees, however its inputs are scaled; levels are clipped to 0..255. `threads`: as for `Decode`. Raises
+    ShardError.
     """
     plan = _Chosen(shards, augment, seed, rows)
     rows = len(plan)
@@ -63,28 +69,46 @@ def shown_figure(shards: ShardSet, augment: Augment, *, rows: int, seed: int, th
         levels = batch.inputs.permute(0, 2, 3, 1).numpy() + loader.mean
         columns[f"epoch {epoch + 1}"] = list(np.rint(levels).clip(0, 255).astype(np.uint8))
 
-    figure = Figure(figsize=(INCHES * (len(columns) + 1), INCHES * rows + 1), layout="constrained", dpi=DPI)
-    figure.suptitle(_told(augment))
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for (title, images), column in zip(columns.items(), axes.T, strict=True):
-        column[0].set_title(title, fontsize="medium")
-        for image, cell in zip(images, column, strict=True):
-            cell.imshow(image, interpolation="nearest")
+    sizes = [f"{row['width']}x{row['height']}" for row in shards.rows(plan.chosen)]
+    names = [shards.classes[label] for label in shards.labels(plan.chosen)]
+    return _grid(
+        columns,
+        [f"{fit(name, POINTS * NAME, SIZE)}\n{size}" for name, size in zip(names, sizes, strict=True)],
+        f"Images of the set, and what the net is shown of them in {VERSIONS} epochs\n{_told(augment)}",
+    )
+
+
+def _grid(columns: Mapping[str, Sequence[Pixels]], labels: Sequence[str], title: str) -> Figure:
+    """The images in square cells of one size, whatever their own shapes, with a label for each row."""
+    width = 2 * MARGIN + NAME + len(columns) * (CELL + GAP)
+    height = HEAD + len(labels) * (CELL + GAP) + MARGIN
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    head, _, rest = title.partition("\n")
+    figure.text(MARGIN / width, 1 - MARGIN / height, head, va="top", fontsize=SIZE + 1, fontweight="bold")
+    figure.text(MARGIN / width, 1 - (MARGIN + LINE) / height, rest, va="top", fontsize=SIZE)
+    for i, label in enumerate(labels):
+        bottom = height - HEAD - i * (CELL + GAP) - CELL
+        for j, (name, images) in enumerate(columns.items()):
+            left = MARGIN + NAME + GAP + j * (CELL + GAP)
+            cell = figure.add_axes((left / width, bottom / height, CELL / width, CELL / height))
+            cell.imshow(images[i], interpolation="nearest")
+            cell.set_aspect("equal", adjustable="datalim")  # the cell keeps its shape, beside the image it is empty
             cell.set(xticks=[], yticks=[], frame_on=False)
-    for row, cell in zip(shards.rows(plan.chosen), axes[:, 0], strict=True):
-        label = f"{literal(shards.classes[row['label']])}\n{row['width']}x{row['height']}"
-        cell.set_ylabel(label, parse_math=False, rotation=0, ha="right", va="center")
+            if i == 0:
+                cell.set_title(name, fontsize=SIZE)
+            if j == 0:
+                cell.set_ylabel(label, parse_math=False, rotation=0, ha="right", va="center", fontsize=SIZE)
     return figure
 
 
 def _told(augment: Augment) -> str:
-    """What is done to the images, for a title."""
+    """Description of the augmentation, for a title."""
     whole = "the central square of images" if augment.center_square else "images"
     more = ", reflection" * augment.mirror + ", lighting" * (augment.lighting > 0)
     return f"Random {augment.crop}x{augment.crop} crop of {whole} resized to shorter side {augment.resize}{more}"
 
 
-def decoded(shards: ShardSet, sample: int) -> NDArray[np.uint8]:
+def decoded(shards: ShardSet, sample: int) -> Pixels:
     """The whole image of a sample, as it is shown: uint8 [height, width, 3]."""
     image = Image.open(BytesIO(shards.read(sample).tobytes()))
     return np.asarray(upright_rgb(image) if shards.turned else image.convert("RGB"))

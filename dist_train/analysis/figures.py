@@ -1,13 +1,13 @@
 """`python -m dist_train figures RUN`: figures 3 and 4 of the paper (section 6.1) for a trained run.
 
 kernels.png   figure 3: the kernels of the first convolution
-top5.png      figure 4, left: the five classes that the net finds most probable for some validation images
-nearest.png   figure 4, right: the training images that the last hidden layer takes for similar
+top5.png      figure 4, left: the five most probable classes of some validation images, right and wrong ones
+nearest.png   figure 4, right: the training images nearest to some validation images in the last hidden layer
 
-With `--only`, others too, which are drawn beside a run that goes on (monitor/portraits.py):
+With `--only`, two more, which are also drawn beside a running run (monitor/portraits.py):
 
 inputs.png    what the net is shown: training images beside augmented versions of them; needs no checkpoint
-wrong.png     as top5.png, for images that the net gets wrong
+wrong.png     like top5.png, for misclassified images only
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from dist_train.models.alexnet import AlexNet
 from dist_train.pictures.cells import Named
 from dist_train.pictures.kernels import Weights, draw_kernels
 from dist_train.pictures.nearest import draw_nearest
-from dist_train.pictures.style import TITLE
-from dist_train.pictures.text import fit
+from dist_train.pictures.style import CROSS, TITLE
 from dist_train.pictures.top5 import BARS, draw_top5
 from dist_train.ranks.world import pick_device
 from pipelines.files import write_atomically
-from pipelines.png import as_png
+from pipelines.png import as_png, fit
 from pipelines.preview import decoded, shown_figure
 from pipelines.shards import ShardSet
 from pipelines.speech import say, show
 
 RUN_NAME = 250  # width in points
-ROWS = 6  # images whose augmented versions are shown
+IMAGES, TESTS = 12, 8  # validation images of top5.png and wrong.png, and of nearest.png, unless a number is given
+ROWS = 6  # images in inputs.png
 
 
 class Drawn(NamedTuple):
-    """A figure, and the share of neighbours of the same class if it shows neighbours."""
+    """A figure; for nearest.png also the share of neighbours of the same class, as text."""
 
     figure: Figure
     same_class: str = ""
@@ -63,8 +63,8 @@ class Drawn(NamedTuple):
 def start(args: Namespace) -> int:
     """Draw the figures and print their paths. Returns 0.
 
-    A figure that the model does not allow, such as nearest.png of a net without dense layers, is left out with a
-    sentence, and the others are drawn. Raises RunError, ShardError, OSError.
+    A figure that the model does not allow, such as nearest.png of a net without dense layers, is left out, which is
+    said in one sentence. Raises RunError, ShardError, OSError.
     """
     out: Path = args.out or args.run / "figures"
     with device_option():
@@ -82,24 +82,26 @@ def start(args: Namespace) -> int:
 
 
 def _of_net(run: Trained, args: Namespace) -> dict[str, Callable[[], Drawn]]:
-    """How each figure of a trained net is drawn."""
+    """A function per figure of a trained net, which draws it."""
 
     def similar() -> Drawn:
-        found = nearest_images(run, varied_tests(run, args.images), searched(run, args.train_images), args.neighbours)
+        found = nearest_images(
+            run, varied_tests(run, args.images or TESTS), searched(run, args.train_images), args.neighbours
+        )
         return Drawn(nearest_figure(run, found), found.summary())
 
     return {
         "kernels": lambda: Drawn(kernels_figure(run)),
-        "top5": lambda: Drawn(top5_figure(run, most_probable(run, args.images))),
+        "top5": lambda: Drawn(top5_figure(run, most_probable(run, args.images or IMAGES))),
         "nearest": similar,
-        "wrong": lambda: Drawn(top5_figure(run, misclassified(run, args.images))),
+        "wrong": lambda: Drawn(top5_figure(run, misclassified(run, args.images or IMAGES))),
     }
 
 
 def write_figures(drawings: Mapping[str, Callable[[], Drawn]], out: Path) -> list[tuple[str, str]]:
     """Write these figures into the directory `out`, under their names.
 
-    Returns (label, text) for each result, the paths last. Raises ShardError and OSError.
+    Returns (label, text) per result, the paths last. Raises ShardError and OSError.
     """
     results: list[tuple[str, str]] = []
     paths: list[tuple[str, str]] = []
@@ -118,7 +120,7 @@ def write_figures(drawings: Mapping[str, Callable[[], Drawn]], out: Path) -> lis
 
 
 def inputs_figure(config: Config) -> Figure:
-    """What the net is shown, as this configuration has it augmented. Raises ShardError."""
+    """Training images, and what the net is shown of them by this configuration. Raises ShardError."""
     shards = ShardSet(config.data.train)
     return shown_figure(shards, config.data, rows=ROWS, seed=config.train.seed, threads=torch.get_num_threads())
 
@@ -129,8 +131,8 @@ def kernels_figure(run: Trained) -> Figure:
 
 
 def kernel_blocks(run: Trained) -> list[Weights]:
-    """The kernels that see the image, float32 [n, 3, height, width], a block for each tower of the net. Raises
-    FigureError if no convolution sees RGB."""
+    """Kernels applied to the image, float32 [n, 3, height, width], one block per tower of the net. Raises FigureError
+    if no convolution takes RGB."""
     layers = [module for module in run.model.modules() if isinstance(module, nn.Conv2d)]
     coloured = [layer for layer in layers if layer.in_channels == layer.weight.shape[1] == 3]
     if not coloured:
@@ -146,12 +148,12 @@ def top5_figure(run: Trained, predictions: Predictions) -> Figure:
     """Figure 4, left."""
     n, outputs = predictions.probabilities.shape
     wrong = int((~predictions.right).sum())
-    images = "1 validation image" if n == 1 else f"{n} validation images"
-    title = f"The {min(BARS, outputs)} most probable classes of {images}: {_title(run)}\n"
-    if wrong:
-        title += f"Picked so that {wrong} of {n} are misclassified{', which stand last' * (wrong < n)}. "
-    title += f"Error of the {predictions.looked} images looked at: {predictions.error:.1%}\n"
-    title += "Pink: the correct class, if it is among them"
+    kind = "misclassified validation image" if wrong == n else "validation image"
+    title = f"{_many(n, kind)}, with the {min(BARS, outputs)} most probable classes: {_title(run)}\n"
+    if 0 < wrong < n:
+        title += f"Picked so that {wrong} of {n} are misclassified, which stand last. "
+    title += f"Error of the {predictions.looked} images looked at: {predictions.error:.1%}. "
+    title += "Bold, with an orange bar: the correct class"
     names = [run.output_name(output) for output in range(outputs)]
     shown = named(run, run.val, predictions.samples.tolist())
     return draw_top5(shown, predictions.labels.tolist(), predictions.probabilities, names, title)
@@ -160,9 +162,10 @@ def top5_figure(run: Trained, predictions: Predictions) -> Figure:
 def nearest_figure(run: Trained, neighbours: Neighbours) -> Figure:
     """Figure 4, right."""
     title = (
-        f"{len(neighbours.tests)} validation images and, beside each, the nearest of {neighbours.searched} training "
-        f"images by Euclidean distance (below) in the last hidden layer: {_title(run)}\n"
-        f"Of the same class: {neighbours.summary()}. Red: another class"
+        f"{_many(len(neighbours.tests), 'validation image')}, left, and the nearest of {neighbours.searched} training "
+        f"images: {_title(run)}\n"
+        f"By Euclidean distance, below each, in the last hidden layer. Of the same class: {neighbours.summary()}; "
+        f"{CROSS} and a dashed frame: another class"
     )
     tests = named(run, run.val, neighbours.tests.tolist())
     found = [named(run, run.train, row) for row in neighbours.found.tolist()]
@@ -170,17 +173,21 @@ def nearest_figure(run: Trained, neighbours: Neighbours) -> Figure:
 
 
 def named(run: Trained, shards: ShardSet, samples: Sequence[int]) -> list[Named]:
-    """The whole images of these samples, with the names of their classes."""
+    """Whole images of these samples, with their class names."""
     labels = shards.labels(np.array(samples, np.int64)).tolist()
     return [Named(decoded(shards, sample), run.classes[label]) for sample, label in zip(samples, labels, strict=True)]
 
 
 def _threads(run: Trained) -> Trained:
-    """The run, with as many threads for decoding as torch has for the net: OMP_NUM_THREADS, or the CPUs."""
+    """The run with as many decoding threads as torch has for the net: OMP_NUM_THREADS, or the number of CPUs."""
     data = replace(run.config.data, threads=torch.get_num_threads())
     return replace(run, config=replace(run.config, data=data))
 
 
+def _many(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def _title(run: Trained) -> str:
-    """The run and its step."""
+    """Name and step of the run."""
     return f"{fit(run.directory.resolve().name, RUN_NAME, TITLE)}, step {run.step}"

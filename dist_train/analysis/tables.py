@@ -1,4 +1,4 @@
-"""What an experiment shows: a table and pictures of its arms, from the records of their runs."""
+"""Results of an experiment: a table and pictures of its arms, from the records of their runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from dist_train.analysis.arms import Arm, Experiment
 from dist_train.analysis.trained import read_config
 from dist_train.config import Config
-from dist_train.pictures.sweeps import PANELS, Curve, Probed, draw_arms, draw_layers
+from dist_train.pictures.sweeps import PANELS, Curve, Probed, draw_arms, draw_layers, draw_ratios
 from dist_train.probe import stable_lr
 from dist_train.rundir import record, status
 from dist_train.rundir.state import MEMORY
 from pipelines.files import read_json, write_atomically
 from pipelines.png import as_png
 
-# A training error that says that a net has begun to learn: it is right twice as often as guessing among ten classes,
-# which all of configs/experiments have.
+# Training error below which a net has begun to learn: right twice as often as a guess among ten classes, which all of
+# configs/experiments have.
 BEGUN = 0.8
 
 
@@ -41,16 +41,16 @@ class ArmRun:
         return int(self.steps[-1]["step"]) if self.steps else 0
 
     def first_below(self, error: float) -> int | None:
-        """The first recorded step whose running training error lies below, once that looks back far enough."""
+        """First recorded step with a running training error below this one, once that looks back far enough."""
         means = running_errors(self.steps)
         return next((step for step, mean in means if step >= MEMORY and mean < error), None)
 
     def probe(self, step: int) -> dict[str, Any] | None:
-        """What was measured before a step, if it was."""
+        """Measurements before a step; None if there are none."""
         return next((probe for probe in self.probes if probe["step"] == step), None)
 
     def stable_lr(self, probe: dict[str, Any]) -> float | None:
-        """The largest stable learning rate of the last layer; None for another optimizer than SGD."""
+        """Largest stable learning rate of the last layer; None for optimizers other than SGD."""
         optim = self.config.optim
         return stable_lr(probe["curvature"], optim.momentum) if optim.name == "sgd" else None
 
@@ -60,8 +60,8 @@ Errors = Mapping[str, Sequence[float]]  # of validation, of the runs or pairs of
 
 
 def running_errors(steps: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, float]]:
-    """Each recorded step, and the training error as `Progress.train_error` remembers it, from the means of windows.
-    Older programs have recorded that itself."""
+    """Recorded steps, each with the training error as `Progress.train_error` remembers it, from the means of windows.
+    Older programs recorded that error itself."""
     mean, before = 0.0, 0
     for line in steps:
         step, error = line["step"], line["train_error"]
@@ -76,8 +76,9 @@ def running_errors(steps: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, fl
 
 
 def report(experiment: Experiment, out: Path) -> list[Path]:
-    """Write NAME.md and NAME.png, and NAME-layers.png if layers were probed. Returns the paths: none if nothing was
-    run."""
+    """Write NAME.md and NAME.png, and if layers were probed NAME-outputs.png, NAME-gradients.png and NAME-lr.png.
+    Returns the paths: none if nothing was run."""
+    title = experiment.name
     runs = {label(experiment, arm): found for arm in experiment.trained if (found := _runs(experiment, arm))}
     if not runs:
         return []
@@ -85,30 +86,32 @@ def report(experiment: Experiment, out: Path) -> list[Path]:
     for arm in experiment.ensembles:
         results = [pair.result for pair in experiment.pairs(arm) if pair.result.exists()]
         errors[label(experiment, arm)] = [read_json(path)["top1_error"] for path in results]
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{experiment.name}.md", out / f"{experiment.name}.png"]
-    write_atomically(paths[0], table(runs, errors).encode())
     curves = {
         name: [Curve([r["step"] for r in run.steps], [r["loss"] for r in run.steps]) for run in found]
         for name, found in runs.items()
     }
-    write_atomically(paths[1], as_png(draw_arms(curves, errors, experiment.name, _batches(runs))))
-    probed = {name: found[0] for name, found in runs.items() if found[0].probes}
-    if probed:
-        paths.append(out / f"{experiment.name}-layers.png")
-        write_atomically(paths[2], as_png(draw_layers(list(probed), measured(list(probed.values())))))
-    return paths
+    files = {f"{title}.md": table(runs, errors).encode()}
+    files[f"{title}.png"] = as_png(draw_arms(curves, errors, title, _batches(runs)))
+    if probed := {name: found[0] for name, found in runs.items() if found[0].probes}:
+        names, probes = list(probed), measured(list(probed.values()))
+        for picture in PANELS:
+            files[f"{title}-{picture}.png"] = as_png(draw_layers(names, probes, picture, title))
+        files[f"{title}-lr.png"] = as_png(draw_ratios(names, probes, title))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return [out / name for name in files]
 
 
 def label(experiment: Experiment, arm: Arm) -> str:
-    """The name of an arm, with its seeds if another one has the same name."""
+    """Name of an arm, with its seeds if another arm has the same name."""
     if sum(other.name == arm.name for other in experiment.arms) == 1:
         return arm.name
     return f"{arm.name}, seed {', '.join(map(str, arm.seeds))}"
 
 
 def table(runs: Runs, errors: Errors) -> str:
-    """Markdown, a row for each arm; over its seeds the mean, and in brackets the least and the greatest."""
+    """Markdown table, one row per arm: the mean over its seeds, with the least and the greatest in brackets."""
     every = [run for found in runs.values() for run in found]
     levels = [BEGUN]
     if stop := max(run.config.train.until_error for run in every):
@@ -138,7 +141,7 @@ def _row(
 
 
 def _when(runs: Sequence[ArmRun], error: float) -> str:
-    """The step at which the training error of the runs first lay below, and how many never came there."""
+    """First step of the runs with a training error below this one, and how many of them never reached it."""
     if not runs:
         return ""
     found = [step for run in runs if (step := run.first_below(error)) is not None]
@@ -150,7 +153,7 @@ def _when(runs: Sequence[ArmRun], error: float) -> str:
 
 
 def _stable(runs: Sequence[ArmRun], step: int) -> str:
-    """The largest stable learning rate at a step; nothing if it is not known, or not finite, for each run."""
+    """Largest stable learning rate at a step; empty unless it is known, and finite, for every run."""
     limits = [run.stable_lr(probe) or 0.0 for run in runs for probe in run.probes if probe["step"] == step]
     if not limits or not all(0 < limit < float("inf") for limit in limits):
         return ""
@@ -166,38 +169,38 @@ def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def measured(runs: Sequence[ArmRun]) -> list[Probed]:
-    """What the probes of these runs have measured, for each probed step."""
+    """Measurements of the probes of these runs, per probed step."""
     probes = []
     for step in sorted({probe["step"] for run in runs for probe in run.probes}):
         found = [run.probe(step) for run in runs]
         tables: list[dict[str, Any]] = [probe["layers"] if probe else {} for probe in found]
         layers = max((list(table) for table in tables), key=len)
-        values = {panel.key: _matrix(tables, layers, panel.key) for panel in PANELS}
+        values = {panel.key: _matrix(tables, layers, panel.key) for panels in PANELS.values() for panel in panels}
         ratios = [_ratio(run, probe) for run, probe in zip(runs, found, strict=True)]
         probes.append(Probed(step, layers, values, np.array(ratios)))
     return probes
 
 
 def _matrix(tables: Sequence[dict[str, Any]], layers: Sequence[str], key: str) -> NDArray[np.float64]:
-    """One quantity of each run and layer, float64 [runs, layers]; NaN if it is missing, or was not finite."""
+    """One quantity per run and layer, float64 [runs, layers]; NaN if it is missing or not finite."""
     values = np.array([[table.get(layer, {}).get(key, np.nan) for layer in layers] for table in tables], np.float64)
     values[~np.isfinite(values)] = np.nan  # of a run that diverged
     return values
 
 
 def _ratio(run: ArmRun, probe: dict[str, Any] | None) -> float:
-    """The learning rate over the largest stable one; NaN if it is not known."""
+    """Ratio of the learning rate to the largest stable one; NaN if that is not known."""
     limit = run.stable_lr(probe) if probe else None
     return float("nan") if probe is None or limit is None else float(probe["lr"]) / limit
 
 
 def _batches(runs: Runs) -> str:
-    """Images in a step, of all arms."""
+    """Images per step, of all arms."""
     return " or ".join(map(str, sorted({run.config.train.global_batch for found in runs.values() for run in found})))
 
 
 def _runs(experiment: Experiment, arm: Arm) -> list[ArmRun]:
-    """The runs of an arm that have begun."""
+    """The started runs of an arm."""
     directories = [arm.run(experiment.root, seed) for seed in arm.seeds]
     return [_load(path) for path in directories if status.read(path) and (path / "config.yaml").exists()]
 

@@ -1,4 +1,4 @@
-"""Pictures of a run while it trains, drawn by a process beside it, and what its validation has counted."""
+"""Pictures of a run while it trains, drawn by a separate process, and per-class counts of its last validation."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from dist_train.rundir import confusion
 
 What = Literal["inputs", "wrong", "kernels"]
 FOLDER = "pictures"  # in the run directory
-LIMIT = 600.0  # seconds that a drawing may take: of CPUs that are busy it gets little
-LOOK = 0.1  # seconds between two looks at one that is waited for
-PATIENCE = 0.5  # seconds that a killed one may take to go: one in a file system that hangs does not
-IMAGES = 12  # in the picture of wrong ones
+LIMIT = 600.0  # seconds per drawing: it has a low priority, so busy CPUs leave it little
+LOOK = 0.1  # seconds between two polls while waiting
+PATIENCE = 0.5  # seconds to wait for a killed process: in a hanging file system it does not end
+IMAGES = 12  # in wrong.png
 
 
 class Drawing:
-    """A picture that is being drawn into RUN/pictures by `python -m dist_train figures RUN --only WHAT`, in a process
-    that is niced, has one thread and no GPU, and ends with the thread that began this. Never raises.
+    """A picture being drawn into RUN/pictures by `python -m dist_train figures RUN --only WHAT`, in a niced process
+    with one thread and no GPU, which ends with the thread that started it. Never raises.
 
-    inputs    what the net is shown, augmented; needs no checkpoint
-    wrong     validation images that the newest good checkpoint gets wrong, with the five most probable classes
-    kernels   those of the first convolution in the newest good checkpoint
+    inputs    augmented training images, as the net is shown them; needs no checkpoint
+    wrong     validation images that the newest good checkpoint misclassifies, with the five most probable classes
+    kernels   kernels of the first convolution in the newest good checkpoint
 
-    What that costs was measured with `python -m dist_train --train.epochs 1 --train.max_steps 200` (Fashion-MNIST) on
-    two cores of an AMD EPYC, where training went on: 2.9, 3.5 and 2.7 seconds of CPU and 0.6 to 0.9 GB of memory, in 20
-    to 36 seconds. Wrong ones of the whole net at 227 pixels take 6 seconds of CPU and 1.6 GB.
+    The cost was measured with `python -m dist_train --train.epochs 1 --train.max_steps 200` (Fashion-MNIST) on two
+    cores of an AMD EPYC while training went on: 2.9, 3.5 and 2.7 seconds of CPU and 0.6 to 0.9 GB of memory, in 20 to
+    36 seconds. For the full net at 227 pixels, `wrong` takes 6 seconds of CPU and 1.6 GB.
 
     Args:
-        limit: seconds after which it is ended, when it is polled.
+        limit: seconds after which polling ends the process.
 
     Attributes:
-        failed: why there is no picture, else empty.
+        failed: why there is no picture; empty if there is one or it is still being drawn.
     """
 
     def __init__(self, run: Path, what: What, limit: float = LIMIT) -> None:
@@ -61,8 +61,8 @@ class Drawing:
             self.failed = f"nothing can be started ({error})"
 
     def poll(self) -> Path | None:
-        """The picture, once it is there. None as long as it is drawn, and if that has failed."""
-        if process := self._process:  # which another thread may end
+        """Path of the picture once it is drawn; None while it is being drawn, and if drawing failed."""
+        if process := self._process:  # another thread may end it
             code = process.poll()
             if code is not None:
                 self._conclude(code)
@@ -71,14 +71,14 @@ class Drawing:
         return self._path if self._drawn else None
 
     def wait(self, seconds: float) -> Path | None:
-        """As `poll`, after so many seconds, or as soon as it is over."""
+        """Like `poll`, but waits until the drawing is over, this many seconds at most."""
         until = time.monotonic() + seconds
         while self.poll() is None and self._process is not None and time.monotonic() < until:
             time.sleep(LOOK)
         return self.poll()
 
     def end(self) -> None:
-        """Give it up, if it is still drawn."""
+        """End the process if it is still drawing."""
         self.poll()
         self._kill("it was given up")
 
@@ -98,13 +98,13 @@ class Drawing:
             self._said.close()
 
     def _last_line(self) -> str:
-        """Of what it has said: a sentence, or the last line of a traceback."""
+        """Last line of its output: a sentence, or the end of a traceback."""
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").split("\n")
         return next((line.removeprefix("error: ") for line in reversed(lines) if line.strip()), "it said nothing")
 
     def _stamp(self) -> tuple[int, int] | None:
-        """Tells a picture from another one in its place."""
+        """Inode and modification time of the picture, to notice that it was replaced; None if there is none."""
         with suppress(OSError):
             found = self._path.stat()
             return found.st_ino, found.st_mtime_ns
@@ -113,15 +113,15 @@ class Drawing:
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """What a run's last validation has counted.
+    """Per-class counts of a run's last validation.
 
     Attributes:
-        names: of the classes.
-        samples: images of each, int64 [classes].
-        top1, top5: of these, whose class is the most probable, and among the five most probable; likewise.
-        pairs: (class, what it was taken for, how often), the most frequent first, equally frequent ones in the order of
-            the classes. Without those that were right, and those taken for an output that stands for no class. Empty if
-            there are more than `confusion.MOST` classes.
+        names: class names.
+        samples: images per class, int64 [classes].
+        top1, top5: images per class whose label was the most probable, and among the five most probable; int64
+            [classes].
+        pairs: (class, predicted class, count), the most frequent first, ties in the order of the classes. Excludes
+            correct predictions and outputs that stand for no class. Empty with more than `confusion.MOST` classes.
     """
 
     names: list[str]
@@ -131,8 +131,8 @@ class ClassCounts:
     pairs: list[tuple[int, int, int]]
 
     def matrix(self) -> NDArray[np.int64]:
-        """How often a class, the row, was taken for one, the column: int64 [classes, classes]. Where `pairs` are not
-        counted, the diagonal alone."""
+        """Confusion matrix, int64 [classes, classes]: labels by row, predictions by column. Only the diagonal if
+        `pairs` were not counted."""
         found = np.diag(self.top1)
         for label, predicted, count in self.pairs:
             found[label, predicted] = count
@@ -140,7 +140,7 @@ class ClassCounts:
 
 
 def classes(run: Path) -> ClassCounts:
-    """How a run's last validation went, class by class. Raises ConfusionError, a UserError, without one."""
+    """Per-class counts of a run's last validation. Raises ConfusionError, a UserError, if there was none."""
     counts, names = confusion.read(run)
     pairs = [
         (label, predicted, count)

@@ -18,7 +18,7 @@ Weights = NDArray[np.float32]  # [n, 3, height, width]
 # In pixels:
 MARGIN, LEAST_WIDTH = 24, 720
 LINE = round(1.5 * TITLE * IMAGES_DPI / POINTS)
-CELL, GAP = 66, 4  # side of a kernel, about, and between two of them
+CELL, GAP = 66, 4  # approximate side of a kernel; gap between two
 CAPTION = "Each kernel is scaled on its own: zero is mid-grey, its largest absolute weight black or white"
 
 
@@ -28,7 +28,7 @@ def draw_kernels(blocks: Sequence[Weights], run: str) -> Figure:
 
     Args:
         blocks: the kernels of each tower.
-        run: whose kernels these are, for the title.
+        run: name of the run, for the title.
     """
     count = sum(len(block) for block in blocks)
     grids = [kernel_grid(block, columns=16 if count <= 256 else 32) for block in blocks]
@@ -57,8 +57,8 @@ def draw_kernels(blocks: Sequence[Weights], run: str) -> Figure:
 
 
 def kernel_grid(weights: Weights, columns: int = 16) -> Pixels:
-    """The kernels side by side with white gaps, enlarged without interpolation to about `CELL` pixels: uint8
-    [rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 3]."""
+    """Image of the kernels side by side with white gaps, each enlarged without interpolation to about `CELL` pixels:
+    uint8 [rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 3]."""
     levels = kernel_levels(weights)
     times = max(1, round(CELL / max(levels.shape[1:3])))
     levels = levels.repeat(times, 1).repeat(times, 2)
@@ -72,8 +72,8 @@ def kernel_grid(weights: Weights, columns: int = 16) -> Pixels:
 
 
 def kernel_levels(weights: Weights) -> Pixels:
-    """Each kernel as an image, uint8 [n, height, width, 3], scaled on its own: level 255 (0.5 + w / (2 max |w|)), so
-    that a weight of 0 is mid-grey."""
+    """Images of the kernels, uint8 [n, height, width, 3], each scaled on its own: level 255 (0.5 + w / (2 max |w|)), so
+    a weight of 0 is mid-grey."""
     largest = np.abs(weights).max((1, 2, 3), keepdims=True)
     levels = 255 * (0.5 + weights / (2 * np.maximum(largest, np.finfo(np.float32).tiny)))
     pixels: Pixels = np.rint(levels).clip(0, 255).astype(np.uint8)
@@ -81,5 +81,5 @@ def kernel_levels(weights: Weights) -> Pixels:
 
 
 def _height(text: str) -> int:
-    """Pixels that a text above or below takes, with its margin."""
+    """Height in pixels of a text above or below the kernels, with its margin."""
     return LINE * (text.count("\n") + 1) + MARGIN

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dist_train.pictures.cells import Named, fill
-from dist_train.pictures.style import IMAGES_DPI, RED, SMALL, TITLE
-from dist_train.pictures.text import fit, wrap
+from dist_train.pictures.cells import Named, Sheet, fill
+from dist_train.pictures.style import CROSS, RED, SMALL
+from dist_train.pictures.text import POINTS
+from pipelines.png import fit
 
-NAME = 76  # width in points
-CELL, GAP = 1.25, 0.15  # width of a cell in inches, and of the gap beside the first column as a share of it
+DIGITS, DECIMALS = 3, 6  # digits of the greatest distance; the most decimals
+# In inches:
+CELL, NAMES = 1.15, 0.38  # side of an image; height of its name and distance
+GAP, ASIDE = 0.12, 0.2  # between two cells; more beside the first column
 
 
 def draw_nearest(
@@ -29,21 +33,29 @@ def draw_nearest(
     Args:
         found: the training images beside each test image, nearest first.
         distances: float32 [tests, found].
-        same: whether the class is that of the test image, bool [tests, found]; other names are red.
+        same: whether the class is that of the test image, bool [tests, found]; others have a cross and a dashed frame.
     """
     n, k = distances.shape
-    width = max(5.0, CELL * (k + 1) + 0.2)
-    figure = Figure(figsize=(width, 1.55 * n + 0.9), dpi=IMAGES_DPI, layout="constrained")
-    figure.suptitle(wrap(title, width, TITLE), fontsize=TITLE, parse_math=False)
-    cells = figure.subplots(n, k + 2, squeeze=False, width_ratios=[1, GAP, *[1] * k])
-    for i, (first, gap, *others) in enumerate(cells):
-        fill(first, tests[i].image)
-        name = fit(tests[i].name, NAME, SMALL, "bold")
-        first.set_xlabel(name, fontsize=SMALL, fontweight="bold", parse_math=False)
-        gap.set_axis_off()
-        for j, cell in enumerate(others):
-            fill(cell, found[i][j].image)
-            text = f"{fit(found[i][j].name, NAME)}\n{distances[i, j]:.3g}"
-            colour = "black" if same[i, j] else RED
-            cell.set_xlabel(text, fontsize=SMALL, color=colour, parse_math=False)
-    return figure
+    row = CELL + NAMES + GAP
+    sheet = Sheet((k + 1) * (CELL + GAP) - GAP + ASIDE, n * row - GAP, title)
+    decimals = _decimals(float(distances.max(initial=0)))
+    for i in range(n):
+        for j, image in enumerate((tests[i], *found[i])):
+            cell = sheet.cell(j * (CELL + GAP) + ASIDE * (j > 0), i * row, CELL, CELL)
+            fill(cell, image.image)
+            weight, colour, mark, below = "bold", "black", "", ""
+            if j:
+                weight, below = "normal", f"\n{distances[i, j - 1]:.{decimals}f}"
+                if not same[i, j - 1]:
+                    colour, mark = RED, f"{CROSS} "
+                    cell.spines[:].set(visible=True, color=RED, linewidth=2, linestyle=(0, (3, 2)))
+            name = fit(mark + image.name, CELL * POINTS, SMALL, weight)
+            cell.set_xlabel(name + below, fontsize=SMALL, fontweight=weight, color=colour, labelpad=4, parse_math=False)
+    return sheet.figure
+
+
+def _decimals(greatest: float) -> int:
+    """Decimals of all distances, of which the greatest shows `DIGITS` digits."""
+    if not 0 < greatest < math.inf:
+        return DIGITS - 1
+    return min(DECIMALS, max(0, DIGITS - 1 - math.floor(math.log10(greatest))))

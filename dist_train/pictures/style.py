@@ -12,7 +12,13 @@ SWEEP_DPI = 110
 IMAGES_DPI = 96  # pictures that show images, whose sizes are counted in pixels
 
 SMALL, TITLE = 8, 10  # font sizes in points
-PINK, BLUE, RED = "#f5a9bc", "#b5cdea", "#c8102e"  # the correct class; the others; a wrong one
+# Okabe and Ito's, which a colour-blind reader tells apart, each dark enough for text on white. What must be understood
+# stands in a word, a mark or a line style too.
+COLOURS = ("#0072b2", "#d55e00", "#007a58", "#a6508a")
+GREY = "#8a8a8a"  # what is there to compare with
+ORANGE, BLUE, TRACK = "#f0953f", "#9fbcd9", "#eeeeee"  # bars: the correct class; another one; up to 100 %
+RED = "#b3261e"  # text and frame of what is wrong, which has a cross or a dashed frame too
+TICK, CROSS = "✓", "✗"  # in the font that matplotlib brings
 
 
 def plain(*many: Axes) -> None:

@@ -1,4 +1,7 @@
-"""What the arms of an experiment have come to: losses and errors, and what was measured layer by layer."""
+"""Pictures of an experiment: losses and errors of its arms, and what was measured layer by layer.
+
+The first arms of a sweep are shown in colour, each with a marker of its own; all others, for comparison, in grey.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from dist_train.pictures.style import SWEEP_DPI, plain
-from pipelines.png import literal
+from dist_train.pictures.style import COLOURS, GREY, RED, SWEEP_DPI, plain
+from dist_train.pictures.text import wrap
+from pipelines.png import fit
 
-SMOOTHED = 25  # steps of which a point of a curve is the mean
-COLOURS = 10  # of the colour map; further arms have them again, in other line styles
-LINES = ("-", "--", ":")
+SMOOTHED = 25  # steps per point of a curve, which is their mean
+MARKERS = ("o", "s", "^", "D")  # of the arms in colour
 LOSS = 3.2  # nats, the top of the picture: a little more than guessing among ten classes, ln 10 = 2.3
-FLOOR = 1e-12  # of a logarithm: a layer that is dead
+ROOM = 0.05  # of an axis, beside the outermost values
+NAME = 260  # width in points
+LABEL, HEAD = 9, 12  # font sizes in points
+LEAST, LARGEST = 1e-3, 30.0  # of an lr over its stable limit that is shown where it is
 
 
 class Curve(NamedTuple):
@@ -36,12 +42,21 @@ class Panel(NamedTuple):
     logarithmic: bool
 
 
-PANELS = (
-    Panel("signal", "deviation of outputs over images", True),
-    Panel("output", "deviation of outputs over images and units", True),
-    Panel("gradient", "root mean square of the gradient to the weights", True),
-    Panel("dead", "share of dead units", False),
-)
+# By picture: its name, and its rows.
+PANELS = {
+    "outputs": (
+        Panel("signal", "deviation over images", True),
+        Panel("output", "deviation over images and units", True),
+    ),
+    "gradients": (
+        Panel("gradient", "root mean square of the gradient", True),
+        Panel("dead", "share of dead units", False),
+    ),
+}
+TITLES = {
+    "outputs": "how much the outputs of each layer differ",
+    "gradients": "gradients to the weights of each layer, and its dead units",
+}
 
 
 class Probed(NamedTuple):
@@ -59,6 +74,27 @@ class Probed(NamedTuple):
     ratios: NDArray[np.float64]
 
 
+class Look(NamedTuple):
+    """How an arm is shown."""
+
+    colour: str
+    marker: str
+    thickness: float
+    front: float
+
+    @property
+    def named(self) -> bool:
+        """Whether it is one of the arms in colour."""
+        return self.colour != GREY
+
+
+def look_of(arm: int) -> Look:
+    """How arm number `arm` of a sweep is shown."""
+    if arm < len(MARKERS):
+        return Look(COLOURS[arm], MARKERS[arm], 1.8, 3 - 0.1 * arm)
+    return Look(GREY, ".", 0.9, 2)
+
+
 def draw_arms(
     curves: Mapping[str, Sequence[Curve]], errors: Mapping[str, Sequence[float]], title: str, batch: str
 ) -> Figure:
@@ -69,49 +105,115 @@ def draw_arms(
         errors: of the runs of each arm, as fractions of 1, in the order in which the arms are shown.
         batch: images in a step.
     """
-    figure = Figure(figsize=(13, 2.2 + 0.33 * max(8, len(errors))), dpi=SWEEP_DPI, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(13, 2.4 + 0.3 * max(8, len(errors))), dpi=SWEEP_DPI, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(5, 3))
+    highest = 0.0
     for i, (arm, values) in enumerate(errors.items()):
-        colour, line = colormaps["tab10"](i % COLOURS), LINES[i // COLOURS % len(LINES)]
-        for j, curve in enumerate(curves.get(arm, ())):
-            label = literal(arm) if j == 0 else None  # once in the legend
-            left.plot(*_smooth(curve), line, color=colour, lw=1.3, label=label)
-        right.plot([100 * value for value in values], [i] * len(values), "o", color=colour, alpha=0.75)
+        colour, marker, thickness, front = look_of(i)
+        for curve in map(_smooth, curves.get(arm, ())):
+            left.plot(*curve, color=colour, lw=thickness, zorder=front, marker=marker, markevery=[-1], ms=6)
+            highest = max([highest, *filter(np.isfinite, curve.losses)])
+        right.plot([100 * value for value in values], [i] * len(values), marker, color=colour, ms=7, alpha=0.8)
         if values:
-            right.plot(100 * np.mean(values), i, "|", color="black", ms=16, mew=1.5)
-    left.set(xlabel=f"step ({batch} images)", ylabel=f"training loss (nats, mean of {SMOOTHED} steps)", ylim=(0, LOSS))
-    right.set(xlabel="top-1 validation error (%), bar: mean of the runs", ylim=(len(errors) - 0.4, -0.6))
-    right.set_yticks(range(len(errors)), list(map(literal, errors)), parse_math=False)
+            mean = 100 * float(np.mean(values))
+            right.plot(mean, i, "|", color="black", ms=15 * (len(values) > 1), mew=1.4)
+            right.annotate(f"{mean:.1f} %", (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=LABEL)
+    left.set(xlabel=f"step ({batch} images)", ylabel=f"training loss (nats, means of up to {SMOOTHED} steps)")
+    left.set(xlim=(0, None), ylim=(0, (1 + ROOM) * min(highest, LOSS) or 1))
+    shown = [100 * value for values in errors.values() for value in values] or [0.0]
+    room = ROOM * (max(shown) - min(shown)) or 1.0
+    right.set(xlabel="top-1 validation error (%); | and number: mean of the runs", ylim=(len(errors) - 0.4, -0.6))
+    right.set_xlim(min(shown) - room, max(shown) + room)
+    _name(right, list(errors))
     plain(left, right)
-    legend = figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    figure.suptitle(literal(title), parse_math=False)
+    _title(figure, f"{title}: training loss and validation error of {len(errors)} arms")
     return figure
 
 
-def draw_layers(arms: Sequence[str], probes: Sequence[Probed]) -> Figure:
-    """A column of panels for each probed step: what was measured layer by layer, and the learning rate over its stable
-    limit, a row for each arm."""
-    rows, height = len(PANELS) + 1, 0.9 + 0.24 * len(arms)
-    figure = Figure(figsize=(6.2 * len(probes), rows * height), dpi=SWEEP_DPI, layout="constrained")
-    axes = figure.subplots(rows, len(probes), squeeze=False)
-    for j, probe in enumerate(probes):
-        labels = list(map(literal, arms)) if j == 0 else []
-        for cell, panel in zip(axes[:, j], PANELS, strict=False):
-            _heat(cell, probe.values[panel.key], probe.layers, panel.logarithmic)
-            cell.set_yticks(range(len(arms)), labels, fontsize="small", parse_math=False)
-            cell.set_title(f"step {probe.step}: {panel.title}", fontsize="medium")
-        ratio = axes[-1, j]
-        _ratios(ratio, probe.ratios)
-        ratio.set_yticks(range(len(arms)), labels, parse_math=False)
-        ratio.set_title(f"step {probe.step}: lr / largest stable lr of the last layer (SGD)", fontsize="medium")
+def draw_layers(arms: Sequence[str], probes: Sequence[Probed], picture: str, title: str) -> Figure:
+    """One of `PANELS`: a row for each quantity, a column for each probed step, a line for each arm through the layers.
+    On a logarithmic axis a value of 0 is a gap, as one that was not measured is."""
+    panels = PANELS[picture]
+    figure = Figure(figsize=(13, 1.3 + 2.7 * len(panels)), dpi=SWEEP_DPI, layout="constrained")
+    cells = figure.subplots(len(panels), len(probes), squeeze=False, sharex=True, sharey="row")
+    for panel, row in zip(panels, cells, strict=True):
+        row[0].set_ylabel(panel.title, fontsize=LABEL)
+        if panel.logarithmic:
+            row[0].set_yscale("log")
+        else:
+            row[0].set_ylim(-ROOM, 1 + ROOM)
+        for probe, cell in zip(probes, row, strict=True):
+            values = probe.values[panel.key]
+            for i, line in enumerate(np.where(values > 0, values, np.nan) if panel.logarithmic else values):
+                colour, marker, thickness, front = look_of(i)
+                cell.plot(line, color=colour, lw=thickness, zorder=front, marker=marker, ms=5)
+            cell.set_xticks(range(len(probe.layers)), list(probe.layers), fontsize=LABEL - 1)
+            plain(cell)
+    for probe, cell in zip(probes, cells[0], strict=True):
+        cell.set_title(f"before step {probe.step}", fontsize=LABEL + 1)
+    _legend(figure, arms)
+    _title(figure, f"{title}: {TITLES[picture]}")
     return figure
+
+
+def draw_ratios(arms: Sequence[str], probes: Sequence[Probed], title: str) -> Figure:
+    """The learning rate of each arm over the largest at which descent is stable in the last layer, at each probed step.
+    One above its limit is a red cross; one that is off the picture is an arrow at its edge."""
+    figure = Figure(figsize=(13, 1.5 + 0.26 * max(6, len(arms))), dpi=SWEEP_DPI, layout="constrained")
+    cells = figure.subplots(1, len(probes), squeeze=False, sharey=True)[0]
+    for probe, cell in zip(probes, cells, strict=True):
+        for i, ratio in enumerate(probe.ratios):
+            if np.isnan(ratio):
+                continue
+            marker = "X" if ratio > 1 else look_of(i).marker
+            if not LEAST < ratio < LARGEST:
+                marker = ">" if ratio > 1 else "<"
+            colour = RED if ratio > 1 else look_of(i).colour
+            cell.plot(np.clip(ratio, LEAST, LARGEST), i, marker, color=colour, ms=8, clip_on=False)
+        cell.axvline(1, color="black", lw=1, ls="--")
+        cell.set(xscale="log", xlim=(LEAST, LARGEST), ylim=(len(arms) - 0.5, -0.5))
+        cell.set_xticks([0.001, 0.01, 0.1, 1, 10], ["0.001", "0.01", "0.1", "1", "10"])
+        cell.minorticks_off()
+        cell.set_title(f"before step {probe.step}", fontsize=LABEL + 1)
+        cell.set_xlabel("lr / largest stable lr", fontsize=LABEL)
+        plain(cell)
+    _name(cells[0], arms)
+    _title(
+        figure, f"{title}: learning rate against its limit in the last layer (SGD); above 1, ✗, descent is not stable"
+    )
+    return figure
+
+
+def _title(figure: Figure, text: str) -> None:
+    text = wrap(f"Experiment {text}", figure.get_figwidth(), HEAD)
+    figure.suptitle(text, x=0.01, ha="left", fontsize=HEAD, fontweight="bold", parse_math=False)
+
+
+def _name(axes: Axes, arms: Sequence[str]) -> None:
+    """Rows with the names of the arms, in their colours."""
+    names = [fit(arm, NAME, LABEL, "bold") for arm in arms]
+    for i, tick in enumerate(axes.set_yticks(range(len(arms)), names, fontsize=LABEL, parse_math=False)):
+        if look_of(i).named:
+            tick.label1.set(color=look_of(i).colour, fontweight="bold")
+
+
+def _legend(figure: Figure, arms: Sequence[str]) -> None:
+    """The arms in colour, and how many others there are, beside the axes."""
+    looks = [look_of(i) for i in range(min(len(arms), len(MARKERS) + 1))]
+    handles = [Line2D([], [], color=each.colour, marker=each.marker, lw=each.thickness) for each in looks]
+    labels = [fit(arm, NAME, LABEL) for arm in arms[: len(MARKERS)]]
+    if more := len(arms) - len(labels):
+        labels.append(f"{more} other{'s' * (more > 1)}")
+    legend = figure.legend(
+        handles, labels, loc="outside lower left", ncols=len(labels), fontsize=LABEL, frameon=False, handlelength=2.5
+    )
+    for text, each in zip(legend.get_texts(), looks, strict=True):
+        text.set(color=each.colour, parse_math=False)
 
 
 def _smooth(curve: Curve) -> Curve:
-    """Means of about `SMOOTHED` steps, each at the last of them."""
-    if not curve.steps:
+    """Means of about `SMOOTHED` steps, each at the last of them; of a run shorter than two of these, each record."""
+    if not curve.steps or curve.steps[-1] < 2 * SMOOTHED:
         return curve
     n = max(1, SMOOTHED // curve.steps[0])  # records, which are as far apart as the first is from the beginning
     steps: list[int] = []
@@ -122,28 +224,3 @@ def _smooth(curve: Curve) -> Curve:
             steps.append(curve.steps[group][-1])
             losses.append(float(np.mean(curve.losses[group])))
     return Curve(steps, losses)
-
-
-def _heat(axes: Axes, values: NDArray[np.float64], layers: Sequence[str], logarithmic: bool) -> None:
-    """A coloured cell with its number for each arm and layer."""
-    if logarithmic:
-        shown = np.log10(np.maximum(values, FLOOR))
-        low, high = np.nanmin(shown), np.nanmax(shown)
-    else:
-        shown, low, high = values, 0, 1
-    axes.imshow(shown, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-    for (i, j), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            colour = "black" if shown[i, j] > (low + high) / 2 else "white"
-            axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color=colour)
-    axes.set_xticks(range(len(layers)), list(layers), fontsize="small")
-
-
-def _ratios(axes: Axes, ratios: NDArray[np.float64]) -> None:
-    """A point for each arm, red if its learning rate is above the stable limit."""
-    for i, ratio in enumerate(ratios):
-        if not np.isnan(ratio):
-            axes.plot(ratio, i, "o", color="crimson" if ratio > 1 else "seagreen")
-    axes.set(xscale="log", ylim=(len(ratios) - 0.5, -0.5), xlim=(1e-3, 1e2))
-    axes.axvline(1, color="grey", lw=1)
-    plain(axes)

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
+from pipelines.png import literal
 
-from dist_train.pictures.style import SMALL
-from pipelines.png import boxes, literal
-
-POINTS = 72  # an inch
+POINTS = 72  # per inch
 LETTER = 0.56  # width of an average letter, as a share of the font size
-
-
-def fit(text: str, points: float, size: int = SMALL, weight: str = "normal") -> str:
-    """The text, or as much of its beginning as is this wide, with an ellipsis."""
-    font = FontProperties(size=size, weight=weight)
-    kept = text = literal(text)
-    with boxes():
-        while text and text_to_path.get_text_width_height_descent(kept, font, ismath=False)[0] > points:
-            text = text[:-1]
-            kept = text.rstrip(" ,") + "…"
-    return kept
+LEADING = 1.25  # from one line of a text to the next, likewise
 
 
 def wrap(text: str, inches: float, size: int) -> str:
@@ -32,3 +19,18 @@ def wrap(text: str, inches: float, size: int) -> str:
     for line in literal(text, keep="\n").split("\n"):
         wrapped += textwrap.wrap(line, characters, break_on_hyphens=False)
     return "\n".join(wrapped)
+
+
+def spread(centres: Sequence[float], sizes: Sequence[float], high: float) -> list[float]:
+    """Centres of labels of these sizes, moved apart as little as keeps them from overlapping, between 0 and `high` as
+    far as there is room. Labels at one height are stacked in the order given, the first on top."""
+    order = sorted(range(len(centres)), key=lambda i: (centres[i], -i))
+    found = list(centres)
+    floor = 0.0
+    for i in order:
+        found[i] = max(centres[i], floor + sizes[i] / 2)
+        floor = found[i] + sizes[i] / 2
+    for i in reversed(order):
+        found[i] = min(found[i], high - sizes[i] / 2)
+        high = found[i] - sizes[i] / 2
+    return found
