@@ -2,6 +2,10 @@
 
 import os
 
+from pipelines import __version__ as version
+
+__version__ = version
+
 # Read when torch loads OpenMP, whose waiting threads would else spin and take the CPU from DALI's and from other
 # programs (docs/performance.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

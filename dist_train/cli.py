@@ -14,26 +14,32 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from dist_train.config import DEFAULT, UNDOTTED, Config, ConfigError, as_dict
+from dist_train import __version__
+from dist_train.config import CONFIGS, DEFAULT, OPTIONS, Config, ConfigError, as_dict
 from dist_train.monitor import notify
 from dist_train.ranks import kin, launcher
 from dist_train.ranks.watch import Watch
 from dist_train.rundir import events, restarts
 from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.last_words import LastWords
-from pipelines.cli import interrupted, nearest
+from dist_train.rundir.named import run_named
+from pipelines.cli import interrupted
 from pipelines.errors import UserError
 from pipelines.opened import raise_limit
 from pipelines.speech import train_on
+from pipelines.words import instead_of_argument, instead_of_option, nearest
+
+PROGRAM = "python -m dist_train"
+KNOWN = ("--help", "--version", *OPTIONS)
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, str]:
     """The configuration of a command line and the name of the YAML file it came from. Without `--config` the embedded
-    default, `configs/quickstart.yaml`, is used. Where `argv` names a set without `data.source`, that of the file falls
-    away: nothing is packed where a user's own set is looked for. Raises ConfigError; exits for --help and
-    --print_config."""
+    default, `configs/quickstart.yaml`, is used. If `argv` names a set without `data.source`, the file's
+    source is dropped: nothing is packed in place of a user's own set. Raises ConfigError; exits for --help, --version
+    and --print_config."""
     parser = _parser()
-    argv, files = list(argv), _files(argv)
+    given, argv, files = list(argv), _lists(argv), _files(argv)
     if not files:
         files = ["--config", str(DEFAULT)]
         argv = files + argv
@@ -42,7 +48,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
         groups = parser.instantiate(namespace)
         of_files = parser.parse_args(files).data
     except ArgumentError as error:
-        raise ConfigError(_explain(str(error))) from error
+        raise ConfigError(_explain(str(error), given)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config is not a text file in UTF-8 ({error.reason}): write it anew") from error
     config = Config(**{f.name: groups[f.name] for f in fields(Config)})
@@ -50,6 +56,10 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
     here = (data.train, data.val) == (of_files.train, of_files.val)
     if not here and data.source == of_files.source and not any("data.source" in word for word in argv):
         config = replace(config, data=replace(data, source=""))
+    run = config.run
+    root, name = Path(run.root), Path(run.name)
+    if not run.dir and root.parts and not name.is_absolute() and root in name.parents and not run.path("").exists():
+        raise ConfigError(f"run.name is {run.name}, and would lie in {run.root}/ again: leave {run.root}/ out")
     return _at_home(config), Path(str(namespace.config[-1])).stem
 
 
@@ -62,13 +72,13 @@ def overrides_of(line: str, file: Path) -> list[str]:
 
 
 def default_name(stem: str) -> str:
-    """The name of the YAML file, and when the launcher of this process began: no other start's, but that of a restart
-    by the launcher."""
+    """Name of the YAML file and start time of the launcher of this process: only a restart by that launcher has the
+    same name."""
     return f"{stem}-{kin.stamp()}"
 
 
 def train(argv: Sequence[str]) -> int:
-    """Train a net as this command line says. Returns the exit code; exits for --help and --print_config."""
+    """Train a net as this command line says. Returns the exit code; exits for --help, --version and --print_config."""
     train_on()
     try:
         config, stem = parse(argv)
@@ -105,8 +115,10 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="dist_train",
         description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
-        "`python -m dist_train evaluate|figures RUN` looks at a trained one, `experiments` runs sweeps, `speed` "
-        "measures a command line before it is run; each has its own --help.",
+        "`python -m dist_train evaluate|figures RUN` evaluates or draws a trained one, `experiments` runs sweeps, "
+        "`speed` measures a command line before it is run; each has its own --help.",
+        usage=f"{PROGRAM} [--config FILE] [--KEY VALUE ...]\n       {PROGRAM} VERB ...",
+        version=__version__,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -126,36 +138,83 @@ def _files(argv: Sequence[str]) -> list[str]:
     return found
 
 
-def _explain(message: str) -> str:
+def _lists(argv: Sequence[str]) -> list[str]:
+    """The same command line with brackets around `2,5`, if it is the value of a list."""
+    lists = {f"--{key}" for key, value in as_dict(Config()).items() if isinstance(value, tuple)}
+    changed, name = list[str](), ""
+    for word in argv:
+        option, given, value = word.partition("=")
+        if name in lists and not word.startswith("--"):  # the value of the option before
+            changed.append(_listed(word))
+        else:
+            changed.append(f"{option}={_listed(value)}" if given and option in lists else word)
+        name = word
+    return changed
+
+
+def _listed(value: str) -> str:
+    if re.match(r"\s*\[", value):
+        return value
+    return f"[{', '.join(piece.strip() for piece in value.split(',') if piece.strip())}]"
+
+
+def _explain(message: str, argv: Sequence[str]) -> str:
     """jsonargparse's message as one sentence that names the key and the remedy."""
-    for pattern in (r"unrecognized arguments: --([\w.-]+)", r"Option '([\w.-]+)' is not accepted"):
-        if found := re.search(pattern, message):
-            return _unknown(found[1])
-    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+    if found := re.search(r"unrecognized arguments: (-[\w.-]+)", message):
+        return _unknown(found[1], argv)
+    if found := re.search(r"unrecognized arguments: (?:-- )?(.+)", message):
+        meant = instead_of_argument(found[1], OPTIONS) or f"see `{PROGRAM} --help`, and write a list as 2,5"
+        return f"{found[1]} is one argument too many: {meant}"
+    if found := re.search(r"Option '([\w.-]+)' is not accepted", message):
+        return _unknown(found[1])
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message):
         return _unknown(f"{found[1]}.{found[2]}")
+    if found := re.search(r"Parser key \"(\w+)\":\s+Unable to load config '(.*?)'\s", message):
+        return _no_group(found[1], found[2])
+    if found := re.search(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'", message):
+        names = {file.stem: file for file in CONFIGS.glob("*.yaml")}
+        meant = nearest(Path(found[1]).stem, names)
+        remedy = f"did you mean {os.path.relpath(names[meant])}?" if meant else "name a YAML file"
+        return f"--config {found[1]} does not exist, or is no file: {remedy}"
     if found := re.search(r"Parser key \"([\w.]+)\":\s+Expected an? (.+?)\. Got value: (.*)", message):
         kind = re.sub(r"<class '(\w+)'>", r"\1", found[2])
         if choices := re.fullmatch(r"typing.Literal\[(.*)\]", kind):
             kind = "one of " + choices[1].replace("'", "")
+        if kind == "tuple":
+            kind = "a list, such as [2, 5]"
         return f"{found[1]} is {found[3]}: it must be {kind}"
     return " ".join(message.split())
 
 
-def _unknown(key: str) -> str:
-    meant = nearest(key, [*as_dict(Config()), "help", *(name.removeprefix("--") for name in UNDOTTED)])
-    if "." in key or "." in meant:
-        return f"unknown configuration key {key}: did you mean {meant}?"
-    return f"unknown option --{key}: did you mean --{meant}?"
+def _unknown(word: str, argv: Sequence[str] = ()) -> str:
+    """The sentence on an option, or on a key of a file."""
+    key = word.lstrip("-")
+    if word.startswith("-") and "." not in key:
+        return f"unknown option {word}: {instead_of_option(word, KNOWN, PROGRAM, argv)}"
+    return f"unknown configuration key {key}: {instead_of_option(key, KNOWN, PROGRAM)}"
+
+
+def _no_group(group: str, value: str) -> str:
+    """The sentence on a group that got one word, as other programs have options of that name."""
+    sentence = f"--{group} takes a group of settings, and {value} is no YAML file of one"
+    option = {"data": "--data.train", "model": "--model.name", "optim": "--optim.name", "schedule": "--schedule.name"}
+    if group in option:
+        return f"{sentence}: did you mean {option[group]} {value}?"
+    return f"{sentence}: {instead_of_option(group, KNOWN, PROGRAM)}"
 
 
 def _at_home(config: Config) -> Config:
-    """The same with `~` in paths replaced by the user's directory, which a shell does not do in `--data.train=~/x`."""
+    """The same with the user's directory for `~` in paths, which a shell does not replace in `--data.train=~/x`, and
+    with the directory of a run that `model.init_from` gives by its name."""
     data, model, run = config.data, config.model, config.run
+    root, init_from = _path(run.root), _path(model.init_from)
+    if init_from:
+        init_from = str(run_named(init_from, Path(root)))
     return replace(
         config,
         data=replace(data, train=_path(data.train), val=_path(data.val)),
-        model=replace(model, init_from=_path(model.init_from)),
-        run=replace(run, root=_path(run.root), dir=_path(run.dir)),
+        model=replace(model, init_from=init_from),
+        run=replace(run, root=root, dir=_path(run.dir)),
     )
 
 

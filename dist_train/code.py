@@ -6,16 +6,17 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-VERSION = "0.1.0"  # of pyproject.toml
+from dist_train import __version__
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dist_train", "pipelines", "slurm")
-PATIENCE = 5  # seconds for git, on a file system that may be slow
+PATIENCE = 5  # seconds for git: a file system may be slow
 
 
 def version() -> dict[str, str]:
-    """The version of the package; the hash of its sources as they lie on the disk; and of a git checkout that git can
-    read the commit, and whether these sources have changed since (yes or no)."""
-    found = {"version": VERSION, "sources": sources(ROOT)}
+    """Version of the package, hash of its sources on the disk, and, of a git checkout that git can read, the commit and
+    whether these sources have changed since (yes or no)."""
+    found = {"version": __version__, "sources": sources(ROOT)}
     if (ROOT / ".git").exists():
         try:
             found["commit"] = _git("rev-parse", "HEAD").strip()
@@ -26,7 +27,7 @@ def version() -> dict[str, str]:
 
 
 def sources(root: Path) -> str:
-    """The SHA-256 of the names and texts of all modules, in hex, as far as it tells programs apart."""
+    """Hash of the names and texts of all modules: the first 16 hex digits of their SHA-256."""
     digest = hashlib.sha256()
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         try:
@@ -39,7 +40,7 @@ def sources(root: Path) -> str:
 
 
 def _git(*words: str) -> str:
-    """What git says of this checkout. Raises OSError and SubprocessError."""
+    """Output of a git command on this checkout. Raises OSError and SubprocessError."""
     command = ["git", "-C", str(ROOT), *words]
     quiet = subprocess.DEVNULL
     done = subprocess.run(command, check=True, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet, timeout=PATIENCE)

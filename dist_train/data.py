@@ -14,6 +14,7 @@ from pipelines.manifest import MANIFEST, ShardError
 from pipelines.misc import cpus
 from pipelines.opened import PATIENCE
 from pipelines.shards import ShardSet
+from pipelines.speech import say
 from pipelines.torchvision_sets import Torchvision
 
 LOOK = 5.0  # seconds between two looks at what is packed
@@ -40,6 +41,7 @@ def pack_source(config: Config) -> None:
     try:
         for path in sets:  # before anything is fetched
             origin.refuse_strangers(path)
+        say(f"packing {config.data.source} into {Path(config.data.train).resolve().parent}")
         for path, training in sets.items():
             source = Torchvision(config.data.source, training, Path(config.data.train).parent / RAW)
             pack(source, path, Options(shorter_side=0), split=path.name, workers=cpus())
@@ -59,7 +61,8 @@ class Packing:
         self._thread.start()
 
     def look(self) -> int:
-        """After some seconds: a number above 0 that changes while files are fetched and sets packed. 0: it is over."""
+        """Waits some seconds. Returns a number above 0 that changes as files are fetched and sets packed; 0 at the
+        end."""
         self._thread.join(LOOK)
         if not self._thread.is_alive():
             return 0
@@ -81,7 +84,7 @@ class Packing:
 
 
 def _written(root: Path) -> int:
-    """How many files there are, and bytes in those that are not one of very many."""
+    """Number of files below a folder, plus the bytes of those that do not share a folder with very many."""
     total = 0
     for folder, _, files in os.walk(root):
         total += len(files)
@@ -108,7 +111,7 @@ def check_batch(config: Config, ranks: int) -> None:
 
 
 def small_share(config: Config, ranks: int, device: str) -> str:
-    """What to say if a GPU gets so few samples of a batch that it waits for its host, else nothing."""
+    """Warning if a GPU gets so few samples of a batch that it waits for its host; empty otherwise."""
     share = config.train.global_batch * (2 if config.train.tower_parallel else 1) // ranks // config.train.accumulate
     if device == "cpu" or share >= SHARE:
         return ""
@@ -147,8 +150,8 @@ def _remedy(*sets: ShardSet) -> str:
 
 
 def check_tars(sets: tuple[ShardSet, ShardSet]) -> None:
-    """Raises ShardError for what would show only when a sample is due: a tar that is missing, or one of the validation
-    set that has another size, which would be after an epoch."""
+    """Raises ShardError for damage that would otherwise show only during training: a missing tar, or a tar of the
+    validation set of another size."""
     train, val = sets
     train.check_tars(sizes=False)
     val.check_tars(sizes=True)

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of the cards of this machine. What it writes is read by functions of their own."""
+"""Queries to NVIDIA's driver about the cards of this machine, and separate functions that parse the answers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES by which a user hides all GPUs
-ANSWER = 10.0  # seconds that nvidia-smi may take
+HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
+ANSWER = 10.0  # time limit of nvidia-smi, seconds
 CARDS = "--query-gpu=index,uuid,name,memory.total,compute_cap,mig.mode.current,driver_version"
 APPS = "--query-compute-apps=pid,gpu_uuid,used_memory"
 CSV = "--format=csv,noheader,nounits"
 
 
 class Card(NamedTuple):
-    """A GPU as nvidia-smi lists it; what it does not know of it is as it says that."""
+    """A GPU as listed by nvidia-smi; unknown values are kept in its words."""
 
     number: int
     uuid: str
@@ -30,14 +30,14 @@ class Card(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What nvidia-smi wrote, or why it wrote nothing of use."""
+    """Output of nvidia-smi, or why there is no useful one."""
 
     text: str
     why: str = ""
 
 
 def nvidia_smi(*options: str, seconds: float = ANSWER) -> Answer:
-    """Ask it. Never raises, and never waits longer."""
+    """Runs nvidia-smi, for `seconds` at most. Never raises."""
     try:
         process = subprocess.Popen(
             ["nvidia-smi", *options],
@@ -52,7 +52,7 @@ def nvidia_smi(*options: str, seconds: float = ANSWER) -> Answer:
         text, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
-        with suppress(subprocess.TimeoutExpired):  # in a driver that hangs it cannot be killed
+        with suppress(subprocess.TimeoutExpired):  # it cannot be killed if the driver hangs
             process.communicate(timeout=1)
         return Answer("", f"nvidia-smi has not answered within {seconds:g} s")
     if process.returncode:
@@ -61,7 +61,7 @@ def nvidia_smi(*options: str, seconds: float = ANSWER) -> Answer:
 
 
 def device_files() -> list[str]:
-    """The GPUs that the kernel shows to this process."""
+    """Device files of the GPUs visible to this process."""
     return sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
@@ -71,7 +71,7 @@ def hidden() -> bool:
 
 
 def version() -> str:
-    """Of the driver; "" if there is none, or none that answers."""
+    """Version of the driver; "" if there is none, or it does not answer."""
     with suppress(OSError):
         if found := kernel_module(Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")):
             return found
@@ -79,17 +79,17 @@ def version() -> str:
 
 
 def topology() -> str:
-    """How the GPUs are joined, as nvidia-smi draws it; "" if it does not."""
+    """Matrix of the links between the GPUs, from nvidia-smi; "" if it fails."""
     return nvidia_smi("topo", "-m").text
 
 
 def known_cards() -> list[Card]:
-    """Those that nvidia-smi lists."""
+    """Cards that nvidia-smi lists."""
     return cards(nvidia_smi(CARDS, CSV).text)
 
 
 def gpu_processes(among: Sequence[Card]) -> set[tuple[int, int]]:
-    """(process, GPU) for each process that holds memory of one of these GPUs."""
+    """Pairs (pid, GPU number) of the processes that hold memory on these GPUs."""
     if not among:
         return set()
     places = {card.uuid: card.number for card in among}
@@ -97,18 +97,18 @@ def gpu_processes(among: Sequence[Card]) -> set[tuple[int, int]]:
 
 
 def kernel_module(text: str) -> str:
-    """The version in /proc/driver/nvidia/version; "" if it does not say."""
+    """Driver version from /proc/driver/nvidia/version; "" if it is not given."""
     found = re.search(r"NVRM version:.*?Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\b", text)
     return found[1] if found else ""
 
 
 def cards(text: str) -> list[Card]:
-    """The answer to CARDS; lines of another kind are passed over."""
+    """Parses the answer to CARDS; other lines are skipped."""
     return [Card(int(row[0]), *row[1:]) for row in _rows(text, len(Card._fields))]
 
 
 def holders(text: str) -> list[tuple[int, str, str]]:
-    """Process, UUID of the GPU, and MiB, of each line of the answer to APPS."""
+    """Parses the answer to APPS: pid, UUID of the GPU, and MiB of each line."""
     return [(int(row[0]), row[1], row[2]) for row in _rows(text, 3)]
 
 

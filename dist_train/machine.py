@@ -1,6 +1,6 @@
-"""What this machine has for training, and what of it will not do: a list, in which nothing stops the rest.
+"""Checks of this machine for training: a list of findings, in which no failure stops the rest.
 
-Each check takes what it judges as arguments; `checks` fetches that.
+Each check takes the facts it judges as arguments; `checks` gathers them.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from pipelines.misc import cpus
 if TYPE_CHECKING:
     import torch
 
-OLDEST_DRIVER = {12: 525, 13: 580}  # that runs a CUDA of this number (release notes of the CUDA toolkit)
+OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version (release notes of the CUDA toolkit)
 # Compute capabilities of the cards that decode JPEGs in hardware: A100 and A30, Ada, Hopper, Blackwell, Thor (section
 # 1.5 of nvJPEG's documentation).
 JPEG_ENGINES = ("8.0", "8.9", "9.", "10.", "11.", "12.")
-FEW_CPUS = 4  # a GPU
-WITHOUT_CUDA = "it is built without CUDA"  # said of torch
+FEW_CPUS = 4  # per GPU
+WITHOUT_CUDA = "it is built without CUDA"  # "it" is torch
 # PyTorch's own index has builds for CUDA 12.6, of torch 2.9 to 2.14; pip prefers 2.14.1+cu126 to 2.14.1.
-REMEDY = """Install a newer driver, or install anew with the builds for CUDA 12:
+REMEDY = """Install a newer driver, or reinstall with the builds for CUDA 12:
 rm -rf .venv && PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 make .venv/ready EXTRA=cuda12"""
 
 
 class Check(NamedTuple):
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        found: in one line.
-        remedy: one sentence, with a command on a line of its own if it has one; "" if it is ok.
+        found: finding, one line.
+        remedy: one sentence, plus a command on a line of its own if there is one; "" if the check is ok.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Check(NamedTuple):
 
 
 def checks(temporary: Path | None = None) -> list[Check]:
-    """All of them. It takes seconds: torch is imported, and nvidia-smi is asked.
+    """Runs all checks. Takes seconds: imports torch, and calls nvidia-smi.
 
     Args:
-        temporary: the folder whose disk is looked at; None: that of temporary files.
+        temporary: folder whose disk is checked; None: that of temporary files.
     """
     disk = temporary or Path(tempfile.gettempdir())
     files, (seen, why), listed = driver.device_files(), usable(), driver.nvidia_smi(driver.CARDS, driver.CSV)
@@ -84,11 +84,11 @@ def _safely(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:
-        return Check(name, "warn", f"cannot be found out ({first_line(error)})", "Report this as a bug of dist_train.")
+        return Check(name, "warn", f"cannot be determined ({first_line(error)})", "Report this as a bug of dist_train.")
 
 
 def accelerator(device: torch.device) -> str:
-    """What decides the last bits of a run on this device: card, driver, CUDA, NCCL and cuDNN. "" for the CPU."""
+    """Card and versions that determine the exact bits of a run: driver, CUDA, NCCL and cuDNN. "" for the CPU."""
     if device.type != "cuda":
         return ""
     from torch import cuda
@@ -98,12 +98,12 @@ def accelerator(device: torch.device) -> str:
 
 
 def usable() -> tuple[int, str]:
-    """How many GPUs torch can use, and what it says where it can use none."""
+    """Number of GPUs that torch can use, and its explanation if there are none."""
     import torch
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        # By itself device_count asks a library of the driver's, which also counts GPUs that this CUDA cannot use.
+        # device_count alone asks the driver's library, which also counts GPUs that this CUDA cannot use.
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count or not said:
         return count, "" if torch.version.cuda else WITHOUT_CUDA
@@ -111,7 +111,7 @@ def usable() -> tuple[int, str]:
 
 
 def versions_of_training() -> dict[str, str]:
-    """Of what a trainer has imported anyway, by name."""
+    """Versions by name, of packages that a trainer imports anyway."""
     import nvidia.dali
     import torch
 
@@ -120,7 +120,7 @@ def versions_of_training() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes, by name."""
+    """Versions by name, of all packages that compute."""
     import torch
     import torchvision
 
@@ -132,13 +132,13 @@ def versions() -> dict[str, str]:
 
 
 def _of_torch() -> dict[str, str]:
-    """The versions of its CUDA, NCCL and cuDNN; none of one without CUDA."""
+    """Versions of torch's CUDA, NCCL and cuDNN; empty for a build without CUDA."""
     import torch
 
     if not torch.version.cuda:
         return {}
     found = {"CUDA": torch.version.cuda}
-    with suppress(AttributeError, RuntimeError):  # a build without it
+    with suppress(AttributeError, RuntimeError):  # a build without NCCL
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     if number := torch.backends.cudnn.version():  # type: ignore[no-untyped-call]
         major, rest = divmod(number, 10000 if number >= 90000 else 1000)
@@ -160,23 +160,23 @@ def system() -> Check:
 
 
 def processor(text: str) -> str:
-    """The model in /proc/cpuinfo; "" if it does not say, as for ARM."""
+    """CPU model from /proc/cpuinfo; "" if it is not given, as on ARM."""
     found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return found[1].strip() if found else ""
 
 
 def software() -> Check:
-    """Everything that computes."""
+    """Versions of all packages that compute."""
     return Check("software", "ok", ", ".join(f"{name} {number}" for name, number in versions().items()))
 
 
 def gpus(files: Sequence[str], seen: int, why: str, known: Sequence[Card], silence: str) -> Check:
-    """Whether torch can use those that are there.
+    """Whether torch can use the GPUs of this machine.
 
     Args:
         files: their device files.
-        seen: how many torch can use; `why` is what it says.
-        known: what nvidia-smi lists; `silence` is why it lists none.
+        seen: number of GPUs that torch can use; `why` is its explanation if there are none.
+        known: cards that nvidia-smi lists; `silence` is why it lists none.
     """
     if not files and not seen and not known:
         return Check("GPUs", "ok", "no NVIDIA GPU on this machine; nets are trained on the CPU")
@@ -196,61 +196,61 @@ def gpus(files: Sequence[str], seen: int, why: str, known: Sequence[Card], silen
 
 
 def enough(version: str, cuda: str, *, works: bool) -> Check:
-    """Whether the driver is new enough for torch's CUDA. An old one that `works` has NVIDIA's compatibility package."""
+    """Whether the driver is new enough for torch's CUDA. An old one `works` with NVIDIA's compatibility package."""
     if not version:
         return Check("driver", "warn", "its version is unknown", "Let this user read /proc/driver/nvidia/version.")
     oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0] or 0), 0)
     if works or int(version.partition(".")[0]) >= oldest:
-        return Check("driver", "ok", f"{version}, under CUDA {cuda or 'of none'}")
+        return Check("driver", "ok", f"{version}; torch's CUDA: {cuda or 'none'}")
     found = f"{version} is too old for torch's CUDA {cuda}, which needs r{oldest} or newer"
     return Check("driver", "fail", found, REMEDY)
 
 
 def jpeg_decoder(known: Sequence[Card]) -> Check:
-    """Whether the cards have a decoder besides the cores that train. None is no fault: the cores do it."""
+    """Whether the cards have a JPEG decoder apart from the training cores. Always ok: without one the cores decode."""
     without = sorted({card.name for card in known if not card.capability.startswith(JPEG_ENGINES)})
     if known and not without:
-        return Check("JPEG decoder", "ok", "in hardware, says nvJPEG's documentation of these cards")
-    return Check("JPEG decoder", "ok", f"none in hardware on {', '.join(without) or 'cards that are not known'}")
+        return Check("JPEG decoder", "ok", "in hardware, according to nvJPEG's documentation")
+    return Check("JPEG decoder", "ok", f"none in hardware on {', '.join(without) or 'unknown cards'}")
 
 
 def mig(known: Sequence[Card]) -> Check:
-    """Whether cards are cut into slices."""
+    """Whether cards are partitioned into slices."""
     cut = [str(card.number) for card in known if card.mig == "Enabled"]
     if not cut:
         return Check("MIG", "ok", "off")
-    found = f"on, on GPU {', '.join(cut)}: a process can use one slice, and NCCL joins none"
+    found = f"enabled on GPU {', '.join(cut)}: a process can use only one slice, and NCCL cannot connect slices"
     return Check("MIG", "warn", found, "Turn it off (nvidia-smi -mig 0), or train with one process.")
 
 
 def links(matrix: str) -> Check:
-    """What joins the GPUs, by the matrix of `nvidia-smi topo -m`. NV# is NVLink, the other names are ways over PCIe."""
+    """Links between the GPUs, from the matrix of `nvidia-smi topo -m`. NV# is NVLink; other names are PCIe paths."""
     rows = [line.split() for line in matrix.splitlines() if re.match(r"GPU\d+\s.*\sX\s", line)]
     if len(rows) < 2:
-        return Check("topology", "ok", "one GPU" if rows else "nvidia-smi does not tell it")
+        return Check("topology", "ok", "one GPU" if rows else "unknown to nvidia-smi")
     kinds = sorted({kind for row in rows for kind in row[1 : len(rows) + 1]} - {"X"})
-    return Check("topology", "ok", f"{len(rows)} GPUs, joined by {', '.join(kinds)}")
+    return Check("topology", "ok", f"{len(rows)} GPUs, connected by {', '.join(kinds)}")
 
 
 def occupied(apps: str, known: Sequence[Card]) -> Check:
-    """Who uses the first GPU while nothing of ours does."""
+    """Whether other processes use the first GPU."""
     first = {card.uuid for card in known if card.number == 0}
     held = [f"process {pid} ({mib} MiB)" for pid, uuid, mib in driver.holders(apps) if uuid in first]
     if not held:
         return Check("GPU 0", "ok", "free")
-    return Check("GPU 0", "warn", f"used by {', '.join(held)}", "End it, or leave the card out: CUDA_VISIBLE_DEVICES.")
+    return Check("GPU 0", "warn", f"used by {', '.join(held)}", "End it, or exclude the card (CUDA_VISIBLE_DEVICES).")
 
 
 def cpus_of_a_gpu(count: int, shared_by: int) -> Check:
-    """They read images, decode a part of them, and start the kernels of a step."""
-    found = f"{count}, {count / shared_by:.3g} a GPU"
+    """Whether there are enough CPUs to read images, decode some of them, and launch kernels."""
+    found = f"{count}, {count / shared_by:.3g} per GPU"
     if count >= FEW_CPUS * shared_by:
         return Check("CPUs", "ok", found)
-    return Check("CPUs", "warn", found, f"Ask for {FEW_CPUS} a GPU or more (under Slurm by --cpus-per-task).")
+    return Check("CPUs", "warn", found, f"Ask for {FEW_CPUS} or more per GPU (under Slurm with --cpus-per-task).")
 
 
 def compiler(path: str, *, header: bool) -> Check:
-    """What torch.compile needs."""
+    """Whether torch.compile has what it needs."""
     lacking = [name for name, there in (("a C compiler", path), ("Python.h", header)) if not there]
     if not lacking:
         return Check("compiler", "ok", f"{path}, and Python.h")
@@ -264,7 +264,7 @@ def _c_compiler() -> str:
 
 
 def space(name: str, place: Path, least_gb: float, setting: str) -> Check:
-    """Whether a folder has room. `setting`: where more is given."""
+    """Whether a folder has enough room. `setting`: how to provide more."""
     free = shutil.disk_usage(place).free / 1e9
     found = f"{free:,.1f} GB free in {place}"
     if free >= least_gb:

@@ -1,1 +1,3 @@
-"""The data: pack images into shards, order them, augment them, decode them with DALI."""
+"""Data: images are packed into shards, ordered, augmented and decoded with DALI."""
+
+__version__ = "0.1.0"  # of all three packages; pyproject.toml reads it

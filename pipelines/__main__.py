@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -21,7 +22,8 @@ from pipelines.scan import REJECTED, reasons
 from pipelines.shards import INDEX, ShardSet
 from pipelines.sources import ImageFolder, Source, looks_like_split
 from pipelines.speech import begin, say, show
-from pipelines.torchvision_sets import Torchvision
+from pipelines.torchvision_sets import Torchvision, is_data_set
+from pipelines.unpacked import pack_command
 
 PACK_USAGE = """
 pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
@@ -38,12 +40,12 @@ CONTINUES = "the same command continues"
 def pack_options(parser: Parser) -> None:
     parser.usage = PACK_USAGE
     parser.add_argument("source", help="imagefolder, or the name of a torchvision data set")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="SRC and DST, or DST alone")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="SRC and DST, or DST alone")
     parser.add_argument("--shorter-side", type=natural, metavar="PX", help="scale images to it; 0: keep them")
     parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
-    parser.add_argument("--quality", type=natural, default=90, help="of JPEGs that are written anew, 1 to 95")
-    parser.add_argument("--shard-mb", type=float, default=64.0, help="aimed size of a shard in 10^6 bytes")
-    parser.add_argument("--seed", type=natural, default=0, help="of the order of the samples in the shards")
+    parser.add_argument("--quality", type=natural, default=90, help="quality of re-encoded JPEGs, 1 to 95")
+    parser.add_argument("--shard-mb", type=float, default=64.0, help="target size of a shard in 10^6 bytes")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the order of the samples in the shards")
     _workers(parser)
 
 
@@ -76,19 +78,33 @@ def start_pack(args: Namespace) -> int:
 
 def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
     """Sources and where each is packed. Raises SourceError."""
-    destination = paths[-1]
     if name == "imagefolder":
         if len(paths) != 2:
-            raise SourceError("pack imagefolder takes SRC and DST: name the folder of the classes, and the set to make")
-        return [(ImageFolder(paths[0]), destination)]
+            example = f", `{pack_command(paths[0])}`" if len(paths) == 1 else ""
+            raise SourceError(
+                f"pack imagefolder takes SRC and DST: name the folder of the classes, and the set to make{example}"
+            )
+        return [(ImageFolder(paths[0]), paths[1])]
+    if Path(name).is_dir() and len(paths) < 2 and not is_data_set(name):
+        raise SourceError(f"pack wants the kind of source first: did you mean `{pack_command(Path(name), *paths)}`?")
+    if not is_data_set(name) and (os.sep in name or Path(name).suffix or Path(name).exists()):
+        there = "is no folder" if Path(name).exists() else f"does not exist in {Path.cwd()}"
+        raise SourceError(
+            f"pack wants the kind of source first, imagefolder or a data set of torchvision; {name} {there}"
+        )
+    if len(paths) == 2:
+        raise SourceError(
+            f"pack {name} takes DST alone, it fetches the images itself: did you mean `{pack_command(*paths)}`?"
+        )
     if len(paths) != 1:
         raise SourceError(f"pack {name} takes DST alone: it fetches the images itself")
+    (destination,) = paths
     raw = destination / "raw"
     return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
 
 
 def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) -> str:
-    """Of a finished set: that it is one, and what a new one would have otherwise."""
+    """Remark on a finished set: that it is packed already, and how a new pack would differ."""
     try:
         least, _ = manifest.sides or sides(mapped(directory / INDEX))
     except Exception:  # whatever numpy makes of garbage: who opens the set is told
@@ -107,14 +123,15 @@ def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) 
 
 
 def _doubt(classes: list[str]) -> str:
-    """What to add to the names of classes of which some, or the only one, look as if SRC was one level too high."""
+    """Remark on the names of classes if some, or the only one, suggest that SRC is one level too high."""
     if len(classes) > 1 and sum(map(looks_like_split, classes)) < 2:
         return ""
-    return "; is that one level too high? The sub-folders of SRC are the classes"
+    level = "is that one level too high" if classes else "is that the folder of one class"
+    return f"; {level}? The sub-folders of SRC are the classes"
 
 
 def _without_image(manifest: Manifest, directory: Path) -> list[str]:
-    """The classes that no sample has."""
+    """The classes without a sample."""
     try:
         used = labels_used(mapped(directory / INDEX), len(manifest.classes))
     except Exception:  # as above
@@ -154,7 +171,7 @@ def start_index(args: Namespace) -> int:
 
 
 def _class_names(path: Path) -> list[str]:
-    """The lines of a file of class names; blank ones at its end are none. Raises UserError."""
+    """The lines of a file of class names, without blank ones at its end. Raises UserError."""
     names = read_text(path).removeprefix("\ufeff").rstrip().splitlines()
     if blank := [number for number, name in enumerate(names, 1) if not name.strip()]:
         raise UserError(
@@ -185,8 +202,8 @@ def start_verify(args: Namespace) -> int:
 def preview_options(parser: Parser) -> None:
     _sizes(parser)
     parser.add_argument("out", type=Path, help="the PNG to write")
-    parser.add_argument("--rows", type=positive, default=6, help="samples to draw")
-    parser.add_argument("--seed", type=natural, default=0, help="of order and augmentation")
+    parser.add_argument("--rows", type=positive, default=6, help="number of samples to draw")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of order and augmentation")
 
 
 def start_preview(args: Namespace) -> int:
@@ -200,8 +217,8 @@ def start_preview(args: Namespace) -> int:
 
 def bench_options(parser: Parser) -> None:
     _sizes(parser)
-    parser.add_argument("--batch", type=positive, default=128, help="images per batch")
-    parser.add_argument("--read-ms", type=float, default=0.0, help="added to each read, as a slow disk would")
+    parser.add_argument("--batch", type=natural, default=0, help="images per batch; 0: 128, or fewer on a small set")
+    parser.add_argument("--read-ms", type=float, default=0.0, help="milliseconds added to each read, as by a slow disk")
 
 
 def start_bench(args: Namespace) -> int:
@@ -215,7 +232,7 @@ def start_bench(args: Namespace) -> int:
 
 
 def _workers(parser: Parser) -> None:
-    parser.add_argument("--workers", type=positive, default=cpus(), help="processes")
+    parser.add_argument("--workers", type=positive, default=cpus(), help="number of processes")
 
 
 def _sizes(parser: Parser) -> None:
@@ -232,7 +249,7 @@ def _check_crop(args: Namespace) -> None:
 
 
 def _report(manifest: Manifest, directory: Path, more: str = "") -> None:
-    """Print what a packed set holds."""
+    """Print the contents of a packed set."""
     lines = (directory / REJECTED).read_bytes()
     passed_over = lines.count(f'"reason": "{PASSED_OVER}'.encode())
     counts = {"rejected": lines.count(b"\n") - passed_over, "passed over": passed_over}

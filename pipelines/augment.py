@@ -1,8 +1,7 @@
-"""The augmentation: how the sample at a position is shown to the net.
+"""Augmentation: how the sample at a position is shown to the net.
 
-Crop place, reflection and lighting of a sample follow from (seed, epoch, position) and from nothing else, so any world
-size, any restart and any number of threads show the net the same pixels. DALI receives them as tensors and
-holds no random state.
+Crop, reflection and lighting of a sample depend only on (seed, epoch, position), so the net sees the same pixels at any
+world size, after any restart and with any number of threads. DALI receives them as tensors and holds no random state.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pipelines.manifest import Manifest
 from pipelines.order import VIEWS, philox
 
 Inputs = Literal["mean_subtracted", "minus_one_to_one", "standardized"]  # how pixels are scaled
-LEAST_STD = 1 / 255  # one level, of pixels in [0, 1]: a JPEG rounds as much into a channel that never varies
+LEAST_STD = 1 / 255  # one level, for pixels in [0, 1]: JPEG rounding alone adds as much to a constant channel
 WORDS = 8  # raw 64-bit words per position: x, y, reflection, four for two Box-Muller pairs, one spare
 BLOCKS = WORDS // 4  # Philox4x64 makes four words per block, and `advance` counts blocks
 
@@ -32,7 +31,7 @@ class Views:
         size: width and height after the resize, int32 [n, 2].
         corner: left and top edge of the crop in the resized image, int32 [n, 2].
         mirror: horizontal reflection, bool [n].
-        shift: what lighting adds to each channel, in levels of 0..255, float32 [n, 3].
+        shift: lighting added to each channel, in levels of 0..255, float32 [n, 3].
         original: width and height before the resize, int64 [n, 2].
     """
 
@@ -44,14 +43,14 @@ class Views:
 
 
 class Frame(NamedTuple):
-    """What of each image is decoded, and which region of that becomes the crop: all of one that is resized.
+    """Region of each image to decode, and the part of it that becomes the crop. Images to resize are decoded whole.
 
     Attributes:
         begin: left and top edge of the region to decode, int32 [n, 2].
         extent: its width and height, int32 [n, 2].
-        roi_begin: top and left edge of the crop in the image if that is resized, (y, x), float32 [n, 2].
-        roi_end: its bottom and right edge, likewise.
-        scaled: whether the image has to be resized at all; if not, the region is the crop. Bool [n].
+        roi_begin: top and left edge of the crop in the stored image if it is resized, (y, x), float32 [n, 2].
+        roi_end: bottom and right edge, likewise.
+        scaled: whether the image is resized; if not, the region is the crop. Bool [n].
     """
 
     begin: NDArray[np.int32]
@@ -62,10 +61,10 @@ class Frame(NamedTuple):
 
 
 def framed(views: Views, crop: int) -> Frame:
-    """Where the crops of these views lie in the images as they are stored.
+    """Frame of each view in the stored image.
 
-    An image that is resized is decoded whole. Of one that is cut short, a decoder finds that only below some line: if
-    the region decided, an epoch would find it and another would not, and after a restart other samples would be shown.
+    An image to be resized is decoded whole. A decoder notices a truncated file only below some line: if the region
+    decided, one epoch would notice and another would not, and a restart would show other samples.
     """
     size = views.original
     scaled = (size != views.size).any(axis=1)
@@ -81,45 +80,45 @@ def framed(views: Views, crop: int) -> Frame:
 
 
 def resized(size: NDArray[np.int64], shorter_side: int) -> NDArray[np.int32]:
-    """Width and height [n, 2] after "the shorter side was of length 256" (section 2); the longer side is cut to an
-    integer as torchvision does."""
+    """Width and height [n, 2] after "the shorter side was of length 256" (section 2); the longer side is
+    truncated to an integer, as in torchvision."""
     now: NDArray[np.int64] = shorter_side * size // size.min(axis=1, keepdims=True)
     return now.astype(np.int32)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """How images become inputs of the net (section 4.1). Lengths are in pixels."""
+    """Augmentation settings (section 4.1 of the paper). Lengths are in pixels."""
 
     resize: int = least(1, 256)
-    """Shorter side that crops are cut from."""
+    """Shorter side of the image that crops are cut from."""
     crop: int = least(1, 227)
     """Side of the square input. The paper says 224; its layers' arithmetic needs 227."""
     center_square: bool = False
-    """First cut the central resize x resize square, as the paper did."""
+    """First cut the central resize x resize square, as in the paper."""
     mirror: bool = True
     """Reflect half of the training samples horizontally."""
     lighting: float = least(0, 0.1)
-    """Standard deviation of the factors of PCA lighting; 0: none."""
+    """Standard deviation of the factors of PCA lighting; 0 disables it."""
 
 
-# As shares of the room that a crop leaves: of the width, of the height.
+# Offsets as fractions of the width and height left over by a crop.
 PLACES = np.array([(0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 
 
 def fixed_views(size: NDArray[np.int64], augment: Augment, view: int = 0) -> Views:
-    """One of the ten patches that predictions are averaged over (section 4.1), without lighting.
+    """Views of one of the ten patches that predictions are averaged over (section 4.1), without lighting.
 
     "At test time, the network makes a prediction by extracting five 224x224 patches (the four corner patches and the
     center patch) as well as their horizontal reflections (hence ten patches in all)". With `center_square` they are
-    those of the central square, otherwise of the whole resized image. The pixels are those of torchvision's
-    CenterCrop(resize) and TenCrop(crop). It reflects first and cuts then, so if the room beside the centre patch is
-    odd, that of the reflected image begins one pixel further to the right.
+    cut from the central square, otherwise from the whole resized image. The pixels are those of torchvision's
+    CenterCrop(resize) and TenCrop(crop). It reflects before it cuts, so if the margin of the centre patch is odd, the
+    centre patch of the reflected image starts one pixel further to the right.
 
     Args:
         size: original width and height, [n, 2].
-        view: 0: the centre; 1 to 4: the corners, the upper left and right, the lower left and right; 5 to 9: the same
-            places, reflected.
+        view: 0: centre; 1 to 4: the corners, upper left and right, lower left and right; 5 to 9: the same patches,
+            reflected.
     """
     assert 0 <= view < 2 * len(PLACES)
     now, mirrored = resized(size, augment.resize), view >= len(PLACES)
@@ -134,7 +133,7 @@ def fixed_views(size: NDArray[np.int64], augment: Augment, view: int = 0) -> Vie
 
 
 def _room(now: NDArray[np.int32], augment: Augment) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Left top corner of the region that crops are cut from, and how far a crop can move in it: int32 [n, 2] each."""
+    """Top left corner of the region that crops are cut from, and how far a crop can move in it, int32 [n, 2] each."""
     side = np.full_like(now, augment.resize) if augment.center_square else now
     return np.rint((now - side) / 2).astype(np.int32), side - augment.crop
 
@@ -148,9 +147,9 @@ def random_views(
     epoch: int,
     start: int,
 ) -> Views:
-    """The augmentation of positions start .. start + n of an epoch (section 4.1 of the paper).
+    """Random views of positions start .. start + n of an epoch (section 4.1 of the paper).
 
-    Crop: uniform over all places. Reflection: every second sample. Lighting: the paper adds
+    Crop: uniform over all places. Reflection: with probability 1/2. Lighting: the paper adds
     "[p1, p2, p3][a1 l1, a2 l2, a3 l3]^T" with a ~ N(0, 0.1), where p and l are the eigenvectors and eigenvalues of the
     covariance of RGB values; with these scaled to [0, 1], the shift in levels is 255 times that product.
 
@@ -174,8 +173,8 @@ def random_views(
 
 
 def scale(inputs: Inputs, statistics: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean to subtract from each channel, and deviation to divide it by then, in levels: float32 [3] each. Raises
-    UserError if that would divide by next to nothing."""
+    """Mean to subtract from each channel and standard deviation to divide by, in levels, float32 [3] each. Raises
+    UserError rather than divide by next to zero."""
     if inputs == "minus_one_to_one":
         return np.full(3, 127.5, np.float32), np.full(3, 127.5, np.float32)
     if inputs == "standardized" and min(statistics.std) < LEAST_STD:

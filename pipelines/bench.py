@@ -1,4 +1,4 @@
-"""The speed of the loader, by itself."""
+"""The speed of the loader alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardSet
 
 MEASURED = 4096  # at most, to measure
+BATCH = 128  # images, if the set has enough of them
 WARM_UP = 8  # batches: as many as the loader is ahead by, so that the pace is steady when the clock starts
 
 
 def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: float) -> str:
-    """Three lines: images/s and CPU us/image, and how many images were resized, of the last MEASURED or fewer of an
-    epoch after a warm-up; and how well a batch mixes the classes. Raises ShardError."""
+    """Three lines: images/s and CPU us/image, and the number of resized images, of the last MEASURED or fewer of an
+    epoch after a warm-up; and the mean number of classes per batch.
+
+    Args:
+        batch: images per batch; 0: BATCH, or as many as give a small set enough batches to measure.
+
+    Raises ShardError.
+    """
     shards = ShardSet(directory)
+    batch = batch or max(1, min(BATCH, len(shards) // (2 * WARM_UP)))
 
     def read(sample: int) -> NDArray[np.uint8]:
         time.sleep(read_ms / 1000)
@@ -31,9 +39,8 @@ def measure(directory: Path, *, resize: int, crop: int, batch: int, read_ms: flo
     plan = TrainingPlan(shards, Augment(resize, crop), shards.manifest)
     loader = Loader(plan, shards.manifest, batch=batch, reading=Read(read=read if read_ms else None))
     if loader.steps < 2 * WARM_UP:
-        raise ShardError(
-            f"{directory} has {len(shards)} samples, not {2 * WARM_UP} batches of {batch}: give a smaller --batch"
-        )
+        remedy = "give a smaller --batch" if batch > 1 else "that is too few to measure"
+        raise ShardError(f"{directory} has {len(shards)} samples, not {2 * WARM_UP} batches of {batch}: {remedy}")
     measured = max(MEASURED // batch, WARM_UP)
     batches = loader.epoch(0, max(0, loader.steps - measured - WARM_UP))
     for _ in range(WARM_UP):

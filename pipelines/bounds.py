@@ -1,4 +1,4 @@
-"""Bounds of settings, declared beside the fields of a dataclass and checked all together."""
+"""Bounds on settings, declared next to the fields of a dataclass and checked together."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 
 def least(minimum: float, default: Any, rule: str = "") -> Any:
-    """A field whose value must be at least `minimum`. `rule`: what the message says instead."""
+    """A field whose value must be at least `minimum`. `rule` replaces the default message."""
     return _bounded(default, lambda value: value >= minimum, rule or f"it must be at least {minimum}")
 
 
 def above(limit: float, default: Any, rule: str = "") -> Any:
-    """A field whose value must be larger than `limit`. `rule`: what the message says instead."""
+    """A field whose value must be larger than `limit`. `rule` replaces the default message."""
     return _bounded(default, lambda value: value > limit, rule or f"it must be above {limit}")
 
 
 def within(low: float, high: float, default: Any, *, closed: bool = False) -> Any:
-    """A field whose value must be `low` or more, and less than `high`, or that too if the interval is `closed`."""
+    """A field whose value must lie in [low, high), or in [low, high] if `closed`."""
     rule = f"it must lie in [{low}, {high}{']' if closed else ')'}"
     return _bounded(default, lambda value: low <= value < high or (closed and value == high), rule)
 
 
 def broken(settings: Any) -> tuple[str, str] | None:
-    """The first field of a dataclass that is outside its bounds, and the message: `it is 0: it must be ...`."""
+    """First field of a dataclass that is out of bounds, and the message, `is 0: it must be ...`; None if all fit."""
     for f in fields(settings):
         value = getattr(settings, f.name)
         if f.metadata and not f.metadata["fits"](value):

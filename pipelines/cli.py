@@ -5,16 +5,17 @@ A verb's options are declared apart from what it starts, so that `--help` and a 
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from pipelines import speech
+from pipelines import __version__, speech
 from pipelines.errors import UsageError, UserError
 from pipelines.opened import raise_limit
+from pipelines.words import instead_of_argument, instead_of_option, instead_of_verb
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; the last is the shell's for Ctrl-C
 MOST = (1 << 64) - 1  # that numpy takes
@@ -22,8 +23,8 @@ PRINT_CONFIG = "--print_config"  # the one option that is passed on without a va
 
 
 class Parser(ArgumentParser):
-    """argparse's, which names the nearest option to a misspelt one and raises UsageError instead of exiting. Its help
-    shows the default of each option that has one."""
+    """argparse's parser, which answers an unknown option with what to type in its place and raises UsageError instead
+    of exiting. Its help shows the default of each option that has one."""
 
     def __init__(self, prog: str, description: str) -> None:
         self.names: list[str] = []  # of all options; before argparse adds its own --help
@@ -44,7 +45,7 @@ class Parser(ArgumentParser):
         """Raises UsageError; exits for --help.
 
         Args:
-            passes_on: options of another program, which go to `rest` with their values; its others have a dot.
+            passes_on: options of another program, which go to `rest` with their values, as do all with a dot.
         """
         own, rest = _divided(argv, passes_on) if passes_on else (list(argv), [])
         for word in own:
@@ -52,16 +53,22 @@ class Parser(ArgumentParser):
                 break
             # Looked for first: argparse would rather complain of a required option that the misspelt one was to be.
             if word.startswith("--") and (name := word.partition("=")[0]) not in self.names:
-                raise UsageError(f"unknown option {name}: did you mean {nearest(name, [*self.names, *passes_on])}?")
+                raise UsageError(self._unknown(name, argv, passes_on))
         args, left = self.parse_known_args(own)
+        if left and re.match("-[A-Za-z]", left[0]):
+            raise UsageError(self._unknown(left[0], argv, passes_on))
         if left:
-            raise UsageError(f"{left[0]} is one argument too many: see {self.prog} --help")
+            meant = instead_of_argument(left[0], passes_on) or f"see {self.prog} --help"
+            raise UsageError(f"{left[0]} is one argument too many: {meant}")
         args.rest = rest
         return args
 
+    def _unknown(self, name: str, argv: Sequence[str], passes_on: Collection[str]) -> str:
+        return f"unknown option {name}: {instead_of_option(name, [*self.names, *passes_on], self.prog, argv)}"
+
 
 def _divided(argv: Sequence[str], passed: Collection[str]) -> tuple[list[str], list[str]]:
-    """The words of a verb, and those that it passes on: options with a dot and those named, each with its value."""
+    """The words of a verb, and those that it passes on: options with a dot or in `passed`, each with its value."""
     own, rest = list[str](), list[str]()
     words = iter(argv)
     for word in words:
@@ -81,7 +88,7 @@ class Verb(NamedTuple):
     Attributes:
         help: one line.
         options: declares its options; imports nothing heavy.
-        start: does it; imports what it needs. Returns the exit code.
+        start: runs it; imports what it needs. Returns the exit code.
         passes_on: as for `Parser.parse`.
     """
 
@@ -104,14 +111,14 @@ def run_verb(
 
     Args:
         speaks: whether this process prints the sentence; under a launcher one rank does for all.
-        told: hears a code of 2 and the sentence.
+        told: called with a code of 2 and the sentence.
     """
     return heard(_run_verb(prog, verbs, argv, speaks, told), speaks=speaks, told=told)
 
 
 def heard(code: int, *, speaks: bool = True, told: Callable[[int, str], object] = lambda *_: None) -> int:
-    """The exit code of a command that would end with `code`, if all that it was asked for could be shown; says so if
-    not. For the arguments see `run_verb`."""
+    """Exit code of a command that would end with `code`: another one, after saying so, if its output could not be
+    written. For the arguments see `run_verb`."""
     lost = speech.unheard()
     if lost is None or speech.left(lost):
         return code
@@ -130,10 +137,10 @@ def _run_verb(
         if name not in verbs:
             return _without_verb(prog, verbs, argv)
         raise_limit()
-        verb, words = verbs[name], argv[len(name.split()) :]
+        verb, given = verbs[name], argv[len(name.split()) :]
         parser = Parser(f"{prog} {name}", verb.help)
         verb.options(parser)
-        return verb.start(parser.parse(words, verb.passes_on))
+        return verb.start(parser.parse(given, verb.passes_on))
     except (UserError, OSError) as error:
         told(USAGE, str(error))
         return refuse(error, speaks=speaks)
@@ -144,22 +151,17 @@ def _run_verb(
 
 
 def refuse(error: Exception | str, code: int = USAGE, *, speaks: bool = True) -> int:
-    """Print the one sentence, if this process speaks; the exit code."""
+    """Print the one sentence, if this process speaks. Returns the exit code."""
     if speaks:
         speech.say(f"error: {error}")
     return code
 
 
 def interrupted(remedy: str = "", *, speaks: bool = True) -> int:
-    """Say that Ctrl-C has ended the command, and what to do, if this process speaks; the exit code."""
+    """Say that Ctrl-C has ended the command, and what to do, if this process speaks. Returns the exit code."""
     if speaks:
         speech.say(f"interrupted: {remedy}" if remedy else "interrupted")
     return INTERRUPTED
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like this one."""
-    return difflib.get_close_matches(word, list(known), 1, cutoff=0)[0]
 
 
 def positive(text: str) -> int:
@@ -173,7 +175,7 @@ def natural(text: str) -> int:
 
 
 def _path(text: str) -> Path:
-    """A shell leaves the `~` of `--out=~/x` as it is."""
+    """The path with the user's directory for `~`, which a shell leaves as it is in `--out=~/x`."""
     return Path(os.path.expanduser(text))
 
 
@@ -190,7 +192,7 @@ def _at_least(minimum: int, text: str) -> int:
 
 
 def _without_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> int:
-    """Print help if it was asked for; otherwise raise UsageError."""
+    """Print help or the version if it was asked for; otherwise raise UsageError."""
     if argv and argv[0] in ("-h", "--help", "help"):
         width = max(map(len, verbs))
         lines = [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
@@ -198,6 +200,9 @@ def _without_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> 
             "\n".join([f"usage: {prog} VERB ...", "", *lines, "", f"Each has its own help: {prog} VERB --help"])
         )
         return 0
+    if argv and argv[0] in ("--version", "version"):
+        speech.show(f"{prog.split()[-1]} {__version__}")
+        return 0
     if not argv:
         raise UsageError(f"{prog} needs a verb: one of {', '.join(verbs)}")
-    raise UsageError(f"unknown verb {argv[0]}: did you mean {nearest(argv[0], verbs)}?")
+    raise UsageError(f"unknown verb {argv[0]}: {instead_of_verb(argv, verbs, prog)}")

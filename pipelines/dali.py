@@ -1,4 +1,4 @@
-"""The DALI graph: from encoded images, and how each is to be shown, to the inputs of the net."""
+"""DALI graph: turns encoded images and their views into inputs of the net."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ with warnings.catch_warnings():
     from nvidia.dali.data_node import DataNode
 
 Device = Literal["cpu", "gpu"]
-DEPTH = 2  # batches that DALI works on ahead of the one that is collected
+DEPTH = 2  # batches that DALI works on ahead of the one being collected
 
 
 class Feed(NamedTuple):
-    """The inputs of the graph for the n samples of a step.
+    """Inputs of the graph for the n samples of a step.
 
     Attributes:
-        encoded: the files' bytes, n arrays.
+        encoded: file contents, n arrays.
         begin, extent, roi_begin, roi_end, scaled: see `Frame`.
         mirror: horizontal reflection, int32 [n].
-        mean: what to subtract from each channel, float32 [n, 3].
+        mean: value to subtract from each channel, float32 [n, 3].
     """
 
     encoded: Sequence[NDArray[np.uint8] | None]
@@ -47,15 +47,15 @@ class Feed(NamedTuple):
 
 @dataclass(frozen=True)
 class Decode:
-    """Settings of the decoding.
+    """Decoding settings.
 
     Attributes:
         device: where DALI decodes; "gpu" needs `device_id`.
-        threads: DALI's decoding threads; 0: the CPUs of this process.
-        inputs: mean_subtracted as the paper, minus_one_to_one, or standardized (divided by the standard deviation too).
-        hw_decoder_load: on the GPU, the part of a batch that its JPEG decoder takes, the rest is CUDA's, which rounds
-            otherwise. With 1 (all that it can) and with 0 an image goes to the same engine whatever batch it is in.
-        wanted: the device that the inputs go to; None: where they are decoded.
+        threads: DALI's decoding threads; 0: one per CPU of this process.
+        inputs: mean_subtracted as in the paper, minus_one_to_one, or standardized (divided by the deviation, too).
+        hw_decoder_load: on the GPU, the fraction of a batch for its JPEG decoder. CUDA decodes the rest and rounds
+            differently. With 1 (all it can take) and with 0 an image's engine does not depend on its batch.
+        wanted: device of the inputs; None: where they are decoded.
     """
 
     device: Device = "cpu"
@@ -67,12 +67,12 @@ class Decode:
 
     @property
     def place(self) -> torch.device:
-        """Holds the inputs."""
+        """Device of the inputs."""
         return self.wanted or torch.device("cpu" if self.device == "cpu" else f"cuda:{self.device_id}")
 
     @property
     def gives_bytes(self) -> bool:
-        """Whether pixels leave DALI as bytes: a quarter of what would have to be copied from the CPU to a GPU."""
+        """True if pixels leave DALI as bytes, which quarters the copy from the CPU to a GPU."""
         return self.device == "cpu" and self.place.type != "cpu"
 
 
@@ -87,23 +87,23 @@ def graph(
     decode: Decode,
     depth: int = DEPTH,
 ) -> Pipeline:
-    """decode (the crop alone where nothing is resized) -> resize where it has to be -> mirror and normalise.
+    """Pipeline: decode (only the crop, if nothing is resized) -> resize if needed -> mirror and normalise.
 
-    `source` returns the inputs of a step of n <= `batch` samples. `resize`: whether any image of the set has to be
-    resized; the others of the set pass by the resize, which costs more than decoding an image at 256 pixels does.
-    `turn`: whether images are turned as their EXIF orientation says; how those of a packed set are was settled then.
-    Output: float32 NHWC; or, where `decode.gives_bytes`, uint8 NHWC that is not normalised, and `Feed.mean`. On the GPU
-    the whole image is decoded: decoders of a region were seen to crash there (nvImageCodec issue 55).
+    `source` returns the inputs of a step of n <= `batch` samples. `resize`: whether any image of the set needs a
+    resize; the others skip it, since it costs more than decoding an image of 256 pixels. `turn`: whether to apply the
+    EXIF orientation; packed sets are stored upright. Output: float32 NHWC; with `decode.gives_bytes`, uint8 NHWC before
+    normalisation, and `Feed.mean`. On the GPU the whole image is decoded: region decoders were seen to crash there
+    (nvImageCodec issue 55).
     """
     on_cpu = decode.device == "cpu"
-    # Without a resize its fields are not fed: each costs microseconds a sample.
+    # Without a resize, its fields are not fed: each costs microseconds per sample.
     fields = [name for name in Feed._fields if resize or name not in ("roi_begin", "roi_end", "scaled")]
     pipeline = Pipeline(batch, decode.threads or cpus(), decode.device_id, prefetch_queue_depth=depth)
     with pipeline:
         ask = _asking(source, fields, held=depth + 2 if on_cpu else 0)
         inputs = fn.external_source(source=ask, num_outputs=len(fields), batch=True, no_copy=on_cpu)
         feed = dict(zip(fields, inputs, strict=True))
-        # Without "fancy", a GPU repeats samples of colour where the CPU interpolates.
+        # Without "fancy", a GPU repeats chroma samples and the CPU interpolates them.
         how = {"output_type": types.RGB, "adjust_orientation": turn, "jpeg_fancy_upsampling": True}
         if on_cpu:
             image = fn.decoders.image_slice(feed["encoded"], start=feed["begin"], shape=feed["extent"], **how)
@@ -113,7 +113,7 @@ def graph(
             image = fn.slice(image, start=feed["begin"], shape=feed["extent"], axis_names="WH")
         if resize:
             image = _resized(image, feed, crop)
-        # Bytes are reflected at a fraction of what it costs on the CPU to reflect and normalise them together.
+        # On the CPU, flipping bytes first is far cheaper than flipping and normalising together.
         image = fn.flip(image, horizontal=feed["mirror"])
         if decode.gives_bytes:
             pipeline.set_outputs(image, feed["mean"])
@@ -126,8 +126,8 @@ def graph(
 
 
 def _resized(image: DataNode, feed: dict[str, DataNode], crop: int) -> DataNode:
-    """`if scaled: image = fn.resize(...)`, in the operators that DALI's conditional execution makes of it. Its own way
-    there rewrites the source of functions and imports the result from a temporary file, at each building."""
+    """`if scaled: image = fn.resize(...)`, written with the operators of DALI's conditional execution. DALI's own
+    way there rewrites the source of functions and imports the result from a temporary file at every build."""
     conditional = fn._conditional  # type: ignore[attr-defined]
     scaled = feed["scaled"]
     region, whole = conditional.split(image, predicate=scaled)
@@ -139,15 +139,15 @@ def _resized(image: DataNode, feed: dict[str, DataNode], crop: int) -> DataNode:
         roi_start=begin,
         roi_end=end,
         interp_type=types.INTERP_LINEAR,
-        subpixel_scale=False,  # nearest to torchvision and Pillow
+        subpixel_scale=False,  # closest to torchvision and Pillow
     )
     return conditional.merge(region, whole, predicate=scaled)
 
 
 def _asking(source: Callable[[], Feed], fields: Sequence[str], *, held: int) -> Callable[[], list[Any]]:
-    """Gives these fields of what `source` does. The last `held` feeds stay in memory: on the CPU, DALI reads them where
-    they lie until it has put out their batch, and a copy would cost the thread that feeds it a fifth of its time. For
-    the GPU it copies them at once."""
+    """Wraps `source` to return these fields of its feeds. The last `held` feeds are kept alive: on the CPU, DALI reads
+    them in place until their batch is out, since copying would cost the feeding thread a fifth of its time. For the
+    GPU, DALI copies them at once."""
     last: deque[Feed] = deque(maxlen=held)
 
     def ask() -> list[Any]:
@@ -159,11 +159,11 @@ def _asking(source: Callable[[], Feed], fields: Sequence[str], *, held: int) -> 
 
 
 class DecodeError(RuntimeError):
-    """A pipeline has failed, most likely at a sample that it cannot decode. It cannot be run again."""
+    """Failure of a pipeline, most likely on a sample that it cannot decode. The pipeline cannot be run again."""
 
 
 def collect(pipeline: Pipeline) -> list[Tensor]:
-    """Run a pipeline: its outputs, complete, in the memory that DALI uses again on a GPU. Raises DecodeError."""
+    """Runs a pipeline and returns its complete outputs, on a GPU in memory that DALI reuses. Raises DecodeError."""
     try:
         outputs = pipeline.run()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 class UserError(ValueError):
-    """Something a user can mend. The message is one sentence that names the thing and the remedy."""
+    """An error that the user can fix. Its message is one sentence that names the cause and the remedy."""
 
 
 class SourceError(UserError):
@@ -14,16 +14,16 @@ class SourceError(UserError):
 
 
 class UsageError(UserError):
-    """A command line that cannot be understood."""
+    """An invalid command line."""
 
 
 def of_the_system(error: Exception) -> bool:
-    """Whether an error is a file system's, and so says nothing of what was to be read. Pillow's have no number."""
+    """True if the file system failed, which says nothing about the file's content. Pillow's errors have no errno."""
     return isinstance(error, OSError) and error.errno is not None
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error in one line: whatever a library wrote, its first line says most. Without the addresses of
-    objects: the same error has the same message in every process."""
+    """First line of an error's message, the most telling one in any library. Addresses of objects are removed, so that
+    the same error has the same message in every process."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(r" ?<[^<>]* at 0x[0-9a-fA-F]+>", "", line)

@@ -1,4 +1,4 @@
-"""Folders of images as they lie on a disk: links followed, litter passed over, and nothing left out without a word."""
+"""Image folders on disk: links are followed, litter is skipped, and whatever is left out is reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pipelines.errors import SourceError
 
-# Folders and files that systems and programs leave among images; and whatever is hidden.
+# Folders and files that systems and programs leave among images, besides hidden ones.
 LITTER = {
     "__macosx",
     "lost+found",
@@ -22,8 +22,8 @@ LITTER = {
     "thumbs.db",
     "desktop.ini",
 }
-PASSED_OVER = "passed over: "  # how the reason of such a one begins
-# What is wrong with a name, and stays so; any other error of a file system may be gone at the next try.
+PASSED_OVER = "passed over: "  # prefix of the reason for litter
+# Permanent errors of a name; any other file system error may be gone at the next try.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG)
 
 
@@ -31,10 +31,10 @@ class Folder(NamedTuple):
     """A folder to look into.
 
     Attributes:
-        path: as the system knows it.
-        name: below the root, in any locale the same; bytes that are not UTF-8 stand as surrogates.
+        path: its path, in the system's bytes.
+        name: path relative to the root, the same in any locale; bytes that are not UTF-8 are surrogates.
         key: device and inode.
-        above: those of it and of all folders on the way to it.
+        above: keys of this folder and of all folders above it.
     """
 
     path: bytes
@@ -44,7 +44,7 @@ class Folder(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A file: its name below the root, as of `Folder`, its size in bytes, and when it was changed, in ns."""
+    """A file: name relative to the root as in `Folder`, size in bytes, modification time in ns."""
 
     name: str
     size: int
@@ -52,7 +52,7 @@ class Found(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What lies in a folder, each sorted by name; `rejected` as in `Source`."""
+    """Content of a folder, each list sorted by name; `rejected` as in `Source`."""
 
     files: list[Found]
     folders: list[Folder]
@@ -60,12 +60,12 @@ class Content(NamedTuple):
 
 
 def is_litter(name: str) -> bool:
-    """Whether a name is none of an image or a class: `.ipynb_checkpoints`, `._0.jpg`, `@eaDir`, ..."""
+    """True for a name that is neither an image nor a class: `.ipynb_checkpoints`, `._0.jpg`, `@eaDir`, ..."""
     return name.startswith(".") or name.lower() in LITTER
 
 
 def is_utf8(name: bytes) -> bool:
-    """Whether a name can stand in a manifest, which is read everywhere."""
+    """True for a name that may go into a manifest, which is read everywhere."""
     try:
         name.decode()
     except UnicodeDecodeError:
@@ -74,24 +74,24 @@ def is_utf8(name: bytes) -> bool:
 
 
 def top(root: Path) -> Folder:
-    """The folder that everything else is named below."""
+    """Root folder, which all names are relative to."""
     real = root.resolve()
     above = [_key(os.stat(folder)) for folder in (real, *real.parents)]
     return Folder(os.fsencode(root), "", above[0], frozenset(above))
 
 
 def content(folder: Folder) -> Content:
-    """Look into a folder. Raises SourceError if that cannot be done: what is not seen would be missed by nobody."""
+    """Content of a folder. Raises SourceError if it cannot be read: nobody would miss what was not listed."""
     found = Content([], [], [])
     for name, entry in _entries(folder):
         inside = f"{folder.name}/{name}" if folder.name else name
-        status, reason = (None, PASSED_OVER + "known as no image") if is_litter(name) else _status(entry)
+        status, reason = (None, PASSED_OVER + "not an image") if is_litter(name) else _status(entry)
         if not status:
             found.rejected.append({"file": inside, "reason": reason})
         elif not stat.S_ISDIR(status.st_mode):
             found.files.append(Found(inside, status.st_size, status.st_mtime_ns))
         elif (key := _key(status)) in folder.above:
-            reason = "a link back to a folder that it lies in: not followed"
+            reason = "a link to a folder above it: not followed"
             found.rejected.append({"file": inside, "reason": reason})
         else:
             found.folders.append(Folder(os.path.join(folder.path, entry.name), inside, key, folder.above | {key}))
@@ -99,19 +99,19 @@ def content(folder: Folder) -> Content:
 
 
 def contents(folder: Folder) -> Iterator[Content]:
-    """Of a folder and all below it, each with its files before those of its folders. Raises SourceError."""
+    """Contents of a folder and of all folders below it, parents first. Raises SourceError."""
     waiting = [folder]
-    while waiting:  # however deep it goes
+    while waiting:  # no recursion: any depth
         here = content(waiting.pop())
         yield here
         waiting += reversed(here.folders)
 
 
 def unreadable(path: bytes, kind: str, error: OSError) -> SourceError:
-    """What to raise where a file system refuses to show something that is there."""
+    """The error to raise if something exists but the file system cannot read it."""
     name = path.decode("utf-8", "backslashreplace")
     return SourceError(
-        f"the {kind} {name} cannot be read ({error.strerror}): see to that and repeat the command, or move it away"
+        f"the {kind} {name} cannot be read ({error.strerror}): fix that and repeat the command, or move it away"
     )
 
 
@@ -129,7 +129,7 @@ def _entries(folder: Folder) -> list[tuple[str, os.DirEntry[bytes]]]:
 
 
 def _status(entry: os.DirEntry[bytes]) -> tuple[os.stat_result | None, str]:
-    """Of what a name leads to; or None, and why it is neither file nor folder."""
+    """Status of what a name leads to; or None, and why it is neither a file nor a folder."""
     try:
         status = entry.stat()
     except OSError as error:
@@ -137,5 +137,5 @@ def _status(entry: os.DirEntry[bytes]) -> tuple[os.stat_result | None, str]:
             raise unreadable(entry.path, "file", error) from error
         return None, f"{error.strerror}{': a link that leads nowhere' if entry.is_symlink() else ''}"
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        return None, "neither a file nor a folder"  # to read a pipe would wait for ever
+        return None, "neither a file nor a folder"  # reading a pipe would block for ever
     return status, ""

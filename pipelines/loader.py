@@ -1,8 +1,8 @@
-"""The loader: reads, decodes and delivers this rank's share of what a plan says.
+"""Loader: reads, decodes and delivers this rank's share of a plan.
 
-For each step the plan tells which samples come and how each is shown. A few threads read the files ahead in that order,
-one thread feeds them to the DALI graph and collects its output, so neither files nor decoding stop the training loop.
-DALI holds no random state.
+For each step, the plan gives the samples and their views. Several threads read files ahead in that order; one thread
+feeds them to the DALI graph and collects its output, so neither files nor decoding block the training loop. DALI holds
+no random state.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from pipelines.speech import say
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
-READY = 2  # batches that wait for the consumer
-SUSPECTS = DEPTH + 2  # steps, from the one that is collected, in which DALI may have met what it reports now
-Keys = Callable[[int, Ints], Ints]  # (step of the epoch, positions in it) -> a number for each, int64 [n]
+READY = 2  # finished batches queued for the consumer
+SUSPECTS = DEPTH + 2  # steps, from the one being collected, that may have caused an error DALI reports now
+Keys = Callable[[int, Ints], Ints]  # (step of the epoch, positions in it) -> one number per position, int64 [n]
 
 
 class Batch(NamedTuple):
@@ -47,9 +47,9 @@ class Batch(NamedTuple):
         inputs: pixels in levels plus lighting minus the mean, float32 [n, 3, crop, crop], channels_last.
         labels: int64 [n].
         samples: sample numbers in the shard set, int64 [n].
-        start: position in the epoch of the first of them.
-        keys: what the `keys` of `Loader.epoch` gave for them, int64 [n]; without, zeros.
-        replaced: how many of them stand for a sample that cannot be decoded, and was not known to the quarantine.
+        start: position in the epoch of the first sample.
+        keys: numbers from the `keys` of `Loader.epoch`, int64 [n]; zeros without them.
+        replaced: number of samples that replace an undecodable sample missing from the quarantine.
     """
 
     inputs: Tensor
@@ -62,12 +62,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Read:
-    """Settings of the reading.
+    """Reading settings.
 
     Attributes:
-        readers: threads that read files ahead.
-        ahead: batches that are read ahead.
-        read: returns the bytes of a sample, uint8 [size]; None: the shard set's. Another one injects faults and delays.
+        readers: number of threads that read files ahead.
+        ahead: number of batches read ahead.
+        read: returns the bytes of a sample, uint8 [size]; None: the shard set's. Replaced to inject faults and delays.
     """
 
     readers: int = 32
@@ -75,23 +75,23 @@ class Read:
     read: Fetch | None = None
 
 
-DECODE, READING = Decode(), Read()  # as the paper, on this machine's CPUs
+DECODE, READING = Decode(), Read()  # as in the paper, on this machine's CPUs
 
 
 class Loader:
-    """One rank's batches of a plan: equally many on all ranks; at the end of a fixed plan some are short or empty.
+    """One rank's batches of a plan, the same number on every rank; the last of a fixed plan may be short or empty.
 
     Args:
-        statistics: the manifest of the *training* set, for mean and deviation.
+        statistics: the manifest of the *training* set, for mean and standard deviation.
         batch: the global batch, in samples.
-        dp_rank, dp_size: this data-parallel rank, and how many there are.
+        dp_rank, dp_size: this data-parallel rank, and their number.
 
     Attributes:
-        steps: batches in an epoch.
-        mean: what is subtracted from each channel, in levels, float32 [3].
+        steps: batches per epoch.
+        mean: mean subtracted from each channel, in levels, float32 [3].
         waited: seconds that the consumer has waited for data.
-        bad: samples that are not shown: those in quarantine, and those that were found to be undecodable since.
-        told: hears of each of the latter.
+        bad: samples that are not shown: the quarantined ones, and those found undecodable since.
+        told: called with a message about each of the latter.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Loader:
         self.told: Callable[[str], None] = lambda why: say(f"{why}: another sample takes its place")
 
     def samples(self, epoch: int, step: int) -> tuple[Ints, int]:
-        """The sample numbers of this rank at a step of an epoch, and the position of the first."""
+        """Sample numbers of this rank at a step of an epoch, and the position of the first."""
         first = step * self.batch
         low, high = even_split(min(self.batch, len(self.plan) - first), self.dp_rank, self.dp_size)
         return self.plan.samples(epoch, first + low, first + high), first + low
@@ -133,15 +133,15 @@ class Loader:
         return self._substituted(epoch, samples, start), start
 
     def names(self, epoch: int, step: int) -> list[str]:
-        """Where a person finds the samples of the whole global batch of a step: tar and member of each. Of a sample
-        that only another rank knows to be bad, its own name."""
+        """Tar and member of each sample of the whole global batch of a step. A sample that only another rank knows to
+        be bad has its own name, not its substitute's."""
         first = step * self.batch
         samples = self.plan.samples(epoch, first, min(first + self.batch, len(self.plan)))
         samples = self._substituted(epoch, samples, first)
         return [self.shards.name(int(sample)) for sample in samples]
 
     def _substituted(self, epoch: int, samples: Ints, start: int) -> Ints:
-        """These samples from position `start` on, in place, with the bad ones replaced."""
+        """Replaces the bad ones of these samples, which start at position `start`, in place."""
         for i, sample in enumerate(samples.tolist()) if self.bad else ():
             if sample in self.bad:
                 samples[i] = self.plan.substitute(epoch, start + i, self.bad)
@@ -150,10 +150,11 @@ class Loader:
     def epoch(
         self, epoch: int = 0, start: int = 0, keys: Keys | None = None, unread: list[ReadError] | None = None
     ) -> Iterator[Batch]:
-        """The batches of steps `start` ... of an epoch, and a number for each sample, if `keys` gives them.
+        """Yields the batches of an epoch from step `start` on, with a number per sample if `keys` is given.
 
-        Raises ShardError if a tar is not what was indexed, and ReadError if it cannot be read. With `unread` that is
-        put there instead, and from then on the batches are NaN: so a rank goes with the others until all know of it.
+        Raises ShardError if a tar is not the indexed one, and ReadError if it cannot be read. With `unread`, the
+        ReadError is appended to it instead and all later batches are NaN, so that a rank stays with the others until
+        all of them know.
         """
         stop = Event()
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READY)
@@ -178,7 +179,7 @@ class Loader:
                 start += 1
         finally:
             stop.set()
-            while driver.is_alive():  # it may stand at a full queue
+            while driver.is_alive():  # it may be blocked on a full queue
                 with suppress(queue.Empty):
                     ready.get(timeout=0.01)
             driver.join()
@@ -186,40 +187,40 @@ class Loader:
     def _drive(
         self, epoch: int, step: int, keys: Keys, ready: queue.Queue[Batch | BaseException | None], stop: Event
     ) -> None:
-        """Put the batches from `step` on into `ready`, None after the last one, or the error that ended them."""
+        """Puts the batches from `step` on into `ready`, then None, or the error that ended them."""
         try:
             self._hand_over.enter_thread()
             while step < self.steps and not stop.is_set():
-                # A pipeline an epoch: building it, filling its buffers and taking it down costs 30 ms on the CPU, for
-                # training and validation together 0.1 % of an epoch of a minute; more on a GPU, where nobody has
-                # measured it. A pipeline that has failed cannot be run again.
+                # One pipeline per epoch: building, filling and destroying it costs 30 ms on the CPU, for training and
+                # validation together 0.1 % of an epoch of one minute; more on a GPU, where it was not measured. A
+                # failed pipeline cannot be run again.
                 feeds = self.feeds(epoch, range(step, self.steps))
                 try:
                     pipeline = self._build(feeds, batch=ceil_div(self.batch, self.dp_size))
                     while step < self.steps and not stop.is_set():
                         ready.put(self._batch(pipeline, epoch, step, keys))
                         step += 1
-                except DecodeError:  # the pipeline is lost; begin this step anew
+                except DecodeError:  # the pipeline is lost: restart this step
                     if not self._find_bad(epoch, range(step, min(step + SUSPECTS, self.steps))):
                         raise
                 finally:
                     feeds.close()
             ready.put(None)
-        except BaseException as error:  # whatever it is: who waits for a batch would wait for ever
+        except BaseException as error:  # any error: otherwise the consumer would wait for ever
             ready.put(error)
 
     def _batch(self, pipeline: Pipeline, epoch: int, step: int, keys: Keys) -> Batch:
         wanted, start = self.samples(epoch, step)
         side = self.augment.crop
         shown = collect(pipeline) if len(wanted) else [torch.empty(0, side, side, 3)]
-        samples = self._substituted(epoch, wanted.copy(), start)  # after that: reading may have found some bad
+        samples = self._substituted(epoch, wanted.copy(), start)  # only now: reading may have found bad ones
         numbers = (self.shards.labels(samples), keys(step, start + np.arange(len(samples))))
         inputs, labels, keyed = self._hand_over(shown, *map(torch.from_numpy, numbers))
         replaced = sum(sample not in self._quarantined for sample in wanted[wanted != samples].tolist())
         return Batch(inputs, labels, samples, start, keyed, replaced)
 
     def _blank(self, epoch: int, step: int) -> Batch:
-        """A batch in which nothing was read, of the same shape."""
+        """A batch of the usual shapes with NaN inputs, for a step that was not read."""
         samples, start = self.samples(epoch, step)
         n, side, place = len(samples), self.augment.crop, self.decode.place
         inputs = torch.full((n, 3, side, side), torch.nan, device=place).to(memory_format=torch.channels_last)
@@ -227,16 +228,16 @@ class Loader:
         return Batch(inputs, numbers[0], samples, start, numbers[1])
 
     def feeds(self, epoch: int, steps: range) -> Generator[Feed, None, None]:
-        """The graph's inputs for each of these steps, while the files of the steps after it are being read.
+        """Yields the graph's inputs for each step while the files of later steps are being read.
 
-        A step without samples for this rank is left out: DALI takes no empty batch.
+        Steps without samples for this rank are skipped: DALI takes no empty batch.
         """
-        # Lazy: a sample that was found to be bad by the time a step is begun is replaced before it is read in vain.
+        # Lazy: a sample found bad before its step begins is replaced without being read.
         planned = (self.usable(epoch, step) for step in steps)
         with closing(self.reader.ahead((share for share in planned if len(share[0])), self.reading.ahead)) as read:
             for samples, start, encoded in read:
-                # Some were damaged on the disk, and are known as bad now: read the step again with substitutes,
-                # which may be damaged as well. It is rare enough to read all of its samples again.
+                # Some were damaged on disk and are now known to be bad: read the step again with substitutes, which
+                # may be damaged as well. This is rare enough to reread all of its samples.
                 while any(data is None for data in encoded):
                     samples, start = self.usable(epoch, start // self.batch)
                     encoded = self.reader.read(samples)
@@ -250,12 +251,12 @@ class Loader:
     def _feed(self, epoch: int, encoded: Encoded, samples: Ints, start: int) -> Feed:
         views = self.plan.views(epoch, samples, start)
         frame = framed(views, self.augment.crop)
-        # Lighting adds the same to all pixels of an image: one subtraction does it and the mean.
+        # Lighting adds the same value to all pixels of an image, so one subtraction covers it and the mean.
         return Feed(encoded, *frame, views.mirror.astype(np.int32), self.mean - views.shift)
 
     def _find_bad(self, epoch: int, steps: range) -> bool:
-        """Decode the samples of these steps one by one, the way they failed together; blame those that fail again.
-        True if there are any."""
+        """Decodes the samples of these steps one by one, as they failed together, and marks as bad those that fail
+        again. Returns True if there are any."""
         known = len(self.bad)
         for step in steps:
             samples, start = self.usable(epoch, step)

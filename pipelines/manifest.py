@@ -1,4 +1,4 @@
-"""The manifest of a shard set: what the set holds, and which index and tars belong to it."""
+"""Manifest of a shard set: its content, and the index and tars that belong to it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import numpy as np
 
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
+from pipelines.unpacked import unpacked
 
 VERSION = 1
 MANIFEST = "manifest.json"
-MOST = 1 << 48  # samples, or bytes: all shards together stay within 64 bits
+MOST = 1 << 48  # samples or bytes per shard: their sum stays within 64 bits
 
 
 class ShardError(UserError):
-    """A shard set that cannot be used; the message names the file and the remedy."""
+    """An unusable shard set; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,16 @@ class Manifest:
     """Description of a shard set.
 
     Attributes:
-        classes: class names; the place in the list is the label.
-        shards: for each shard its `name`, number of `samples`, `bytes` and `sha256`, and the checksum of its `rows` of
-            the index. Sets of an earlier day lack the last, and the sides.
-        index_sha256: of `index.npy`.
+        classes: class names; the position in the list is the label.
+        shards: per shard its `name`, number of `samples`, `bytes`, `sha256`, and the checksum of its `rows` of the
+            index. Older sets lack the last, and `sides`.
+        index_sha256: SHA-256 of `index.npy`.
         mean, std: per RGB channel, pixels scaled to [0, 1].
         eigenvalues, eigenvectors: of the 3x3 covariance of RGB values scaled to [0, 1], largest first;
             eigenvectors are columns.
         stored: how the images were stored (shorter side, quality, seed).
-        source: fingerprint of what was packed, so that a repeated pack knows its own work.
-        sides: the least and the largest shorter side of the images, in pixels.
+        source: fingerprint of what was packed, by which a repeated pack recognises its own work.
+        sides: least and largest shorter side of the images, in pixels.
     """
 
     split: str
@@ -57,24 +58,19 @@ class Manifest:
     version: int = VERSION
 
     def write(self, directory: Path) -> None:
-        """Write atomically, with a checksum over everything else."""
+        """Writes the manifest atomically, with a checksum over everything else."""
         body = asdict(self)
         body["checksum"] = _checksum(body)
         write_atomically(directory / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False).encode())
 
     @staticmethod
     def read(directory: Path) -> Manifest:
-        """The manifest of a set. Raises ShardError with the remedy if there is no usable one."""
+        """Returns the manifest of a set. Raises ShardError with the remedy if there is no usable one."""
         path = directory / MANIFEST
         refuse_tar(directory)
         if not path.exists():
             if not any(directory.glob("*.tar")):
-                if directory.is_dir() and any(inside.is_dir() for inside in directory.iterdir()):
-                    raise ShardError(
-                        f"no shards in {directory}: if its folders are classes of images, make shards of them with "
-                        f"`python -m pipelines pack imagefolder {directory} DST`, and name DST here"
-                    )
-                raise ShardError(f"no shards in {directory}: make them with `python -m pipelines pack ... {directory}`")
+                raise ShardError(unpacked(directory))
             raise ShardError(
                 f"{directory} has shards but no {MANIFEST}: repeat the pack command to finish an interrupted pack, "
                 f"or run `python -m pipelines index {directory}` on shards of another tool"
@@ -84,24 +80,24 @@ class Manifest:
             foreign = isinstance(body, dict) and "checksum" not in body
             if not foreign and body.pop("checksum") != _checksum(body):
                 raise ValueError("its checksum does not match")
-            if not foreign and (version := body["version"]) == VERSION:  # else its fields are others
+            if not foreign and (version := body["version"]) == VERSION:  # another version has other fields
                 known = {f.name for f in fields(Manifest)}
                 manifest = Manifest(**{name: value for name, value in body.items() if name in known})
                 if wrong := next(_wrong(manifest), None):
                     raise ValueError(f"its {wrong} cannot be right")
                 for shard in manifest.shards:
-                    shard["name"] = os.fsdecode(shard["name"].encode())  # as a locale without its letters has it, too
+                    shard["name"] = os.fsdecode(shard["name"].encode())  # the same name in any locale
                 return manifest
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            remedy = f"run `python -m pipelines index {directory}` to make it anew"
+            remedy = f"run `python -m pipelines index {directory}` to rebuild it"
             raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
         if foreign:
             raise ShardError(f"{path} is another program's: move it away, then make a set here")
-        raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack anew")
+        raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack again")
 
 
 def refuse_tar(directory: Path) -> None:
-    """Raises ShardError for a tar, or a pattern of tars, in place of the directory that holds them."""
+    """Raises ShardError if a tar, or a pattern of tars, is given in place of their directory."""
     if directory.is_file() or (not directory.is_dir() and re.search(r"[{}*]|\.tar$", str(directory))):
         raise ShardError(
             f"{directory} is {'a file' if directory.is_file() else 'no directory'}: give the directory that holds the "
@@ -110,7 +106,7 @@ def refuse_tar(directory: Path) -> None:
 
 
 def _wrong(manifest: Manifest) -> Iterator[str]:
-    """The fields that hold what no program of ours writes. Raises what numpy makes of lists that are no numbers."""
+    """Fields with values that this program never writes. Raises numpy's errors for lists that are not numeric."""
     for name, kind in (("split", str), ("classes", list), ("index_sha256", str), ("stored", dict), ("source", str)):
         if type(getattr(manifest, name)) is not kind:
             yield name
@@ -131,12 +127,12 @@ def _wrong(manifest: Manifest) -> Iterator[str]:
         yield "sides"
 
 
-def _is_shard(shard: Any) -> bool:  # of which there may be 10^5: no more than has to be
+def _is_shard(shard: Any) -> bool:  # no more checks than needed: there may be 10^5 shards
     return (
         type(shard) is dict
         and type(name := shard.get("name")) is str
         and name not in ("", ".", "..")
-        and "/" not in name  # it lies in the set
+        and "/" not in name  # must lie in the set
         and "\0" not in name
         and type(shard.get("sha256")) is str
         and _is_count(shard.get("samples"))

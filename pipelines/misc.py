@@ -1,4 +1,4 @@
-"""Small things that several modules need."""
+"""Small functions shared by several modules."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def cpus() -> int:
-    """CPUs that this process may use."""
+    """Number of CPUs this process may use."""
     return len(os.sched_getaffinity(0))

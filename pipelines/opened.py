@@ -1,4 +1,4 @@
-"""The open tars of a set: no more than this process may have, and opened anew where a file system fails for a while."""
+"""Open tars of a set: no more than this process may have, reopened if the file system fails for a while."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pipelines.files import HeldFile
 from pipelines.speech import say
 
 T = TypeVar("T")
-OPEN, FEWEST = 256, 8  # tars of a set that stay open, where the process may have many files open, and few
-RESERVE = 128  # files that all else in a process has open, about: sockets, pipes, libraries, the devices of a GPU
-HIGHEST = 65536  # open files that a process asks for
-PATIENCE = 60.0  # seconds for which a read that fails is tried again
-FULL = 2.0  # the same, where it fails since too many files are open
-QUIET = 1.0  # of them, in which nothing is said
-FIRST, LONGEST = 0.1, 5.0  # seconds between two tries: each time twice as many
+OPEN, FEWEST = 256, 8  # tars kept open per set: at most, and at least under a low limit
+RESERVE = 128  # open files left to the rest of the process: sockets, pipes, libraries, GPU devices
+HIGHEST = 65536  # limit of open files that a process asks for
+PATIENCE = 60.0  # seconds for which a failing read is retried
+FULL = 2.0  # the same if too many files are open
+QUIET = 1.0  # the first of these seconds, in which nothing is reported
+FIRST, LONGEST = 0.1, 5.0  # seconds between tries: doubled each time
 TOO_MANY = (errno.EMFILE, errno.ENFILE)
-# What passes, on file systems that come over a network above all. ENOENT: of a tar that was there before.
+# Transient errors, above all of network file systems. ENOENT: of a tar that was there before.
 PASSING = (
     *TOO_MANY,
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.EAGAIN, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT),
@@ -35,29 +35,29 @@ PASSING = (
 
 
 class ReadError(OSError):
-    """A tar cannot be read, and not for a moment only. It may be whole: another try, or another node, may read it."""
+    """A lasting failure to read a tar. The tar may be intact: a later try or another node may read it."""
 
 
 def raise_limit() -> None:
-    """Let this process, and those that it starts, have as many files open as the system allows them."""
+    """Raises the soft limit of open files of this process and its children as far as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = HIGHEST if hard == resource.RLIM_INFINITY else min(hard, HIGHEST)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # then it is as it was
+        with suppress(OSError, ValueError):  # keep the limit as it was
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class OpenTars:
-    """The open tars of a set, those that were used last; any thread may ask for one.
+    """The most recently used open tars of a set. Thread-safe.
 
     Args:
-        open_tar: opens the tar of a number. Raises OSError, and what says that it is not the right one.
-        path: of the tar of a number.
-        patience: seconds for which a read that fails is tried again.
-        hurried: whether that is not waited for any more.
+        open_tar: opens a tar by number. Raises OSError, or another error if it is the wrong tar.
+        path: returns the path of a tar by number.
+        patience: seconds for which a failing read is retried.
+        hurried: returns True if retries must end at once.
     """
 
-    # Of all sets: each may have to close those of another.
+    # Shared by all sets: each may have to close the tars of another.
     _lock: ClassVar = Lock()
     _all: ClassVar[WeakSet[OpenTars]] = WeakSet()
 
@@ -70,14 +70,14 @@ class OpenTars:
     ) -> None:
         self._open, self._path, self._patience, self._hurried = open_tar, path, patience, hurried
         self._files: OrderedDict[int, HeldFile] = OrderedDict()
-        self._told = False  # that reading has stopped
-        self._since = 0.0  # when reading has stopped: who comes later waits no longer than the first one
+        self._told = False  # True once it is reported that reading has stopped
+        self._since = 0.0  # when reading stopped: threads that come later wait no longer than the first
         with self._lock:
             self._all.add(self)
 
     def get(self, tar: int) -> HeldFile:
-        """The open file of a tar, which is to be held while it is read: another thread may drop it here, and so close
-        it. Raises what opening it raises."""
+        """Open file of a tar. The caller must hold a reference while reading: another thread may drop it here, which
+        would close it. Raises whatever opening raises."""
         with self._lock:
             if file := self._files.get(tar):
                 self._files.move_to_end(tar)
@@ -89,9 +89,9 @@ class OpenTars:
         return file
 
     def read(self, tar: int, work: Callable[[HeldFile], T]) -> T:
-        """What `work` returns for the open file of a tar. Where the file system fails, the file is opened anew and the
-        work done again, for so long as `patience` says. Raises ReadError then, or at once for what does not pass, and
-        what opening raises."""
+        """Result of `work` on the open file of a tar. If the file system fails, the file is reopened and the work
+        repeated for `patience` seconds. Raises ReadError after that, or at once if the error is not transient; and
+        whatever opening raises."""
         failing, pause = 0.0, FIRST
         while True:
             try:
@@ -110,7 +110,7 @@ class OpenTars:
             else:
                 self._since = 0.0
                 if failing:
-                    self._tell(f"{self._path(tar).parent} can be read again: reading goes on", stopped=False)
+                    self._tell(f"{self._path(tar).parent} can be read again: reading resumes", stopped=False)
                 return result
             self._pause(min(pause, left))
             pause = min(2 * pause, LONGEST)
@@ -121,7 +121,7 @@ class OpenTars:
             time.sleep(min(left, FIRST))
 
     def _let_go(self, tar: int, *, everywhere: bool) -> None:
-        """Drop what is to be opened anew; with `everywhere` the older half of what this process has open, too."""
+        """Drops a tar so that it is reopened; with `everywhere`, also the older half of each set's open tars."""
         with self._lock:
             self._files.pop(tar, None)
             for opened in list(self._all) if everywhere else ():
@@ -132,7 +132,7 @@ class OpenTars:
             self._files.popitem(last=False)
 
     def _tell(self, text: str, *, stopped: bool) -> None:
-        """Once for all threads, when reading stops and when it goes on."""
+        """Reports once for all threads that reading stopped, and once that it resumed."""
         with self._lock:
             told, self._told = self._told, stopped
         if told != stopped:
@@ -143,16 +143,16 @@ class OpenTars:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             return ReadError(
                 f"{self._path(tar)} cannot be opened, since this process may have no more than {limit} files open: "
-                f"raise that by `ulimit -n`, or let who runs the machine raise its hard limit"
+                f"raise the limit with `ulimit -n`, or ask the administrator for a higher hard limit"
             )
         how_long = f" for {seconds:.0f} s" if seconds >= 1 else ""
         return ReadError(
-            f"{self._path(tar)} could not be read{how_long} ({error.strerror}): see that its file system is well, then "
-            f"repeat the command"
+            f"{self._path(tar)} could not be read{how_long} ({error.strerror}): check its file system, then repeat "
+            f"the command"
         )
 
 
 def room(sets: int) -> int:
-    """How many tars each of so many sets may keep open."""
+    """Number of tars that each of `sets` sets may keep open."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return OPEN if limit == resource.RLIM_INFINITY else max(FEWEST, min(OPEN, (limit - RESERVE) // max(1, sets)))

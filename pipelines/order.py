@@ -1,6 +1,6 @@
-"""Which sample stands at which position of an epoch: the one ordering.
+"""Order of the samples in an epoch.
 
-An epoch is a permutation of all samples that follows from (seed, epoch) alone. Shards are permuted, then
+An epoch is a permutation of all samples, determined by (seed, epoch) alone. Shards are permuted, then
 samples inside blocks of a few shards, so reads stay near-sequential on disks that need it and a billion samples
 need no billion-entry array. Ranks take their shares of a global batch by integer division, so the
 global batch need not divide by the number of ranks.
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-# The streams of random words; each is independent of the others for the same (seed, epoch).
+# Streams of random words, independent of each other for the same (seed, epoch).
 SHARDS, SAMPLES, VIEWS, PACK, REPLACE = range(5)
 
 
 def philox(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Philox:
-    """A counter-based generator that follows from its arguments alone.
+    """A counter-based generator determined by its arguments alone.
 
     `random_raw` and `advance` of Philox4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3") are stable
     across numpy versions, which the distributions of `Generator` are not (numpy's NEP 19).
@@ -29,17 +29,17 @@ def philox(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Phil
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int, index: int = 0) -> Ints:
-    """A permutation of `range(n)`, int64, that follows from the arguments alone."""
+    """A permutation of `range(n)`, int64, determined by the arguments alone."""
     return np.argsort(philox(seed, epoch, stream, index).random_raw(n), kind="stable")
 
 
 def even_split(n: int, index: int, parts: int) -> tuple[int, int]:
-    """Range number `index` of `range(n)` split into `parts`: half-open, contiguous, sizes differ by at most one."""
+    """Part `index` of `range(n)` split into `parts`: half-open, contiguous; sizes differ by at most one."""
     return n * index // parts, n * (index + 1) // parts
 
 
 class Order:
-    """The order of the samples of a shard set in every epoch.
+    """Order of the samples of a shard set in every epoch.
 
     Args:
         shard_samples: number of samples of each shard, in the order of the manifest.
@@ -68,7 +68,7 @@ class Order:
         return np.concatenate(pieces) if start < stop else np.empty(0, np.int64)
 
     def _permute_shards(self, epoch: int) -> tuple[Ints, Ints]:
-        """The permuted shards and the position at which each block of them begins."""
+        """Permuted shard numbers, and the position in the epoch at which each block of shards begins."""
         shards = permutation(len(self.sizes), self.seed, epoch, SHARDS)
         ends = np.concatenate([[0], np.cumsum(self.sizes[shards])])
         return shards, ends[:-1][:: self.shuffle_shards]

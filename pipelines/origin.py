@@ -1,4 +1,4 @@
-"""What a shard set is made of: how a pack knows its own work again, and says what differs; where it may be made."""
+"""Origin of a shard set: how a repeated pack recognises its work and reports differences; where a set may be made."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from pipelines.scan import REJECTED, WORK
 from pipelines.shards import INDEX
 from pipelines.sources import ImageFolder, Item, Source
 
-FILES = "files.npy"  # in a set: which files of the user's were packed
-PACKED = np.dtype([("name", "<u8"), ("size", "<i8")])  # a hash of the name, and bytes
-# What lies in a set that was begun, besides shards and what is hidden; and before: `slurm submit pack` logs there.
+FILES = "files.npy"  # in a set: the user's files that were packed
+PACKED = np.dtype([("name", "<u8"), ("size", "<i8")])  # hash of the name; bytes
+# Files of an unfinished set besides shards and hidden ones; and those from before: `slurm submit pack` logs there.
 OURS = {MANIFEST, INDEX, REJECTED, QUARANTINE, FILES}
 BEFORE = {"slurm"}
-SHOWN = 5  # names
+SHOWN = 5  # names listed in a message
 
 
 class Fingerprints(NamedTuple):
-    """What decides the bytes of a set, as hashes in hex.
+    """Hashes, in hex, of everything that determines the bytes of a set.
 
     Attributes:
         fingerprint: of the names and sizes of the files, the classes and the options.
-        small_kept: the same with small images kept, where they are not: as long as there was no other way,
-            `keep_small` was no part of it.
-        earlier: the same by programs of an earlier day, which knew of no sizes.
+        small_kept: the same with small images kept, if they are not: before `keep_small` existed they always were,
+            and it was not hashed.
+        earlier: the same by earlier versions of this program, which did not hash sizes.
     """
 
     fingerprint: str
@@ -47,12 +47,12 @@ class Fingerprints(NamedTuple):
 
     @property
     def counts(self) -> tuple[str, ...]:
-        """Of sets for which there is nothing left to do."""
+        """Fingerprints of sets that count as finished."""
         return (self.fingerprint, *self.small_kept, *self.earlier)
 
 
 def fingerprints(source: Source, directory: Path, stored: dict[str, Any], split: str) -> Fingerprints:
-    """Raises SourceError.
+    """Fingerprints of a source packed with these options. Raises SourceError.
 
     Args:
         stored: the options of `pack`.
@@ -64,7 +64,7 @@ def fingerprints(source: Source, directory: Path, stored: dict[str, Any], split:
 
 
 def packed_earlier(source: Source, manifest: Manifest, stored: dict[str, Any], split: str) -> bool:
-    """Whether a set was packed from this source by a program of an earlier day, which saw other files of it."""
+    """True if an earlier version of this program, which listed files differently, packed this source into the set."""
     if not source.files or not manifest.source:
         return False
     classes, items = source.files.before()
@@ -72,25 +72,25 @@ def packed_earlier(source: Source, manifest: Manifest, stored: dict[str, Any], s
 
 
 def write_files(directory: Path, files: Sequence[Found]) -> None:
-    """Note which files are packed."""
+    """Records which files are packed."""
     data = BytesIO()
     np.save(data, np.array([(_short(file.name), file.size) for file in files], PACKED))
     write_atomically(directory / FILES, data.getvalue())
 
 
 def another(source: Source, directory: Path, manifest: Manifest, stored: dict[str, Any]) -> ShardError:
-    """What to raise where a set is not what would be packed now."""
+    """The error to raise if a set is not what would be packed now."""
     was = manifest.stored
     changed = [name for name in stored if name in was and was[name] != stored[name]]
     if not manifest.source:
-        why = "of which `index` made a set"
+        why = "made into a set by `index`"
     elif changed:
         how = " ".join(f"--{name.replace('_', '-')} {was[name]}" for name in changed)
         why = f"packed with {how} and not {', '.join(str(stored[name]) for name in changed)}"
     elif told := _changes(source, directory):
         why = f"packed before the source changed ({told})"
     else:
-        why = "packed from another source, or in a directory of another name"
+        why = "packed from another source, or into a directory of another name"
     holds = f"already holds {manifest.samples:,} images in {len(manifest.shards)} shards, {why}"
     return ShardError(
         f"{directory} {holds}: pack into another directory, or remove {directory} with all of these first"
@@ -98,14 +98,14 @@ def another(source: Source, directory: Path, manifest: Manifest, stored: dict[st
 
 
 def newer(source: Source, directory: Path) -> int:
-    """How many files of the source were changed after the set was finished."""
+    """Number of files of the source that changed after the set was finished."""
     finished = (directory / MANIFEST).stat().st_mtime_ns
     return sum(file.changed > finished for file in source.files.found) if source.files else 0
 
 
 def not_reached(source: Source, directory: Path) -> tuple[int, int]:
-    """Of a set of a program of an earlier day: how many files of the source it did not see, as behind a link, and how
-    many it saw that are passed over now."""
+    """For a set of an earlier version of this program: number of files it did not see, such as behind a link, and
+    number of those it saw that are skipped now."""
     if not source.files or (directory / FILES).exists():
         return 0, 0
     was, now = {item.name for item in source.files.before()[1]}, {item.name for item in source.items}
@@ -113,8 +113,8 @@ def not_reached(source: Source, directory: Path) -> tuple[int, int]:
 
 
 def refuse_strangers(directory: Path, source: Source | None = None) -> None:
-    """Raises ShardError for a directory that holds anything but a set of ours, or that lies in its own source, and
-    SourceError for a source of splits, unless the set was finished or begun before."""
+    """Raises ShardError for a directory with files other than a set of ours, or inside its own source, and SourceError
+    for a source whose classes look like splits. A set that is finished or begun is accepted."""
     if (directory / MANIFEST).exists():
         return
     if isinstance(source, ImageFolder) and directory.resolve().is_relative_to(source.root.resolve()):
@@ -143,34 +143,34 @@ def refuse_strangers(directory: Path, source: Source | None = None) -> None:
 
 
 def refuse_inside(directory: Path, source: Source) -> None:
-    """Raises ShardError for a directory in one of the source's folders, however that is reached."""
+    """Raises ShardError for a directory inside one of the source's folders, by whatever path."""
     above = [path.stat() for path in (directory, *directory.absolute().parents) if path.exists()]
     if isinstance(source, ImageFolder) and source.keys & {(status.st_dev, status.st_ino) for status in above}:
         raise ShardError(f"{directory} lies in a folder of images of {source.root}: pack into a directory beside it")
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Raises ShardError where another program's files stand in the places of manifest and index."""
+    """Raises ShardError if manifest or index are files of another program."""
     body: Any = {"checksum": ""}
-    with suppress(OSError, ValueError):  # not there, or a damaged one of ours
+    with suppress(OSError, ValueError):  # missing, or a damaged one of ours
         body = json.loads((directory / MANIFEST).read_bytes())
     if not (isinstance(body, dict) and "checksum" in body):
         raise ShardError(f"{directory / MANIFEST} is another program's: move it away")
     if (directory / INDEX).exists():
         try:
             mapped(directory / INDEX)
-        except Exception as error:  # whatever numpy makes of it
+        except Exception as error:  # numpy raises anything on garbage
             if not (directory / MANIFEST).exists():
                 raise ShardError(f"{directory / INDEX} is not an index of ours: move it away") from error
 
 
 def named(classes: Sequence[str]) -> str:
-    """So many classes, and what they are called."""
+    """Number of classes, and the first of their names."""
     return f"{len(classes)} classes: {some(classes)}"
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of names of which there may be thousands."""
+    """The first few of a list of names that may hold thousands."""
     return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
@@ -179,7 +179,7 @@ def _fingerprints(
 ) -> Fingerprints:
     head = json.dumps([items, classes, split], default=str, ensure_ascii=False)[:-1]
     known = {name: value for name, value in stored.items() if name != "keep_small"}
-    # A program of an earlier day wrote 64 where that was the default, and 64.0 where it was given.
+    # Earlier versions wrote 64 for the default and 64.0 for a given value.
     ways = [known | {"shard_mb": kind(known["shard_mb"])} for kind in (float, int)]
     kept = tuple(_hash(f"{head}, {json.dumps(way)}]") for way in ways)
     enlarges = stored["shorter_side"] and not stored["keep_small"]
@@ -191,11 +191,11 @@ def _fingerprints(
 
 
 def _changes(source: Source, directory: Path) -> str:
-    """How the files of the source differ from those that were packed, or nothing if that is not known."""
+    """How the files of the source differ from those that were packed; empty if that is unknown."""
     try:
         rows = np.load(directory / FILES)
         was = dict(zip(rows["name"].tolist(), rows["size"].tolist(), strict=True))
-    except Exception:  # there is none, or whatever numpy makes of garbage
+    except Exception:  # missing, or garbage, on which numpy raises anything
         return ""
     now = {_short(file.name): file for file in source.files.found} if source.files else {}
     sizes = [file.name for key, file in now.items() if was.get(key, file.size) != file.size]

@@ -1,4 +1,4 @@
-"""Write shard sets: pack a source, or index tars that other tools made. A killed run is continued."""
+"""Writing shard sets: pack a source, or index tars of other tools. A killed run is continued by the next."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ from pipelines.sources import Item, Source, to_jpeg
 from pipelines.speech import say
 from pipelines.tars import passed_over
 from pipelines.unfinished import Work, working_folder
+from pipelines.unpacked import unpacked
 
-TRIAL = 64  # images whose stored size is tried out: their mean tells the size of the set
-OVERHEAD = 4 * HEADER  # bytes of a sample beside its image: two headers, the label's block, and what fills up blocks
-FEWEST = 8  # shards, however small the images are, unless that leaves fewer than 100 images to each
+TRIAL = 64  # images encoded to estimate the mean stored size
+OVERHEAD = 4 * HEADER  # bytes per sample besides its image: two headers, the label's block, padding
+FEWEST = 8  # least number of shards, unless that leaves fewer than 100 images per shard
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Options:
 
     Attributes:
         shorter_side: images are scaled to this shorter side, in pixels; 0 keeps their size.
-        quality: of the JPEG that is written if an image cannot keep its bytes, 1 to 95.
-        shard_mb: aimed size of a shard, in 10^6 bytes.
-        seed: of the order in which samples are packed.
-        keep_small: images whose shorter side is less keep their size.
+        quality: JPEG quality for images that cannot keep their bytes, 1 to 95.
+        shard_mb: target size of a shard, in 10^6 bytes.
+        seed: seed of the order in which samples are packed.
+        keep_small: images with a smaller shorter side keep their size.
     """
 
     shorter_side: int = 256
@@ -62,20 +63,20 @@ class Options:
 
 
 def pack(source: Source, directory: Path, options: Options, *, split: str, workers: int) -> Manifest:
-    """Pack a source into `directory`.
+    """Packs a source into `directory`.
 
-    The same source and options give the same bytes, for any number of workers and however often the work was
-    interrupted. Images that cannot be decoded are listed in `rejected.jsonl`. Raises SourceError or ShardError.
+    The same source and options give the same bytes, for any number of workers and interruptions. Images that cannot be
+    decoded are listed in `rejected.jsonl`. Raises SourceError or ShardError.
     """
     if manifest := finished(source, directory, options, split=split):
-        shutil.rmtree(directory / WORK, ignore_errors=True)  # of a run that was killed after its last write
+        shutil.rmtree(directory / WORK, ignore_errors=True)  # left by a run that was killed after its last write
         return manifest
     origin.refuse_strangers(directory, source)
     split = as_text(split)
     plan = origin.fingerprints(source, directory, vars(options), split)
     origin.refuse_inside(directory, source)
     with working_folder(directory, plan, Work.PACK):
-        if manifest := finished(source, directory, options, split=split):  # by another, while this one looked around
+        if manifest := finished(source, directory, options, split=split):  # by another process in the meantime
             return manifest
         tasks = _tasks(source, directory, options)
         parallel(_pack_shard, tasks, workers=workers, images=len(source.items), label=f"pack {split}")
@@ -88,8 +89,9 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
 def finished(source: Source, directory: Path, options: Options, *, split: str) -> Manifest | None:
     """The manifest if `pack` with these arguments has nothing left to do; None if there is no manifest yet.
 
-    A set that a program of an earlier day packed counts as finished if that saw the same names; when small images were
-    always kept, with and without `keep_small`. Raises SourceError, or ShardError if the directory holds another set.
+    A set packed by an earlier version of this program counts as finished if it had the same names; if that version
+    always kept small images, with and without `keep_small`. Raises SourceError, or ShardError if the
+    directory holds another set.
     """
     if not (directory / MANIFEST).exists():
         return None
@@ -103,8 +105,8 @@ def finished(source: Source, directory: Path, options: Options, *, split: str) -
 def pack_share(
     source: Source, directory: Path, options: Options, share: tuple[int, int], *, split: str, workers: int
 ) -> None:
-    """Pack the shards of `share` = (i, n), the i-th of n ranges, while other processes pack theirs. `pack` with the
-    same arguments then does what is missing, and writes the manifest. Raises SourceError or ShardError."""
+    """Packs the shards of `share` = (i, n), the i-th of n ranges, while other processes pack theirs. `pack` with the
+    same arguments then packs what is missing and writes the manifest. Raises SourceError or ShardError."""
     if finished(source, directory, options, split=split):
         return
     origin.refuse_strangers(directory, source)
@@ -119,24 +121,26 @@ def pack_share(
 
 
 def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers: int) -> Manifest:
-    """Make manifest and index for tars that another tool made, or anew for a set of ours.
+    """Makes manifest and index for tars of another tool, or remakes those of a set of ours.
 
     Args:
-        classes: the class names in the order of their labels; None: those of the manifest that is there, or the numbers
+        classes: class names in the order of their labels; None: those of an existing manifest, or the numbers
             themselves.
     """
     refuse_tar(directory)
     origin.refuse_foreign(directory)
     tars = sorted(tar for tar in directory.glob("*.tar") if tar.is_file() and not tar.name.startswith("."))
     if passed := passed_over(directory, tars):
-        say(f"{directory}: only uncompressed *.tar files that lie in it itself are indexed, and not {passed}")
+        say(f"{directory}: only uncompressed *.tar files directly in it are indexed, not {passed}")
+    if not tars and any(inside.is_dir() for inside in directory.glob("[!.]*")):
+        raise ShardError(unpacked(directory))
     if not tars:
         raise ShardError(f"no shards in {directory}: expected uncompressed *.tar files of WebDataset samples")
     if strange := [name for name in (os.fsencode(tar.name) for tar in tars) if not is_utf8(name)]:
         raise ShardError(f"the tar {strange[0]!r} in {directory} has a name that is not UTF-8: rename it")
     if classes is None:
         classes = _known_names(directory)
-    # 2: scans of an earlier day had lying images in them as they lie.
+    # 2: scans of earlier versions did not turn images.
     plan = json.dumps([2] + [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
     fingerprint = hashlib.sha256(plan.encode()).hexdigest()
     with working_folder(directory, origin.Fingerprints(fingerprint), Work.INDEX):
@@ -148,21 +152,21 @@ def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers
 
 
 def _list_refused(directory: Path, manifest: Manifest, odd: Ints) -> None:
-    """Put what DALI refuses of these samples into quarantine, unless `verify` has made one for this index."""
+    """Quarantines the samples that DALI refuses, unless `verify` has written a list for this index."""
     if len(odd) and not (directory / quarantine.QUARANTINE).exists():
         from pipelines.shown import refused  # imports torch
 
         if problems := refused(ShardSet(directory), odd):
             quarantine.write(directory, manifest.index_sha256, problems)
             say(
-                f"{directory}: {len(problems)} samples cannot be decoded by DALI, which shows images to the net: they "
-                f"are listed in {quarantine.QUARANTINE}, and others are shown in their place"
+                f"{directory}: {len(problems)} samples cannot be decoded by DALI, which feeds the net: they are "
+                f"listed in {quarantine.QUARANTINE}, and others are shown in their place"
             )
 
 
 @dataclass
 class _Shard:
-    """The work of one process: a shard and what goes into it."""
+    """Task of one worker: a shard and the samples to write to it."""
 
     path: Path
     source: Source
@@ -171,7 +175,7 @@ class _Shard:
 
 
 def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
-    """The work on each shard of the set, in the order of the shards."""
+    """One task per shard of the set, in the order of the shards."""
     items = source.items
     order = permutation(len(items), options.seed, 0, PACK)
     trial = [items[k] for k in order[:: max(1, len(order) // TRIAL)]]
@@ -193,13 +197,13 @@ def _pack_shard(task: _Shard) -> None:
     rejected = []
     temporary = task.path.parent / WORK / f"{task.path.name}.{os.getpid()}"
     with _named(temporary), open(temporary, "wb") as file:
-        with webdataset.TarWriter(file, mtime=0) as tar:  # an integer: a float adds a PAX header to each member
+        with webdataset.TarWriter(file, mtime=0) as tar:  # an integer: a float would add a PAX header to each member
             for key, item in task.samples:
                 try:
                     jpeg = _jpeg(task.source, item, task.options)
                 except SourceError:
                     raise
-                except Exception as error:  # whatever a decoder makes of garbage
+                except Exception as error:  # decoders raise anything on garbage
                     rejected.append({"file": item.name, "reason": first_line(error)})
                 else:
                     tar.write({"__key__": key, "jpg": jpeg, "cls": str(item.label).encode()})
@@ -211,7 +215,7 @@ def _pack_shard(task: _Shard) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """A disk that is full says which."""
+    """Adds the file name to errors that lack one, such as of a full disk."""
     try:
         yield
     except OSError as error:
@@ -221,8 +225,8 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _jpeg(source: Source, item: Item, options: Options) -> bytes:
-    """Raises SourceError where a file is there and cannot be read: that may pass, and says nothing of the image. Raises
-    whatever a decoder makes of garbage."""
+    """JPEG bytes of an item. Raises SourceError if a file exists but cannot be read: that may be temporary and says
+    nothing about the image. Raises anything that decoders raise on garbage."""
     try:
         data = source.load(item.reference)
     except OSError as error:
@@ -238,7 +242,7 @@ def _index_shard(path: Path) -> None:
 
 
 def _known_names(directory: Path) -> list[str] | None:
-    """The class names of the manifest that is there; None without one, or if it holds numbers in their place."""
+    """Class names of an existing manifest; None if there is none, or if its names are just the numbers."""
     try:
         names = Manifest.read(directory).classes
     except ShardError:
@@ -247,23 +251,23 @@ def _known_names(directory: Path) -> list[str] | None:
 
 
 def _key(number: int, name: str) -> str:
-    """A unique WebDataset key, still telling where the image came from: no dots, ASCII, short enough for ustar."""
+    """A unique WebDataset key that still tells the image's origin: ASCII, no dots, short enough for ustar."""
     stem = name.rsplit(".", 1)[0] if "/" in name else name
     return f"{number:09d}-{re.sub('[^A-Za-z0-9_-]+', '-', stem)[-80:]}"
 
 
 def _shard_count(source: Source, trial: list[Item], total: int, options: Options) -> int:
-    """Number of shards of about `shard_mb` the source needs, from the stored size of the samples `trial`."""
+    """Number of shards of about `shard_mb` for `total` samples, estimated from the stored size of `trial`."""
     sizes = []
     for item in trial:
         try:
             sizes.append(len(_jpeg(source, item, options)))
-        except SourceError:  # with another number of shards a later start would not go on but mix two packs
+        except SourceError:  # a guess without it could give a later start another number of shards, mixing two packs
             raise
-        except Exception:  # it is rejected, and named, when it is packed
+        except Exception:  # it is rejected and reported when it is packed
             continue
     mean = float(np.mean(sizes)) if sizes else 0.0
     for_size = round(total * (mean + OVERHEAD) / (options.shard_mb * 1e6))
-    # A worker packs a whole shard: a small set, too, is cut into several, so that there is work for a few.
+    # A worker packs a whole shard: small sets are split too, so that several workers have something to do.
     for_workers = min(FEWEST, total // 100)
     return min(total, max(1, for_size, for_workers))

@@ -1,4 +1,4 @@
-"""Run tasks in processes with one progress bar."""
+"""Tasks in worker processes, with one progress bar."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pipelines.speech import bar
 
 T = TypeVar("T")
 R = TypeVar("R")
-SOCKET = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")  # bytes that are left for the folder of a socket: unix(7)
-_count: Any = None  # in a worker: number of images that all workers have done
+SOCKET = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")  # longest folder of a socket, in bytes: unix(7)
+_count: Any = None  # in a worker: images done by all workers
 
 
 def tick() -> None:
-    """Count one image as done, in a worker."""
+    """Counts one image as done; called in a worker."""
     with _count.get_lock():
         _count.value += 1
 
 
 def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images: int | None, label: str) -> list[R]:
-    """`[work(task) for task in tasks]` in processes, which call `tick` once per image.
+    """`[work(task) for task in tasks]` in worker processes, which call `tick` once per image.
 
     The first error ends all workers and is raised; ChildProcessError if a worker was killed.
     """
     _place_socket()
     context = get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])  # its imports take seconds: once, not once per worker
+    context.set_forkserver_preload([work.__module__])  # import it once, not once per worker: it takes seconds
     count = context.Value("q", 0)
     pool = ProcessPoolExecutor(max(1, min(workers, len(tasks))), context, _start, (count,))
     try:
@@ -55,18 +55,18 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images
             child.kill()
         if isinstance(error, BrokenProcessPool):
             raise ChildProcessError(
-                f"{label}: a worker was killed, perhaps for want of memory: repeat the command with fewer --workers"
+                f"{label}: a worker was killed, perhaps for lack of memory: repeat the command with fewer --workers"
             ) from error
         raise
 
 
 def _place_socket() -> None:
-    """Let the socket of the server of workers lie in /tmp where TMPDIR is too long for it, as one of a job may be."""
+    """Puts the fork server's socket into /tmp if TMPDIR is too long for it, as a job's may be."""
     usual = tempfile.gettempdir()
     if len(os.fsencode(usual)) > SOCKET:
         try:
             tempfile.tempdir = "/tmp"
-            get_temp_dir()  # which keeps it
+            get_temp_dir()  # caches it
         finally:
             tempfile.tempdir = usual
 
@@ -75,12 +75,12 @@ def _start(count: Any) -> None:
     global _count
     _count = count
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd EXIF blocks, amid the bar
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd EXIF blocks, amid the bar
     Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
-    """A killed parent must not leave workers behind that still write."""
+    """Ends this worker with its parent: a killed parent must not leave workers that still write."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
-"""Plans: which sample stands at each position of an epoch, and how it is shown to the net.
+"""Plans: the sample at each position of an epoch, and how it is shown to the net.
 
-Both follow from the position, not from the rank that works there nor from what came before, so any world size and any
-restart see the same. The loader reads, decodes and delivers what a plan says.
+Both depend on the position alone, not on the rank or on earlier steps, so they are the same at any world size and after
+any restart. The loader reads, decodes and delivers what a plan says.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pipelines.shards import ShardSet
 
 
 class Plan(ABC):
-    """The samples of an epoch, in order, and their views.
+    """Samples of an epoch, in order, and their views.
 
     Args:
         shards: the data.
         augment: how images become inputs.
-        seed: of everything random, substitutes of bad samples included.
+        seed: seed of everything random, including the substitutes of bad samples.
     """
 
     def __init__(self, shards: ShardSet, augment: Augment, seed: int) -> None:
@@ -32,11 +32,11 @@ class Plan(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Positions in an epoch."""
+        """Number of positions in an epoch."""
 
     @abstractmethod
     def steps(self, batch: int) -> int:
-        """Global batches of at most `batch` samples in an epoch."""
+        """Number of global batches, of at most `batch` samples each, in an epoch."""
 
     @abstractmethod
     def samples(self, epoch: int, start: int, stop: int) -> Ints:
@@ -47,12 +47,12 @@ class Plan(ABC):
         """Views of these samples at positions start, start + 1, ... of an epoch."""
 
     def substitute(self, epoch: int, position: int, bad: Set[int]) -> int:
-        """The sample that stands at a position in the place of a bad one. Raises ShardError if all are bad.
+        """Returns the sample that replaces a bad one at a position. Raises ShardError if all are bad.
 
-        It follows from (seed, epoch, position) and from which samples are bad, so all world sizes find the same.
+        It depends only on (seed, epoch, position) and the set of bad samples, so it is the same at any world size.
         """
         if len(bad) == len(self.shards):
-            raise ShardError(f"no sample of {self.shards.directory} can be decoded: pack it anew")
+            raise ShardError(f"no sample of {self.shards.directory} can be decoded: pack it again")
         bits = philox(self.seed, epoch, REPLACE, position)
         while (sample := int(bits.random_raw() % len(self.shards))) in bad:
             pass
@@ -60,7 +60,7 @@ class Plan(ABC):
 
 
 class TrainingPlan(Plan):
-    """Each sample at most once an epoch, shuffled and augmented at random; the incomplete last batch is dropped.
+    """Each sample at most once per epoch, shuffled and augmented at random; the incomplete last batch is dropped.
 
     Args:
         statistics: the manifest of the training set, for lighting.
@@ -89,12 +89,12 @@ class TrainingPlan(Plan):
 
 
 class FixedPlan(Plan):
-    """Every sample once, in order, all in the same view: for validation and for looking at a trained net.
+    """Every sample once, in order, all in the same view: for validation and for inspecting a trained net.
 
     Args:
-        view: which of the ten `fixed_views`: 0 the centre, up to 9.
-        samples: the samples to show, int64 [n]; None: all but the quarantined ones, which nothing stands for.
-        seed: of the substitutes of bad samples.
+        view: number of one of the ten `fixed_views`, 0 (the centre) to 9.
+        samples: the samples to show, int64 [n]; None: all but the quarantined ones, which are not replaced.
+        seed: seed of the substitutes of bad samples.
     """
 
     def __init__(
@@ -117,4 +117,4 @@ class FixedPlan(Plan):
         return fixed_views(self.shards.sizes(samples), self.augment, self.view)
 
     def substitute(self, epoch: int, position: int, bad: Set[int]) -> int:
-        return super().substitute(self.view, position, bad)  # each view has its own
+        return super().substitute(self.view, position, bad)  # its own substitutes per view

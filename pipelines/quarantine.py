@@ -1,5 +1,4 @@
-"""The list of the samples that `verify` found to be bad. It names rows, and so it is bound to an index: its first line
-says to which."""
+"""List of the samples that `verify` found bad. It names rows, so it is bound to an index, named in its first line."""
 
 from __future__ import annotations
 
@@ -21,11 +20,11 @@ QUARANTINE = "quarantine.jsonl"
 
 
 class Quarantine(NamedTuple):
-    """What a set's list says.
+    """Contents of a set's list.
 
     Attributes:
-        rows: the bad ones, sorted, int64 [n].
-        earlier: the fingerprint that an earlier program, for which these rows did not exist, gave to the set.
+        rows: the bad rows, sorted, int64 [n].
+        earlier: fingerprint of the set in an earlier version of this program, for which these rows did not exist.
     """
 
     rows: Ints
@@ -33,21 +32,21 @@ class Quarantine(NamedTuple):
 
 
 def write(directory: Path, index: str, problems: Sequence[dict[str, Any]]) -> None:
-    """Write the list for the index of this SHA-256, or remove the one that is there if there are no problems."""
+    """Writes the list for the index with this SHA-256; without problems, removes the existing list."""
     path = directory / QUARANTINE
     if problems:
         write_atomically(path, jsonl([{"index": index}, *problems]))
-    elif path.exists():  # on a read-only file system, what is not there cannot be removed
+    elif path.exists():  # on a read-only file system, unlinking a missing file fails too
         path.unlink()
 
 
 def read(directory: Path, manifest: Manifest, ends: Ints) -> Quarantine | None:
-    """What a set's list says; None without one, or if it is of another index, which is told.
+    """Contents of a set's list; None if there is none, or if it belongs to another index, which is reported.
 
     Args:
-        ends: the row behind the last one of each shard.
+        ends: one past the last row of each shard.
 
-    Raises ShardError for a list that means no rows.
+    Raises ShardError if the list cannot be read as rows.
     """
     path = directory / QUARANTINE
     if not path.exists():
@@ -56,8 +55,8 @@ def read(directory: Path, manifest: Manifest, ends: Ints) -> Quarantine | None:
     try:
         bound, text = _bound(path.read_bytes())
         if bound not in (None, manifest.index_sha256):
-            if os.environ.get("RANK", "0") == "0":  # of the ranks of a run, one tells
-                say(f"{path} is of another index than the set's, and is not used: {remedy}")
+            if os.environ.get("RANK", "0") == "0":  # one rank per run reports it
+                say(f"{path} belongs to another index and is not used: {remedy}")
             return None
         rows = _rows([json.loads(line) for line in text.splitlines()], manifest, ends)
     except (ValueError, TypeError, LookupError) as error:
@@ -66,7 +65,7 @@ def read(directory: Path, manifest: Manifest, ends: Ints) -> Quarantine | None:
 
 
 def of_index(directory: Path, index: str, before: str) -> bool:
-    """Whether the list that is there counts for an index, by the SHA-256 of that and of the index before it."""
+    """True if the existing list applies to an index; both it and the index before it are given by SHA-256."""
     try:
         bound, _ = _bound((directory / QUARANTINE).read_bytes())
     except (OSError, ValueError):
@@ -75,15 +74,15 @@ def of_index(directory: Path, index: str, before: str) -> bool:
 
 
 def _bound(text: bytes) -> tuple[str | None, bytes]:
-    """The index that a list is bound to, and the lines behind that; an earlier program's is bound to none, and counts
-    for the index that is there."""
+    """SHA-256 of the index that a list is bound to, and the lines after it. Lists of earlier versions are bound to none
+    and apply to whatever index is there."""
     first, _, rest = text.partition(b"\n")
     head = json.loads(first) if first.strip() else None
     return (str(head["index"]), rest) if isinstance(head, dict) and "index" in head else (None, text)
 
 
 def _rows(lines: list[dict[str, Any]], manifest: Manifest, ends: Ints) -> Ints:
-    """The rows that the lines name, sorted, int64 [n]. Raises ValueError, TypeError or LookupError."""
+    """Rows named by the lines, sorted, int64 [n]. Raises ValueError, TypeError or LookupError."""
     number = {shard["name"]: i for i, shard in enumerate(manifest.shards)}
     bad = set[int]()
     for line in lines:

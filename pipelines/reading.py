@@ -1,4 +1,4 @@
-"""Reading ahead: the encoded images of the coming steps are fetched while those before them are decoded."""
+"""Read-ahead: the encoded images of the next steps are fetched while the current ones are decoded."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from numpy.typing import NDArray
 from pipelines.order import Ints
 from pipelines.shards import BadSample, ShardSet
 
-Encoded = list[NDArray[np.uint8] | None]  # files' bytes; None in the place of a damaged one
+Encoded = list[NDArray[np.uint8] | None]  # file contents; None for a damaged file
 Fetch = Callable[[int], NDArray[np.uint8]]
 
 
 class Reader:
-    """Reads samples with a few threads.
+    """Reads samples with several threads.
 
-    One thread takes all of a step that the kernel holds in memory: more would only contend for Python's lock. What has
-    to come from a disk is spread over all threads, each of which waits for one read. The kernel is not told in advance
-    (posix_fadvise): WILLNEED for a whole set of 2,944 images halved the time that a first epoch took (168 to 222 ms
-    instead of 329 to 404), but a rank needs only 1/dp_size of each block of shards, and would have all of it read.
+    A single thread takes whatever part of a step is in the page cache: more would only contend for Python's lock. Reads
+    from disk are spread over all threads, one outstanding read per thread. The kernel gets no advance notice
+    (posix_fadvise): WILLNEED on a whole set of 2,944 images halved the time of a first epoch (168 to 222 ms instead of
+    329 to 404), but a rank needs only 1/dp_size of each block of shards and would have all of it read.
 
     Args:
-        threads: that read at the same time.
-        fetch: returns the bytes of a sample, uint8 [size]; None: the shard set's.
-        blame: is told a damaged sample's number and what is wrong with it. Any thread calls it.
+        threads: number of concurrent reads.
+        fetch: returns the bytes of a sample, uint8 [size]; None: read from the shard set.
+        blame: called with the number of a damaged sample and what is wrong with it, from any thread.
     """
 
     def __init__(
@@ -39,25 +39,25 @@ class Reader:
         self.cached = _none if fetch else shards.cached
 
     def ahead(self, shares: Iterator[tuple[Ints, int]], steps: int) -> Generator[tuple[Ints, int, Encoded], None, None]:
-        """The shares of samples, each with its start and encoded images, while the `steps` behind it are being read."""
+        """Yields shares of samples, each with its start and encoded images, while the next `steps` are being read."""
         begun: deque[tuple[Ints, int, Future[Encoded], list[tuple[Ints, Future[Encoded]]]]] = deque()
         pool = ThreadPoolExecutor(self.threads, "read")
         try:
             while True:
-                for samples, start in shares:  # goes on where the last round broke off
+                for samples, start in shares:  # continues where the last round broke off
                     misses: list[tuple[Ints, Future[Encoded]]] = []
                     begun.append((samples, start, pool.submit(self._begin, pool, samples, misses), misses))
-                    if len(begun) > steps:  # one to deliver now, and `steps` behind it
+                    if len(begun) > steps:  # one to deliver now, `steps` in flight
                         break
                 if not begun:
                     return
                 samples, start, first, misses = begun.popleft()
                 yield samples, start, _filled(first.result(), misses)
-        finally:  # the consumer may leave in the middle: nothing else is read, and nothing waited for
+        finally:  # the consumer may leave early: cancel what is queued, wait for nothing
             pool.shutdown(wait=False, cancel_futures=True)
 
     def read(self, samples: Ints) -> Encoded:
-        """The encoded images, one after the other; a damaged one is None, and blamed."""
+        """Encoded images, read one after the other; a damaged one is None and reported to `blame`."""
         encoded: Encoded = []
         for sample, read in zip(samples.tolist(), self.reads(samples), strict=True):
             try:
@@ -68,7 +68,7 @@ class Reader:
         return encoded
 
     def _begin(self, pool: ThreadPoolExecutor, samples: Ints, misses: list[tuple[Ints, Future[Encoded]]]) -> Encoded:
-        """What is in memory. The reading of the rest is begun, a piece per thread: fewer hand-overs than one a file."""
+        """What is in memory. Starts to read the rest, one piece per thread: fewer hand-overs than one per file."""
         encoded = self.cached(samples)
         missing = np.flatnonzero([data is None for data in encoded])
         pieces = np.array_split(missing, min(self.threads, len(missing))) if len(missing) else []
@@ -80,7 +80,7 @@ def _filled(encoded: Encoded, misses: list[tuple[Ints, Future[Encoded]]]) -> Enc
     for places, piece in misses:
         for place, data in zip(places, piece.result(), strict=True):
             encoded[place] = data
-    misses.clear()  # the caller waits for the next step: meanwhile nothing of this one is kept
+    misses.clear()  # free this step's data while the caller waits for the next one
     return encoded
 
 

@@ -1,4 +1,4 @@
-"""One sample of a tar: read, decoded, and what kind of image it is."""
+"""Reading, decoding and classifying one sample of a tar."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pipelines.rows import HEADER, NAME
 from pipelines.shards import IMAGES
 from pipelines.sources import ORIENTATION, upright_rgb
 
-# What DALI decodes on the CPU and on the GPU, whatever the extension says.
+# Formats that DALI decodes on both CPU and GPU, whatever the file extension.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
-LARGEST = 65535  # pixels per side: what SAMPLE holds
+LARGEST = 65535  # pixels per side that fit into SAMPLE
 
 
 class Sample(NamedTuple):
     """One sample of a tar.
 
     Attributes:
-        row: its SAMPLE record, in which width and height are those of the image as it is shown.
+        row: its SAMPLE record; width and height are those of the image as it is shown.
         image: upright, RGB.
-        turned: whether its EXIF orientation says that it lies as it is stored.
+        turned: whether its EXIF orientation requires turning the stored image.
         plain: whether it is of a kind that DALI has always decoded as Pillow does.
     """
 
@@ -35,16 +35,16 @@ class Sample(NamedTuple):
 
 
 def read_sample(file: Any, members: dict[str, Any], *, turn: bool = True) -> Sample:
-    """Read and decode one sample. Raises ValueError and Pillow's errors.
+    """Reads and decodes one sample. Raises ValueError and Pillow's errors.
 
     Args:
-        turn: whether it is shown as its EXIF orientation says; not so in the sets that earlier programs indexed.
+        turn: whether to apply the EXIF orientation; false for sets indexed by earlier versions of this program.
     """
     member = next((members[ext] for ext in IMAGES if ext in members), None)
     if member is None or "cls" not in members:
         raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
     file.seek(members["cls"].offset_data)
-    text = file.read(members["cls"].size).strip()[:20]  # digits, of which 20 are more than there can be
+    text = file.read(members["cls"].size).strip()[:20]  # digits; no valid label has 20
     if not text.isdigit() or (label := int(text)) >= 1 << 31:
         raise ValueError(
             f"label {text.decode('ascii', 'backslashreplace')} is not a class number: for classes by name pack folders"
@@ -65,11 +65,11 @@ def read_sample(file: Any, members: dict[str, Any], *, turn: bool = True) -> Sam
 
 
 def _lies(image: Image.Image) -> bool:
-    """Whether an image is to be turned before it is shown. Raises ValueError if only others than DALI would do it."""
+    """True if an image must be turned to be shown. Raises ValueError if other programs would turn it, but DALI not."""
     said = Image.Exif()
-    with suppress(Exception):  # whatever Pillow makes of a broken block
+    with suppress(Exception):  # Pillow raises anything on a broken block
         said.load(image.info.get("exif", b""))
-    ways = [exif.get(ORIENTATION, 1) for exif in (said, image.getexif())]  # the second one reads XMP, too
+    ways = [exif.get(ORIENTATION, 1) for exif in (said, image.getexif())]  # the second also reads XMP
     lies = [way in range(2, 9) for way in ways]
     if lies[0] != lies[1]:
         raise ValueError("is turned by its XMP alone, which DALI does not read: pack it from a folder")

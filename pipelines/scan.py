@@ -1,4 +1,4 @@
-"""Scans: what index and manifest need of each finished shard, and the two made from the scans of all."""
+"""Scans of finished shards, and the index and manifest made from the scans of all shards."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ from pipelines.shards import IMAGES, INDEX, TURNED
 from pipelines.speech import say
 from pipelines.tars import tar_samples
 
-WORK = ".pack"  # inside a set while it is being made: the plan, and the scan of each finished shard
+WORK = ".pack"  # in an unfinished set: the plan, and the scan of each finished shard
 REJECTED = "rejected.jsonl"
-# Without names for them, more classes than both are not believed: labels are ids then, and have no end.
-MANY, PER_SAMPLE = 1000, 10  # classes; classes a sample
-REASONS = 3  # told by name
+# Without names, more classes than both limits are not believed: such labels are ids.
+MANY, PER_SAMPLE = 1000, 10  # classes; classes per sample
+REASONS = 3  # reasons listed in a message
 
 
 def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> None:
-    """Decode every sample of a shard and keep its scan: what index and manifest need of it.
+    """Decodes every sample of a shard and stores its scan, from which index and manifest are made.
 
     Args:
-        rejected: files that were left out when the shard was written; those that it holds and that cannot be used are
-            added.
-        count: `tick` for each sample.
+        rejected: files left out when the shard was written; unusable files in the shard are added.
+        count: call `tick` for each sample.
     """
     rows = list[tuple[int, ...]]()
     pixels, total, products = 0, np.zeros(3), np.zeros((3, 3))
@@ -53,7 +52,7 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
             repeats, last = repeats + (key == last), key
             try:
                 row, image, lies, plain = read_sample(file, members)
-            except Exception as error:  # whatever a decoder makes of garbage
+            except Exception as error:  # decoders raise anything on garbage
                 if of_the_system(error):
                     raise
                 left(key, first_line(error))
@@ -62,7 +61,7 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
                 rows.append(row)
                 turned += lies
                 for extension in [e for e in IMAGES if e in members][1:]:
-                    left(members[extension].name, "another image of its key is taken")
+                    left(members[extension].name, "another image of the same key is used")
                 flat = np.asarray(image, np.float64).reshape(-1, 3)  # sums of integers below 2^53: exact in any order
                 pixels += len(flat)
                 total += flat.sum(0)
@@ -85,7 +84,7 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
 
 
 def scan_file(path: Path) -> Path:
-    """Where the scan of a shard is kept while its set is unfinished. Written last: if it is there, so is the shard."""
+    """Path of a shard's scan while its set is unfinished. It is written last: if it exists, so does the shard."""
     return path.parent / WORK / f"{path.name}.json"
 
 
@@ -94,7 +93,7 @@ def _rows_file(path: Path) -> Path:
 
 
 def odd_samples(tars: Sequence[Path]) -> list[int]:
-    """The samples of a set that are not plain, by the scans of its tars."""
+    """Sample numbers of a set that are not plain, from the scans of its tars."""
     found, first = list[int](), 0
     for scan in (json.loads(scan_file(tar).read_bytes()) for tar in tars):
         found += [first + row for row in scan["odd"]]
@@ -103,7 +102,7 @@ def odd_samples(tars: Sequence[Path]) -> list[int]:
 
 
 def reasons(rejected: Sequence[dict[str, str]]) -> str:
-    """How often each of the most frequent reasons comes, for people."""
+    """The most frequent reasons with their counts, as text."""
     counts = Counter(line["reason"] for line in rejected).most_common()
     told = [f"{reason} ({count})" for reason, count in counts[:REASONS]]
     more = sum(count for _, count in counts[REASONS:])
@@ -119,14 +118,14 @@ def finish(
     fingerprint: str,
     rejected: list[dict[str, str]],
 ) -> Manifest:
-    """Write the list of rejected files, the index, and last the manifest, from the scans of all shards.
+    """Writes the list of rejected files, the index and last the manifest, from the scans of all shards.
 
     Args:
         classes: names, in the order of their labels; None: the numbers themselves.
         stored, fingerprint: as in the manifest.
         rejected: files that never reached a shard.
 
-    Raises ShardError if no image is left, or if a label has no name.
+    Raises ShardError if no usable image is left, or if a label has no name.
     """
     scans = [json.loads(scan_file(tar).read_bytes()) for tar in tars]
     rejected = rejected + [line for scan in scans for line in scan["rejected"]]
@@ -134,7 +133,7 @@ def finish(
     if not any(scan["shard"]["samples"] for scan in scans):
         why = f"{len(rejected)} were rejected, see {directory / REJECTED}: {reasons(rejected)}"
         raise ShardError(f"no usable image in {directory}: {why}")
-    # A look at all rows before any is written: there may be more of them than memory holds.
+    # All rows are checked before any is written, shard by shard: together they may exceed memory.
     looks = [_look(_rows_file(tar)) for tar in tars]
     shards = [scan["shard"] | {"rows": look.checksum} for scan, look in zip(scans, looks, strict=True)]
     samples = sum(shard["samples"] for shard in shards)
@@ -162,7 +161,7 @@ def finish(
 
 
 def _names(directory: Path, classes: Sequence[str] | None, top: int, samples: int) -> list[str]:
-    """The class names of a set whose largest label is `top`. Raises ShardError."""
+    """Class names of a set whose largest label is `top`. Raises ShardError."""
     if classes is not None and top >= len(classes):
         raise ShardError(
             f"{directory}: label {top} is out of range for {len(classes)} classes, the first of which has label 0: "
@@ -177,19 +176,19 @@ def _names(directory: Path, classes: Sequence[str] | None, top: int, samples: in
 
 
 def _tell_repeats(directory: Path, scans: list[dict[str, Any]]) -> None:
-    """Say that samples bear the same name, which others cannot read."""
+    """Reports samples of the same name, which other tools cannot read."""
     where = [scan["shard"]["name"] for scan in scans if scan.get("repeats")]
     if where:
         many = sum(scan["repeats"] for scan in scans if scan.get("repeats"))
         tars = ", ".join(where[:REASONS]) + (", ..." if len(where) > REASONS else "")
         say(
-            f"{directory}: {many} samples bear the name of the one before them ({tars}): each was taken for one of its "
-            f"own, but webdataset's reader refuses such a tar"
+            f"{directory}: {many} samples have the same name as the one before them ({tars}): each was taken as a "
+            f"sample of its own, but webdataset's reader refuses such a tar"
         )
 
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    """A quarantine stays only if it counts for this index: its rows are numbered by one."""
+    """A quarantine is kept only if it applies to this index: it names rows by number."""
     try:
         before = Manifest.read(directory).index_sha256
     except ShardError:
@@ -200,7 +199,7 @@ def _write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 class _Look(NamedTuple):
-    """At the rows of a shard: their checksum, the largest label (-1 if there is none), the shorter sides' extremes."""
+    """Checksum of a shard's rows, their largest label (-1 without rows) and extremes of the shorter side."""
 
     checksum: int
     top: int = -1
@@ -214,7 +213,7 @@ def _look(path: Path) -> _Look:
 
 
 def _write_index(path: Path, samples: int, tars: list[Path]) -> str:
-    """Write the rows of all shards, one shard after the other, as numpy would all together. Returns the SHA-256."""
+    """Writes the rows of all shards, shard by shard, as one array in numpy's format. Returns its SHA-256."""
     header = BytesIO()
     descr = np.lib.format.dtype_to_descr(SAMPLE)
     np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": (samples,)})
@@ -227,13 +226,13 @@ def _write_index(path: Path, samples: int, tars: list[Path]) -> str:
 
 
 def _statistics(scans: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
-    """Mean, standard deviation, and eigenvalues and eigenvectors (columns) of the RGB covariance, pixels in [0, 1]."""
-    # Sums over a large set do not fit into 64 bits: object arrays hold Python's integers.
+    """Mean, standard deviation, eigenvalues and eigenvectors (columns) of the RGB covariance, for pixels in [0, 1]."""
+    # Sums over a large set do not fit into 64 bits: object arrays hold Python integers.
     pixels = sum(scan["pixels"] for scan in scans)
     total = sum(np.array(scan["total"], object) for scan in scans)
     products = sum(np.array(scan["products"], object) for scan in scans)
     mean = np.array(total / pixels, np.float64) / 255
-    # Exact up to the division: a channel that never varies has a variance of 0, neither a little more nor less.
+    # Exact up to the division: the variance of a constant channel is exactly 0.
     covariance = np.array((products * pixels - np.outer(total, total)) / (255 * pixels) ** 2, np.float64)
     values, vectors = np.linalg.eigh(covariance)
     values, vectors = values[::-1].clip(0), vectors[:, ::-1]

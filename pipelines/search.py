@@ -1,4 +1,4 @@
-"""The search for samples that DALI cannot decode: it loses a whole pipeline to one of them and does not say which."""
+"""Search for samples that DALI cannot decode: a single one kills the whole pipeline, and DALI does not say which."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def undecodable(feeds: Sequence[Feed], build: Callable[[Iterator[Feed]], Pipeline]) -> Iterator[int]:
-    """Decode one by one what failed together. Yields the places of the feeds that fail again.
+    """Decodes one by one the feeds that failed together. Yields the positions of those that fail again.
 
     Args:
-        feeds: of one sample each.
-        build: makes a pipeline of batch size and depth 1 from feeds. A failure costs one.
+        feeds: one sample each.
+        build: builds a pipeline of batch size and depth 1 from feeds. Each failure costs one pipeline.
     """
     done = 0
     while done < len(feeds):

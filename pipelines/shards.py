@@ -1,4 +1,4 @@
-"""A shard set on disk: plain WebDataset tars, a manifest and a memory-mapped index that is bound to them.
+"""Shard set on disk: plain WebDataset tars, a manifest, and a memory-mapped index bound to the tars.
 
 DIR/shard-000000.tar ...   `<key>.jpg` (or .jpeg .png .webp) and `<key>.cls`, the class number in ASCII
 DIR/index.npy              one SAMPLE record per sample
@@ -28,33 +28,33 @@ from pipelines.rows import HEADER, NAME, checksum, fault, is_header, mapped, sid
 
 INDEX = "index.npy"
 IMAGES = ("jpg", "jpeg", "png", "webp")
-TURNED = "turned"  # in a manifest's `stored`: how many images lie, as the index of a foreign set counts them
+TURNED = "turned"  # in a manifest's `stored`: number of images of a foreign set that need turning
 
 
 class BadSample(UserError):
-    """The bytes of a sample are not those that were indexed."""
+    """A sample whose bytes are not the indexed ones."""
 
 
 class ShardSet:
     """A shard set opened for reading.
 
-    Opening costs no system call per shard and nothing per sample, unless the set is of an earlier day and has no
-    checksums of rows: its index is read whole. A tar is compared with index and manifest when it is first opened, the
-    rows of a shard when one of them is first asked for. Every method raises ShardError for what does not belong
-    together; so does opening, for manifest, quarantine and the length of the index. What reads a tar raises ReadError
-    if that fails for more than `patience` seconds.
+    Opening costs no system call per shard and nothing per sample, except for older sets without checksums of rows,
+    whose index is read whole. A tar is compared with index and manifest when it is first opened, the rows of a shard
+    when one of them is first requested. Every method raises ShardError if the parts do not match; so does opening, for
+    manifest, quarantine and the length of the index. Methods that read a tar raise ReadError if that fails for more
+    than `patience` seconds.
 
     Args:
-        listed: whether the list of the quarantine is read.
+        listed: whether to read the quarantine list.
 
     Attributes:
-        names: of the tars.
-        shard_samples: number of samples of each, int64 [shards].
-        fingerprint: of the index, in hex.
-        quarantined: the samples that `verify` found to be bad, sorted, int64 [n]. They are samples like others, so that
-            order and fingerprint are those of the whole set whether or not they are known; but nobody is shown them.
-        earlier_fingerprint: with a quarantine, what an earlier program took for the fingerprint; else empty.
-        hurried: whether nobody waits any more for a tar that cannot be read, since the process is to stop.
+        names: names of the tars.
+        shard_samples: number of samples per tar, int64 [shards].
+        fingerprint: SHA-256 of the index, in hex.
+        quarantined: samples that `verify` found bad, sorted, int64 [n]. They count as samples, so that order and
+            fingerprint are those of the whole set whether or not they are known, but they are never shown.
+        earlier_fingerprint: fingerprint in earlier versions of this program, if there is a quarantine; else empty.
+        hurried: returns True if unreadable tars are not waited for any more, since the process is to stop.
     """
 
     hurried: Callable[[], bool] = staticmethod(lambda: False)
@@ -74,13 +74,13 @@ class ShardSet:
             self.quarantined, self.earlier_fingerprint = bad
         if len(self.quarantined) == len(self):
             path = self.directory / quarantine.QUARANTINE
-            raise ShardError(f"{path} leaves no sample of {self.directory}: pack it anew")
-        self._checked = np.zeros(len(shards), np.bool_)  # shards whose rows are whole
-        self._looked_at = np.zeros(len(shards), np.bool_)  # and whose tar
+            raise ShardError(f"{path} leaves no sample of {self.directory}: pack it again")
+        self._checked = np.zeros(len(shards), np.bool_)  # shards whose rows were checked
+        self._looked_at = np.zeros(len(shards), np.bool_)  # shards whose tar was checked
         self._tars = OpenTars(
             self._open_file, lambda shard: self.directory / self.names[shard], patience, lambda: self.hurried()
         )
-        self._nowait: int = getattr(os, "RWF_NOWAIT", 0)  # 0: nothing tells what is in memory, as with an old libc
+        self._nowait: int = getattr(os, "RWF_NOWAIT", 0)  # 0: no way to tell what is cached, as with an old libc
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,31 +91,31 @@ class ShardSet:
 
     @property
     def turned(self) -> bool:
-        """Whether images are shown as their EXIF orientation says; those of a packed set are stored so."""
+        """True if images are turned by their EXIF orientation when shown; those of a packed set are stored upright."""
         return TURNED in self.manifest.stored
 
     @property
     def firsts(self) -> NDArray[np.int64]:
-        """The first sample of each shard, int64 [shards]."""
+        """Number of the first sample of each shard, int64 [shards]."""
         return self._ends - self.shard_samples
 
     @property
     def good(self) -> NDArray[np.int64]:
-        """All samples but the quarantined ones, int64 [n]: for small sets."""
+        """All samples except the quarantined ones, int64 [n]; for small sets."""
         return np.delete(np.arange(len(self)), self.quarantined)
 
     @cached_property
     def index(self) -> NDArray[Any]:
-        """The records of all samples, SAMPLE [n]: for small sets. Those of a billion have 28 GB."""
+        """Index records of all samples, SAMPLE [n]; for small sets. A billion of them take 28 GB."""
         return self.rows(np.arange(len(self)))
 
     def rows(self, samples: NDArray[np.int64]) -> NDArray[Any]:
-        """The index's records of these samples, SAMPLE [n]."""
+        """Index records of these samples, SAMPLE [n]."""
         shards = np.searchsorted(self._ends, samples, side="right")
-        for shard in np.unique(shards[~self._checked[shards]]):  # two threads may do it at once, and lose but time
+        for shard in np.unique(shards[~self._checked[shards]]):  # two threads may do the same, which only costs time
             entry = self.manifest.shards[shard]
-            if "rows" in entry and checksum(self._rows_of(shard)) != entry["rows"]:  # an earlier day's set has none
-                raise self._damaged(f"the rows of {entry['name']} have another checksum")
+            if "rows" in entry and checksum(self._rows_of(shard)) != entry["rows"]:  # older sets have none
+                raise self._damaged(f"the checksum of the rows of {entry['name']} differs")
             self._checked[shard] = True
         taken: NDArray[Any] = self._rows[samples]
         if found := fault(taken, self._tar_bytes[shards], len(self.classes), self.manifest.sides):
@@ -135,33 +135,33 @@ class ShardSet:
 
     @cached_property
     def sides(self) -> tuple[int, int]:
-        """The least and the largest shorter side of all samples, in pixels."""
-        # Of a set of an earlier day without its quarantined samples: their rows may be damaged, too.
+        """Least and largest shorter side of all samples, in pixels."""
+        # In older sets, leave out quarantined samples: their rows may be damaged too.
         if self.manifest.sides:
             least, largest = self.manifest.sides
-        else:  # a copy of all
+        else:  # a copy of all rows
             least, largest = sides(np.delete(self._rows, self.quarantined) if len(self.quarantined) else self._rows)
         return least, largest
 
     def read(self, sample: int) -> NDArray[np.uint8]:
-        """The encoded image of a sample, uint8 [size].
+        """Encoded image of a sample, uint8 [size].
 
-        The tar header before the data is read with it and compared with the index, so a tar that was exchanged
-        after the set was opened is an error as well.
+        The tar header before the data is read along and compared with the index, so replacing a tar after the set was
+        opened is an error as well.
         """
         (read,) = self.reads(np.array([sample]))
         return read()
 
     def reads(self, samples: NDArray[np.int64]) -> Iterator[Callable[[], NDArray[np.uint8]]]:
-        """For each of these samples a function that does what `read` does. Their rows are looked up at once."""
+        """Yields one function per sample that does what `read` does. All rows are looked up at once."""
         return (partial(self._read, *place) for place in self._places(samples))
 
     def cached(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8] | None]:
-        """The encoded images of these samples that the kernel holds in memory, uint8 [size] each.
+        """Encoded images of the samples that are in the page cache, uint8 [size] each; None for all others.
 
-        None stands for all others, and for one whose bytes are not those that were indexed: `read` says whether they
-        are damaged or of another tar. No image is waited for, and no tar is opened for the first time; what can be is
-        the index, and a tar that was closed since others were opened.
+        None also stands for a sample whose bytes are not the indexed ones: `read` tells whether they are damaged or of
+        another tar. This never waits for an image nor opens a tar for the first time; it may wait for the index, or for
+        a tar that was closed in favour of others.
         """
         found: list[NDArray[np.uint8] | None] = [None] * len(samples)
         places = self._places(samples) if self._nowait else iter(())
@@ -173,8 +173,8 @@ class ShardSet:
                 file = self._tars.get(shard)
                 got = os.preadv(file.fileno(), [data.data], offset, self._nowait)
             except (OSError, NotImplementedError) as error:
-                if getattr(error, "errno", errno.EOPNOTSUPP) == errno.EOPNOTSUPP:  # and not: it is not in memory
-                    self._nowait = 0  # this file system, or this system, never says
+                if getattr(error, "errno", errno.EOPNOTSUPP) == errno.EOPNOTSUPP:  # unlike EAGAIN: not in memory
+                    self._nowait = 0  # not supported by the file system or the system
                     break
                 continue
             if got == size and crc32(data.data) == crc:
@@ -182,7 +182,7 @@ class ShardSet:
         return found
 
     def check_tars(self, *, sizes: bool) -> None:
-        """Raises ShardError if a tar is missing. The folder is listed once; with `sizes` each tar is looked at, too."""
+        """Raises ShardError if a tar is missing. Lists the folder once; with `sizes`, checks each tar's size too."""
         there = set(os.listdir(self.directory))
         for shard, name in enumerate(self.names):
             path = self.directory / name
@@ -196,7 +196,7 @@ class ShardSet:
         return int(np.searchsorted(self._ends, sample, side="right"))
 
     def name(self, sample: int) -> str:
-        """`shard-000000.tar/<key>.jpg`: where a person finds the sample."""
+        """Readable name of a sample: `shard-000000.tar/<key>.jpg`."""
         ((shard, offset, *_),) = self._places(np.array([sample]))
         return self._name(shard, offset)
 
@@ -205,7 +205,7 @@ class ShardSet:
         return f"{self.names[shard]}/{raw.rstrip(bytes(1)).decode(errors='replace')}"
 
     def _places(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, int, int, int, int]]:
-        """Where these samples are: shard, offset, size, and the checksums of name and bytes of each."""
+        """Place of each sample: shard, offset, size, and the CRC-32 of its name and bytes."""
         rows = self.rows(samples)
         columns = (rows[name].tolist() for name in ("offset", "size", "name", "crc"))
         return zip(np.searchsorted(self._ends, samples, side="right").tolist(), *columns, strict=True)
@@ -220,12 +220,12 @@ class ShardSet:
         return np.frombuffer(data, np.uint8)
 
     def _open_file(self, shard: int) -> HeldFile:
-        """A tar. The first time its size, and the headers of its first and last sample, are compared with the index."""
+        """Opens a tar. The first time, checks its size and the headers of its first and last sample by the index."""
         path = self.directory / self.names[shard]
         try:
             file = HeldFile(path)
         except FileNotFoundError as error:
-            if self._looked_at[shard]:  # it was there: its file system may be gone for a while
+            if self._looked_at[shard]:  # it existed before: its file system may be gone for a while
                 raise
             raise self._missing(path) from error
         if not self._looked_at[shard]:
@@ -239,7 +239,7 @@ class ShardSet:
         return file
 
     def _open_index(self) -> NDArray[Any]:
-        """The rows of the index, mapped: nothing of them is read, unless the manifest is too old to have their sums."""
+        """Rows of the index, memory-mapped. Nothing is read unless the manifest is too old to have row checksums."""
         path, manifest = self.directory / INDEX, self.manifest
         if not path.exists():
             raise ShardError(f"{path} is missing: {self._remedy}")
@@ -250,10 +250,10 @@ class ShardSet:
             raise self._damaged("sha256 differs")
         try:
             index = mapped(path)
-        except Exception as error:  # whatever numpy makes of garbage
+        except Exception as error:  # numpy raises anything on garbage
             raise self._damaged(first_line(error)) from error
         if not index.shape == (manifest.samples,) == (self._ends[-1],):
-            raise self._damaged("it has other rows than the manifest says")
+            raise self._damaged("its number of rows is not the manifest's")
         if old and (top := top_label(index)) >= len(self.classes):
             raise self._damaged(f"label {top} is out of range for {len(self.classes)} classes")
         return index

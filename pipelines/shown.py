@@ -1,4 +1,4 @@
-"""What Pillow decodes, and DALI, which shows it to the net, does not: some WebPs with EXIF, a BMP of 16 bits."""
+"""Images that Pillow decodes but DALI, which feeds the net, does not: some WebPs with EXIF, 16-bit BMPs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipelines.plan import FixedPlan
 from pipelines.shards import ShardSet
 from pipelines.speech import bar
 
-SIDE = 64  # pixels that are shown: all are decoded
+SIDE = 64  # pixels per side of the output; the whole image is decoded anyway
 
 
 def refused(shards: ShardSet, samples: Ints) -> list[dict[str, Any]]:
-    """Those of these samples that DALI refuses, as problems of `verify`.
+    """Returns the samples that DALI refuses, as problems of `verify`.
 
-    One by one: where several of a batch are refused, DALI 2.4 was seen to end in SIGSEGV.
+    They are decoded one by one: with several refused samples in a batch, DALI 2.4 was seen to die of SIGSEGV.
     """
     if not len(samples):
         return []
@@ -25,7 +25,7 @@ def refused(shards: ShardSet, samples: Ints) -> list[dict[str, Any]]:
     loader = Loader(plan, shards.manifest, batch=1)
     known = set(loader.bad)
     loader.told = lambda _: None
-    with bar(len(samples), "as the net is shown them", "img", lines=True) as shown:
+    with bar(len(samples), "decode with DALI", "img", lines=True) as shown:
         for _ in loader.epoch():
             shown.update()
     problems, firsts = [], shards.firsts

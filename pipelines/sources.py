@@ -1,4 +1,4 @@
-"""Sources of images, as (name, reference, label) and a way to load each; folders; and what is stored of an image."""
+"""Sources of images, each as (name, reference, label) that can be loaded; image folders; the JPEG stored per image."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pipelines.errors import SourceError
 from pipelines.folders import Content, Found, content, contents, is_utf8, top
 
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
-ORIENTATION = 0x0112  # the EXIF tag; 1: upright
-JPEG_LONGEST = 65500  # pixels per side that libjpeg writes
+ORIENTATION = 0x0112  # EXIF tag; 1 means upright
+JPEG_LONGEST = 65500  # most pixels per side that libjpeg writes
 SPLITS = {"train", "training", "val", "valid", "validate", "validation", "dev", "test", "testing", "trainval"}
 
 
 class Item(NamedTuple):
-    """One image of a source: a readable name, what `load` needs, and its class number."""
+    """One image of a source: readable name, argument of `load`, class number."""
 
     name: str
     reference: Any
@@ -32,11 +32,11 @@ class Item(NamedTuple):
 
 
 class Files(NamedTuple):
-    """The files of a source that a user may change.
+    """Files of a source, which a user may change.
 
     Attributes:
-        found: that of each item.
-        before: gives classes and items as they were listed on an earlier day.
+        found: one file per item.
+        before: returns classes and items as earlier versions of this program listed them.
     """
 
     found: list[Found]
@@ -44,7 +44,7 @@ class Files(NamedTuple):
 
 
 class Source(Protocol):
-    """A source of `pack`. Sources are pickled to worker processes, so they hold little."""
+    """A source for `pack`. Sources are pickled to worker processes, so they hold little."""
 
     @property
     def classes(self) -> list[str]: ...
@@ -58,7 +58,7 @@ class Source(Protocol):
 
 
 class Light:
-    """Pickles as its fields alone: what was read from the disk is read again when it is needed."""
+    """Pickles only its fields: whatever was read from disk is read again on demand."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ class Light:
 
 @dataclass
 class ImageFolder(Light):
-    """`root/<class>/**/<image>`: classes are the sub-folders, sorted; one without an image is a class, too."""
+    """`root/<class>/**/<image>`: classes are the sorted sub-folders; one without an image is a class too."""
 
     root: Path
 
@@ -80,7 +80,7 @@ class ImageFolder(Light):
 
     @cached_property
     def _below(self) -> list[list[Content]]:
-        """All that lies in the folder of each class."""
+        """Contents of all folders of each class."""
         return [list(contents(folder)) for _, folder in zip(self.classes, self._top.folders, strict=True)]
 
     @cached_property
@@ -92,7 +92,7 @@ class ImageFolder(Light):
         return names
 
     def refuse_splits(self) -> None:
-        """Raises SourceError if the classes are called as parts of a data set are: then it is one level too high."""
+        """Raises SourceError if the classes are named like splits: then the root is one level too high."""
         names = self.classes
         if names and all(looks_like_split(name) for name in names):
             each = " and ".join(str(self.root / name) for name in names[:2])
@@ -103,7 +103,7 @@ class ImageFolder(Light):
 
     @property
     def keys(self) -> set[tuple[int, int]]:
-        """Device and inode of all folders below the root, wherever links lead."""
+        """Device and inode of every folder below the root, links followed."""
         folders = [*self._top.folders, *(folder for below in self._below for one in below for folder in one.folders)]
         return {folder.key for folder in folders}
 
@@ -128,7 +128,7 @@ class ImageFolder(Light):
         )
 
     def _before(self) -> tuple[list[str], list[Item]]:
-        """As the program of an earlier day saw it: no links followed, nothing passed over."""
+        """Classes and items as earlier versions listed them: no links followed, nothing skipped."""
         classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
         items = []
         for label, name in enumerate(classes):
@@ -144,12 +144,12 @@ class ImageFolder(Light):
 
 
 def looks_like_split(name: str) -> bool:
-    """`train`, and `train2017`, `seg_test`, `training_set` as well."""
+    """True for names of splits: `train`, and also `train2017`, `seg_test`, `training_set`."""
     return any(word in SPLITS for word in re.findall("[a-z]+", name.lower()))
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB with the EXIF rotation applied; 16-bit levels are scaled, alpha is dropped."""
+    """The image as 8-bit RGB with its EXIF rotation applied; 16-bit levels are scaled, alpha is dropped."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
@@ -157,9 +157,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_small: bool = False) -> bytes:
-    """The bytes to store: an upright RGB JPEG whose shorter side is `shorter_side` (0: as it is).
+    """Bytes to store: an upright RGB JPEG with shorter side `shorter_side` (0: unchanged).
 
-    An upright RGB JPEG that has this size already keeps its bytes. Raises OSError, ValueError or Pillow's errors if
+    An upright RGB JPEG that already has this size keeps its bytes. Raises OSError, ValueError or Pillow's errors if
     `data` is not a whole image, or one that no JPEG can hold.
 
     Args:
@@ -182,7 +182,7 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_sma
             return data
     image = upright_rgb(image)
     size = wanted(image.size)
-    if max(size) > JPEG_LONGEST:  # before memory is taken for it
+    if max(size) > JPEG_LONGEST:  # before its memory is allocated
         kept = min(image.size) < shorter_side and max(image.size) <= JPEG_LONGEST
         remedy = "leave it out or pack with --keep-small" if kept else "leave it out or cut it"
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What the three packages say: one place for every line, so that nobody who has stopped listening can end a run.
+"""All output of the three packages to stdout and stderr, so that nobody who has stopped reading can end a run.
 
 The reader of a pipe leaves, a terminal is closed, a disk is full, there never was a stderr: what cannot be written is
-let go, and the work goes on.
+dropped, and the work goes on.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-STREAMS = ("stdin", "stdout", "stderr")  # by the number of their file descriptor
-CLEAR = "\033[H\033[2J"  # cursor to the first line, and nothing is below it; of ECMA-48
-PATIENCE = 1.0  # seconds that a training waits for a reader that is there but does not read (Ctrl-S, `less`)
+STREAMS = ("stdin", "stdout", "stderr")  # by file descriptor
+CLEAR = "\033[H\033[2J"  # ECMA-48: cursor to the first line, and erase the screen
+COLUMNS = 79  # of a terminal that does not tell its size
+PLAIN = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}"  # a bar without a terminal
+PATIENCE = 1.0  # seconds that training waits for a reader that does not read (Ctrl-S, `less`)
 _bars: type[tqdm[Any]] | None = None  # once there has been one
 
 
 class _Stream(io.FileIO):
-    """stdout or stderr, beneath Python's own buffers, which raises no error.
+    """stdout or stderr, beneath Python's own buffers; raises no error.
 
     Attributes:
-        lost: why what was written first in vain could not be.
-        patience: seconds to wait for one who does not read; None: for ever.
+        lost: the first error.
+        patience: seconds to wait for a reader that does not read; None: for ever.
     """
 
     lost: OSError | None = None
@@ -37,26 +39,29 @@ class _Stream(io.FileIO):
     _waits: bool = True
 
     def write(self, data: Any) -> int:
-        piece = memoryview(data).cast("B")[: select.PIPE_BUF]  # so much does not block where poll has found room
+        piece = memoryview(data).cast("B")[: select.PIPE_BUF]  # so much never blocks after poll has found room
         poll = select.poll()
         poll.register(self.fileno(), select.POLLOUT)
         try:
             wait = self.patience if self._waits else 0
             while poll.poll(None if wait is None else 1000 * wait):
                 self._waits = True
-                if written := super().write(piece):  # else somebody else filled it, if it is set not to block
+                if written := super().write(piece):  # 0: another process was faster, and it is non-blocking
                     return written
         except OSError as error:
-            self.lost = self.lost or OSError(error.errno, error.strerror)  # without the frames of all that called
+            self.lost = self.lost or OSError(error.errno, error.strerror)  # without the frames of its callers
             return len(data)
-        self._waits = False  # but for the first time: it would be paid for at each line
+        self._waits = False  # the next lines do not wait: each would pay for it
         return len(data)
 
 
 class _Errors:
-    """The stderr of the moment as a file for tqdm, whose own guard knows two errors only."""
+    """The current stderr as a file for tqdm, whose own guard catches two errors only. Without a terminal each state of
+    a bar becomes a line."""
 
     def write(self, text: str) -> None:
+        if not watched():
+            text = f"{text.strip()}\n" if text.strip() else ""
         _put(sys.stderr, text, flush=False)
 
     def flush(self) -> None:
@@ -70,9 +75,9 @@ _errors = _Errors()
 
 
 def begin() -> None:
-    """To be called first in a process: from here on stdout and stderr raise no error, whoever writes to them, and show
-    what their encoding lacks as escapes. Those of the three that are closed are opened on the null device; otherwise
-    the next file that is opened would have the number of stderr, and be written to."""
+    """Guards the streams; to be called first in a process. From here on stdout and stderr raise no error, whoever
+    writes to them, and escape what their encoding lacks. Closed streams are opened on the null device; otherwise
+    the next file opened would get the descriptor of stderr, and be written to."""
     for number, name in enumerate(STREAMS):
         stream: TextIO | None = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):  # guarded already, or a test's
@@ -80,9 +85,9 @@ def begin() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets this number: the lowest one that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets this number, the lowest free one
         else:
-            if stream is None:  # Python found none, and now another file has its number
+            if stream is None:  # closed when Python began, and taken by another file since
                 number = os.open(os.devnull, os.O_RDWR)
         if name != "stdin":
             setattr(sys, name, _guarded(number, stream))
@@ -91,15 +96,15 @@ def begin() -> None:
 
 
 def train_on() -> None:
-    """From here on nobody is waited for who is there but does not read, for more than a moment."""
+    """From here on a reader that does not read is waited for PATIENCE seconds at most."""
     for name in STREAMS[1:]:
         if stream := _stream(name):
             stream.patience = PATIENCE
 
 
 def say(text: str, end: str = "\n") -> None:
-    """A line for the user, on stderr, above a progress bar if there is one. Never raises."""
-    if _bars is None:
+    """Prints a line on stderr, above a progress bar if there is one. Never raises."""
+    if _bars is None or not watched():
         _put(sys.stderr, text + end)
     else:
         _bars.write(text, file=_errors, end=end)
@@ -107,18 +112,17 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def cry(text: str) -> None:
-    """`say` for a process that is about to end: it does not wait for a bar, whose thread may hang. Never raises."""
+    """`say` for a process that is about to end: does not wait for a bar, whose thread may hang. Never raises."""
     _put(sys.stderr, text + "\n")
 
 
 def show(text: str, end: str = "\n") -> None:
-    """A line of what a command was asked for, on stdout. Never raises: see `unheard`."""
+    """Prints a line of a command's result on stdout. Never raises: see `unheard`."""
     _put(sys.stdout, text + end)
 
 
 def show_anew(text: str) -> None:
-    """`show` lines in the place of all that stands on the terminal; where stdout is none, below what was shown before.
-    Never raises."""
+    """`show` on a cleared terminal; if stdout is none, below what was shown before. Never raises."""
     stands = False
     with suppress(AttributeError, OSError, ValueError):
         stands = sys.stdout.isatty()
@@ -126,19 +130,19 @@ def show_anew(text: str) -> None:
 
 
 def unheard() -> OSError | None:
-    """Why not all could be shown. A pipe whose reader has left (`| head`) counts: he has what he wanted."""
+    """Why output to stdout was lost, or None. A pipe whose reader has left (`| head`) counts too; see `left`."""
     flush()
     stream = _stream("stdout")
     return stream.lost if stream else None
 
 
 def left(error: OSError | None) -> bool:
-    """Whether the reader has left, which is no failure."""
+    """Whether the reader of a pipe has left, which is no failure."""
     return error is not None and error.errno == errno.EPIPE
 
 
 def flush() -> None:
-    """Write what is still in buffers. Never raises."""
+    """Writes what is still buffered. Never raises."""
     _put(sys.stdout, "")
     _put(sys.stderr, "")
 
@@ -151,19 +155,29 @@ def watched() -> bool:
 
 
 def bar(
-    total: int | None, label: str, unit: str, *, initial: int = 0, speaks: bool = True, lines: bool = False
+    total: int | None,
+    label: str,
+    unit: str,
+    *,
+    initial: int = 0,
+    speaks: bool = True,
+    lines: bool = False,
+    live: str = "",
 ) -> tqdm[Any]:
-    """A progress bar on stderr, which never raises for want of a reader.
+    """A progress bar on stderr; never raises for want of a reader.
 
     Args:
-        total: what makes it full, in units; None if that is not known.
-        speaks: whether this process shows it; of several ranks one does.
-        lines: show it where there is no terminal, too, as a line every ten seconds.
+        total: units when it is full; None if unknown.
+        speaks: whether this process shows it; one of several ranks does.
+        lines: without a terminal, show it as a line every ten seconds.
+        live: tqdm's format of a line that is removed at its end.
     """
     global _bars
-    from tqdm import tqdm  # not at each start of a command
+    from tqdm import tqdm  # here, since most commands need none
 
-    _bars = tqdm
+    _bars, known = tqdm, False
+    with suppress(AttributeError, OSError, ValueError):
+        known = 0 not in os.get_terminal_size(sys.stderr.fileno())  # else tqdm would show nothing
     return tqdm(
         total=total,
         initial=initial,
@@ -171,13 +185,17 @@ def bar(
         unit=unit,
         file=_errors,
         mininterval=0.1 if watched() else 10,
-        dynamic_ncols=True,
+        miniters=None if watched() else 1,  # else tqdm may show it at other times, too
+        dynamic_ncols=known,
+        ncols=None if known else COLUMNS,
+        leave=not live,
+        bar_format=live or (None if watched() or total is None else PLAIN),
         disable=not (speaks and (watched() or lines)),
     )
 
 
 def _guarded(number: int, stream: TextIO | None) -> TextIO:
-    """A text stream over this file descriptor, in the manner of the one that it replaces."""
+    """A text stream over this file descriptor, with the encoding and buffering of the one that it replaces."""
     manner: dict[str, Any] = {"encoding": "utf-8", "line_buffering": number == 2}
     if isinstance(stream, io.TextIOWrapper):
         with suppress(OSError):
@@ -189,7 +207,7 @@ def _guarded(number: int, stream: TextIO | None) -> TextIO:
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What an encoding lacks, as escapes; but where the locale is ASCII, a file's name goes out as it came in."""
+    """Escapes what an encoding lacks; but if the locale is ASCII, a file's name is written as it was read."""
     if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
         with suppress(UnicodeEncodeError):
             return error.object[error.start : error.end].encode("ascii", "surrogateescape"), error.end
@@ -197,7 +215,7 @@ def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _stream(name: str) -> _Stream | None:
-    """What `begin` has put beneath a stream."""
+    """The guard that `begin` has put beneath a stream, or None."""
     raw = getattr(getattr(getattr(sys, name), "buffer", None), "raw", None)
     return raw if isinstance(raw, _Stream) else None
 
@@ -205,11 +223,11 @@ def _stream(name: str) -> _Stream | None:
 def _put(stream: TextIO | None, text: str, *, flush: bool = True) -> None:
     if stream is None:
         return
-    # Nobody takes it; the stream is closed; a signal has struck in the midst of a write.
+    # No reader; a closed stream; a signal in the middle of a write.
     with suppress(OSError, ValueError, RuntimeError):
         try:
             stream.write(text)
-        except UnicodeEncodeError:  # not where `begin` was called
+        except UnicodeEncodeError:  # only without `begin`
             stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
         if flush:
             stream.flush()

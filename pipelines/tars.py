@@ -1,4 +1,4 @@
-"""The samples of a tar, as any WebDataset tool groups them."""
+"""Samples of a tar, grouped as every WebDataset tool does."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from pathlib import Path
 from pipelines.manifest import ShardError
 from pipelines.rows import HEADER
 
-Members = dict[str, tarfile.TarInfo]  # of a sample, by extension
+Members = dict[str, tarfile.TarInfo]  # members of a sample by extension
 
 COMPANION = "AppleDouble companion of a file (._name), which a Mac writes"
 HIDDEN = "its name begins with a dot"
 NO_EXTENSION = "has no extension"
 LINK = "is a link: write the tar with --dereference --hard-dereference"
-NO_FILE = "is no regular file"
-MIXED_UP = "shares its name with others that are not whole samples, one behind the other"
+NO_FILE = "is not a regular file"
+MIXED_UP = "shares its name with others that do not form whole samples, one after the other"
 
 
 def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None) -> Iterator[tuple[str, Members]]:
-    """Samples of a tar, grouped as WebDataset does: neighbours whose names agree up to the first dot of the file name.
+    """Yields (key, {extension: member}) per sample of a tar.
 
-    A name that comes again begins a sample of the same key if that has the same extensions; webdataset's own reader
-    refuses such a tar. As for that reader, names that begin with a dot do not exist.
+    Members are grouped as in WebDataset: neighbours whose names agree up to the first dot of the file name. If a name
+    repeats, it starts another sample of the same key, provided that has the same extensions; webdataset's own reader
+    refuses such a tar. Like that reader, this one ignores names that begin with a dot.
 
-    Yields (key, {extension: member}). `left` is told the name of each member that is no part of a sample, but for
-    folders, and why. Raises ShardError if the tar is truncated, damaged or compressed.
+    `left` is called with the name of each member, folders excepted, that is not part of a sample, and the reason.
+    Raises ShardError if the tar is truncated, damaged or compressed.
     """
     try:
         with tarfile.open(path, "r:") as tar:
@@ -46,14 +47,14 @@ def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None
             yield from _samples(key, members, left)
             with open(path, "rb") as file:
                 file.seek(tar.offset)
-                if file.read(HEADER) != bytes(HEADER):  # tarfile takes a damaged header for the end and says nothing
+                if file.read(HEADER) != bytes(HEADER):  # tarfile silently takes a damaged header for the end
                     raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
 
 
 def passed_over(directory: Path, tars: Sequence[Path]) -> str:
-    """What looks as if it were a part of a foreign set, and is none of its tars; three of it by name."""
+    """Up to three names of files that look like part of a foreign set but are none of its tars, and how many more."""
     others = set(directory.glob("*")) - set(tars)
     kinds = re.compile(r"[^.].*\.(tar(\.\w+)?|tgz|tbz2?|txz)", re.IGNORECASE)
     named = (file.name for file in others if kinds.fullmatch(file.name))
@@ -62,7 +63,7 @@ def passed_over(directory: Path, tars: Sequence[Path]) -> str:
 
 
 def _no_part(member: tarfile.TarInfo, base: str, extension: str) -> str:
-    """Why a member is no part of a sample; empty for one that is, and for a folder."""
+    """Reason why a member is not part of a sample; empty if it is one, or a folder."""
     if member.isdir():
         return ""
     if base.startswith("."):
@@ -75,7 +76,7 @@ def _no_part(member: tarfile.TarInfo, base: str, extension: str) -> str:
 def _samples(
     key: str, members: list[tuple[str, tarfile.TarInfo]], left: Callable[[str, str], object]
 ) -> Iterator[tuple[str, Members]]:
-    """The samples that neighbours of one key are: one, unless an extension comes again."""
+    """The samples made of neighbours of one key: one sample, unless an extension repeats."""
     samples: list[Members] = []
     for extension, member in members:
         if not samples or extension in samples[-1]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import gzip
 import inspect
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +16,20 @@ from PIL import Image
 from pipelines.errors import SourceError, first_line
 from pipelines.sources import Item, Light
 
+DEBIAN = "usr/share/datasets/fashion-mnist"  # where its package dataset-fashion-mnist has the files
+INSTALLED = Path("/")
+
+
+def is_data_set(name: str) -> bool:
+    """Whether torchvision has a data set of this name, spelled in any case, with or without dashes."""
+    from torchvision import datasets
+
+    return _plain(name) in map(str.lower, datasets.__all__)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
 
 @dataclass
 class Torchvision(Light):
@@ -27,21 +38,21 @@ class Torchvision(Light):
     Args:
         name: the class in `torchvision.datasets`, spelled in any case, with or without dashes.
         train: the training split, otherwise the test split.
-        root: where torchvision keeps (and downloads) its files.
+        root: folder to which torchvision downloads its files.
     """
 
     name: str
     train: bool
     root: Path
     rejected: list[dict[str, str]] = field(default_factory=list)
-    files: None = None  # they are not the user's own
+    files: None = None  # not the user's own
 
     @cached_property
     def data(self) -> Any:
         from torchvision import datasets
 
         known = {name.lower(): name for name in datasets.__all__}
-        plain = re.sub(r"[^a-z0-9]", "", self.name.lower())
+        plain = _plain(self.name)
         if plain not in known:
             raise SourceError(f"torchvision has no data set {self.name!r}; it has {', '.join(sorted(known.values()))}")
         name = known[plain]
@@ -62,10 +73,10 @@ class Torchvision(Light):
             remedy = f"fetch it where there is a network and put it under {self.root}"
             if name == "FashionMNIST":
                 remedy += ", or install Debian's package dataset-fashion-mnist"
-            raise SourceError(f"{name} cannot be had ({first_line(error)}): {remedy}") from error
+            raise SourceError(f"{name} is unavailable ({first_line(error)}): {remedy}") from error
 
     def _split(self, make: Callable[[str], Any]) -> Any:
-        """The data set of the first of our splits that it has. Raises SourceError with its own if it has none."""
+        """The data set of the first split that it has of ours. Raises SourceError, naming its own, if it has none."""
         *others, last = ("train", "trainval") if self.train else ("test", "val")
         for split in (*others, last):
             try:
@@ -102,33 +113,15 @@ class Torchvision(Light):
 
 
 def _fashion_mnist_from_debian(root: Path) -> None:
-    """Put the files of Debian's dataset-fashion-mnist where torchvision looks.
-
-    They are taken from the installed package, or fetched with apt into a folder of our own, which needs no root. Does
-    nothing if neither is possible.
-    """
+    """Puts the files of Debian's dataset-fashion-mnist where torchvision looks, if the package is installed or
+    unpacked under `root` (`dpkg-deb -x`, as the Makefile does)."""
     raw = root / "FashionMNIST" / "raw"
-    if raw.exists():
+    source = next((path for path in (INSTALLED / DEBIAN, root / DEBIAN) if path.exists()), None)
+    if raw.exists() or source is None:
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        files = Path("usr/share/datasets/fashion-mnist")
-        source = Path("/") / files
-        if not source.exists() and shutil.which("apt-get") and shutil.which("dpkg-deb"):
-            lists = Path(scratch) / "lists"
-            lists.mkdir()
-            own = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={scratch}"]
-            commands = (
-                ["apt-get", *own, "update"],
-                ["apt-get", *own, "-o", "APT::Sandbox::User=root", "download", "dataset-fashion-mnist"],
-                ["sh", "-c", "dpkg-deb -x dataset-fashion-mnist_*.deb ."],
-            )
-            done = all(subprocess.run(c, cwd=scratch, capture_output=True).returncode == 0 for c in commands)
-            source = Path(scratch) / files if done else source
-        if not source.exists():
-            return
-        half = root / ".raw"  # renamed when it is whole: torchvision would not repair half of it
-        half.mkdir(parents=True, exist_ok=True)
-        for packed in source.glob("*.gz"):
-            (half / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-        raw.parent.mkdir(exist_ok=True)
-        half.rename(raw)
+    half = root / ".raw"  # renamed when complete: torchvision would not repair a half
+    half.mkdir(parents=True, exist_ok=True)
+    for packed in source.glob("*.gz"):
+        (half / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    raw.parent.mkdir(exist_ok=True)
+    half.rename(raw)

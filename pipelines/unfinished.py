@@ -1,4 +1,4 @@
-"""The working folder of a set while it is made: who works there, and on what. Whoever comes again goes on."""
+"""Working folder of a set that is being made: its lock and its plan, from which a later start continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.speech import say
 
 
 class Work(Enum):
-    """Who works on a set."""
+    """Kind of work done on a set, and by how many processes."""
 
     PACK = "one process, which packs what is missing and finishes the set"
     SHARE = "one of several processes, which pack different shards and leave the finish to a PACK"
@@ -28,7 +28,7 @@ class Work(Enum):
 
 @contextmanager
 def working_folder(directory: Path, plan: Fingerprints, work: Work) -> Iterator[None]:
-    """Hold the set's working folder while the body works, only for the plan that it was begun with. It is removed
+    """Holds the set's working folder during the body, if the plan is the one it was begun with. The folder is removed
     when the set is finished. Raises ShardError."""
     folder = directory / WORK
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,10 +38,10 @@ def working_folder(directory: Path, plan: Fingerprints, work: Work) -> Iterator[
             fcntl.flock(begun, lock | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(f"{directory} is being packed by another process: wait for it") from error
-        except OSError as error:  # Lustre's default, and others': it would be no remedy to pack elsewhere and copy
+        except OSError as error:  # the default of Lustre and others; "pack elsewhere and copy" would be no remedy
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
-            say(f"{directory} cannot be locked ({error.strerror}): see to it that no other process packs into it")
+            say(f"{directory} cannot be locked ({error.strerror}): make sure that no other process packs into it")
         _settle(begun, directory, plan, work)
         yield
     if work is not Work.SHARE:
@@ -49,7 +49,7 @@ def working_folder(directory: Path, plan: Fingerprints, work: Work) -> Iterator[
 
 
 def _settle(file: TextIO, directory: Path, plan: Fingerprints, work: Work) -> None:
-    """Write the plan, or go on with it if it is the one that was begun. Raises ShardError for another one."""
+    """Writes the plan, or accepts the one that is there if it is the same. Raises ShardError if it is another."""
     begun = file.read()
     line = f"{'index' if work is Work.INDEX else 'pack'} {plan.fingerprint}"
     if begun == line:
@@ -59,20 +59,20 @@ def _settle(file: TextIO, directory: Path, plan: Fingerprints, work: Work) -> No
         if indexed and work is not Work.INDEX:
             tars = len(list(directory.glob("*.tar")))
             raise ShardError(
-                f"{directory} holds {tars} tars of which an index was begun: pack into another directory, or finish it "
+                f"{directory} holds {tars} tars whose index was begun: pack into another directory, or finish it "
                 f"with `python -m pipelines index {directory}`"
             )
         if not indexed:
             kept = begun in [f"pack {kept}" for kept in plan.small_kept]
-            of = "that keeps small images" if kept else "of other files, or sizes of them, or with other options"
-            remedy = "go on with --keep-small" if kept else "repeat what began it"
+            of = "that keeps small images" if kept else "of other files or file sizes, or with other options"
+            remedy = "continue with --keep-small" if kept else "repeat the command that began it"
             done = len(list(directory.glob("shard-*.tar")))
             raise ShardError(
                 f"{directory} holds an unfinished pack {of}: {remedy}, pack into another directory, or remove "
                 f"{directory} with the {done} shards that are done"
             )
-        for old in (directory / WORK).glob("*.json"):  # scans of tars that have changed since
+        for old in (directory / WORK).glob("*.json"):  # scans of tars that have changed since then
             old.unlink()
-    file.seek(0)  # two shares that begin at once write the same
+    file.seek(0)  # shares that begin at the same time write the same
     file.write(line)
     file.truncate()

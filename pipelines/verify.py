@@ -1,4 +1,4 @@
-"""Check a shard set against itself, whole: hashes, tars, images, labels."""
+"""Full check of a shard set against itself: hashes, tars, images, labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if
 
 
 class _Task(NamedTuple):
-    """A shard and its rows of the index, as a range: a worker reads them, so that nobody holds all."""
+    """A shard and the range of its rows in the index. Workers read the rows, so that no process holds all of them."""
 
     path: Path
     sha256: str
@@ -33,11 +33,11 @@ class _Task(NamedTuple):
 
 
 def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = lambda _: None) -> list[Problem]:
-    """Decode every sample and compare with manifest and index.
+    """Decodes every sample and compares it with manifest and index.
 
-    Returns the problems, and writes them to `quarantine.jsonl`, so that nobody is shown these samples; before that
-    `tell` hears each, since the set may lie where nothing can be written. Raises ShardError if manifest or index cannot
-    be used at all, or if the list cannot be written.
+    Returns the problems and writes them to `quarantine.jsonl`, so that these samples are never shown; `tell` is called
+    with each before that, since the set may be read-only. Raises ShardError if manifest or index cannot be used at all,
+    or if the list cannot be written.
     """
     manifest = Manifest.read(directory)
     path = directory / INDEX
@@ -68,7 +68,7 @@ def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = l
 
 
 def _odd_samples(shards: ShardSet, found: list[Problem]) -> Ints:
-    """Those that are whole, but not plain; nothing of tars that have problems as a whole."""
+    """Samples that are whole but not plain, except in tars with a problem of their own."""
     numbers = {name: number for number, name in enumerate(shards.names)}
     firsts = shards.firsts
     broken = {problem["shard"] for problem in found if "row" not in problem}
@@ -79,13 +79,13 @@ def _odd_samples(shards: ShardSet, found: list[Problem]) -> Ints:
 def _unwritten(path: Path, problems: int, why: str | None) -> str:
     if problems:
         remedy = "training will meet them one by one, and count them against data.max_bad"
-        return f"{problems} problems in {path.parent}, of which no list could be written ({why}): {remedy}"
+        return f"{problems} problems in {path.parent}, but their list could not be written ({why}): {remedy}"
     return f"{path.parent} has no problems any more, but its old list could not be removed ({why}): remove {path.name}"
 
 
 def _disagrees(rows: Rows, shard: dict[str, Any], manifest: Manifest) -> str:
-    """What of a shard's rows is not as the manifest says. A set without checksums may have been damaged before they
-    were written down: of that, the samples are problems."""
+    """How a shard's rows contradict the manifest; empty if they do not. A set without checksums is not compared: it may
+    have been damaged before there were any; then its samples are reported as problems."""
     if checksum(rows) != shard["rows"]:
         return f"rows of {shard['name']}"
     found = fault(rows, shard["bytes"], len(manifest.classes), manifest.sides)
@@ -99,7 +99,7 @@ def _verify_shard(task: _Task, tick: Callable[[], None] = tick) -> list[Problem]
             problems.append(problem)
     except FileNotFoundError:
         return [{"shard": shard, "name": shard, "reason": "is missing"}]
-    except OSError as error:  # of one tar, which must not hide what was found in the others
+    except OSError as error:  # one bad tar must not hide the problems of the others
         problems.append({"shard": shard, "name": shard, "reason": f"cannot be read: {first_line(error)}"})
     return problems
 
@@ -124,16 +124,16 @@ def _problems(task: _Task, tick: Callable[[], None]) -> Iterator[Problem]:
 
 
 def _difference(file: Any, group: Any, indexed: tuple[int, ...], turned: bool) -> str | None:
-    """Reason to reject a sample; None if there is none; empty if it is whole, but DALI is to be asked, too."""
+    """Reason to reject a sample; None if it is good; empty if it is whole but DALI must be asked as well."""
     if group is None:
         return "is not in the tar where the index says"
     try:
         sample = read_sample(file, group, turn=turned)
-    except Exception as error:  # whatever a decoder makes of garbage
+    except Exception as error:  # decoders raise anything on garbage
         if of_the_system(error):
             raise
         return f"cannot be read: {first_line(error)}"
     names = SAMPLE.names or ()
     changed = [name for name, a, b in zip(names, sample.row, indexed, strict=True) if a != b]
-    # Never "differs": an earlier program had the bytes of quarantine.jsonl in the fingerprint of a set.
+    # Never "differs": earlier versions hashed the bytes of quarantine.jsonl into the fingerprint of a set.
     return f"{' and '.join(changed)} differ from the index" if changed else None if sample.plain else ""

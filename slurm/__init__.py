@@ -1,1 +1,1 @@
-"""The cluster: submit a run to Slurm, keep it alive, show it. `python -m slurm --help`."""
+"""Cluster: submits a run to Slurm, keeps it alive, shows its status. See `python -m slurm --help`."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dist_train.config import UNDOTTED
+from dist_train.config import OPTIONS
+from dist_train.rundir.named import RUNS
 from pipelines.cli import Parser, Verb, natural, positive, run_verb
 from pipelines.speech import begin, say, show
 from slurm import cluster, submissions
@@ -25,7 +26,7 @@ def _submit_options(parser: Parser) -> None:
     _resources(parser, gpus=1)
     parser.add_argument("--array", type=Path, metavar="FILE", help="a sweep: one line of overrides per run")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script")
-    parser.add_argument("--local", action="store_true", help="the same job in processes of this machine")
+    parser.add_argument("--local", action="store_true", help="run the same job in processes of this machine")
 
 
 def _submit(args: Namespace) -> int:
@@ -58,9 +59,9 @@ def _pack_options(parser: Parser) -> None:
     )
     parser.add_argument("--shorter-side", type=natural, default=256, metavar="PX", help="scale images to it")
     parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
-    parser.add_argument("--quality", type=positive, default=90, help="of JPEGs that are written anew, 1 to 95")
-    parser.add_argument("--shard-mb", type=float, default=64.0, help="aimed size of a shard in 10^6 bytes")
-    parser.add_argument("--seed", type=natural, default=0, help="of the order of the samples in the shards")
+    parser.add_argument("--quality", type=positive, default=90, help="quality of re-encoded JPEGs, 1 to 95")
+    parser.add_argument("--shard-mb", type=float, default=64.0, help="target size of a shard in 10^6 bytes")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the order of the samples in the shards")
     _resources(parser, gpus=0)
 
 
@@ -75,14 +76,14 @@ def _submit_pack(args: Namespace) -> int:
 
 
 def _status_options(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="directory, or name under runs/; without: all there")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="directory, or name in runs/ (default: all there)")
     parser.add_argument(
         "--watch",
         type=positive,
         nargs="?",
         const=10,
         metavar="SECONDS",
-        help="again every so many seconds (10 if none are given) until Ctrl-C; messages about runs that fall silent",
+        help="repeat every so many seconds (10 if none are given) until Ctrl-C, and report runs that fall silent",
     )
 
 
@@ -94,7 +95,7 @@ def _status(args: Namespace) -> int:
             return submissions.all_runs()
         return [run for text in args.runs for run in submissions.find_runs(text)]
 
-    none = f"no submitted runs under {submissions.ROOT}/"
+    none = f"no submitted runs under {RUNS}/"
     if args.watch:
         from slurm.watch import watch
 
@@ -109,8 +110,8 @@ def _status(args: Namespace) -> int:
 
 def _logs_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--rank", type=int, default=0, help="whose log")
-    parser.add_argument("--follow", action="store_true", help="to the end of the job")
+    parser.add_argument("--rank", type=int, default=0, help="rank whose log is shown")
+    parser.add_argument("--follow", action="store_true", help="until the job ends")
 
 
 def _logs(args: Namespace) -> int:
@@ -160,7 +161,7 @@ def _stop(run: SubmittedRun, submission: Submission) -> None:
 
 def _requeue_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--exclude", metavar="NODE", help="not on these")
+    parser.add_argument("--exclude", metavar="NODE", help="nodes to avoid")
 
 
 def _requeue(args: Namespace) -> int:
@@ -183,19 +184,26 @@ def _requeue(args: Namespace) -> int:
 
 
 def _resources(parser: Parser, *, gpus: int) -> None:
-    """Declare what a job asks Slurm for."""
+    """Declare the resources of a job."""
     parser.add_argument("--nodes", type=positive, default=1, help="nodes of the job")
     parser.add_argument(
         "--gpus-per-node", type=natural, default=gpus, help="one task per GPU; 0: one task per node, on its CPUs"
     )
     parser.add_argument(
-        "--time", type=_time, required=True, help="limit of one start, 12:00:00; a run goes on after it"
+        "--time",
+        type=_time,
+        required=True,
+        help="time limit of one start, 12:00:00; the run is then requeued and continues",
     )
     for name in ("partition", "account", "qos", "constraint", "exclude", "mem", "comment"):
         parser.add_argument(f"--{name}", help="as for sbatch")
     parser.add_argument("--cpus-per-gpu", type=positive, metavar="N", help="CPUs per task")
     parser.add_argument(
-        "--signal-before", type=natural, default=120, metavar="S", help="seconds for the save at the limit"
+        "--signal-before",
+        type=natural,
+        default=120,
+        metavar="S",
+        help="seconds before the limit at which the run saves",
     )
 
 
@@ -209,7 +217,7 @@ def _time(text: str) -> int:
 
 
 VERBS = {
-    "submit": Verb("check a run and put it into the queue", _submit_options, _submit, passes_on=UNDOTTED),
+    "submit": Verb("check a run and put it into the queue", _submit_options, _submit, passes_on=OPTIONS),
     "submit pack": Verb("pack a large image folder as an array", _pack_options, _submit_pack),
     "status": Verb("a table of runs", _status_options, _status),
     "logs": Verb("the log of a rank, over all restarts", _logs_options, _logs),

@@ -1,4 +1,4 @@
-"""Slurm's own commands. sacct is not among them: many clusters have none."""
+"""Wrappers of Slurm's commands. sacct is not used: many clusters have none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FINISHED = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A job in the queue: Slurm's state, the reason for it, and the time left as Slurm writes it."""
+    """A job in the queue: Slurm's state, the reason for it, and the time left in Slurm's format."""
 
     state: str
     reason: str = ""
@@ -36,12 +36,12 @@ class Entry:
 
     @property
     def active(self) -> bool:
-        """True for a job that runs or will run."""
+        """True if the job runs or will run."""
         return self.state not in FINISHED
 
 
 def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
-    """Entries by job, from the queue or the process table; Slurm forgets finished jobs after some minutes."""
+    """Entries by job, from squeue or the process table. Slurm forgets finished jobs after some minutes."""
     entries, jobs = {}, []
     for submission in submissions:
         if not submission.local:
@@ -53,7 +53,7 @@ def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
             text = command(
                 "squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%L", "--jobs=" + ",".join(jobs)
             )
-        except SlurmError:  # an unknown number, or no Slurm here: what the run directory says must do
+        except SlurmError:  # an unknown job, or no Slurm here: the run directory must do
             text = ""
         for line in text.splitlines():
             if line.count("|") >= 3:
@@ -64,25 +64,25 @@ def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
 
 
 def entry(submission: Submission) -> Entry:
-    """Entry of one job; an unknown one has left the queue."""
+    """Entry of one job; an unknown job counts as completed."""
     return look([submission]).get(submission.job, Entry("COMPLETED", "not in the queue"))
 
 
 def ended(submission: Submission) -> bool:
-    """True for a job that neither runs nor will run."""
+    """True if the job neither runs nor will run."""
     return not entry(submission).active
 
 
 def stop(submission: Submission) -> None:
-    """Ask all ranks to save and leave."""
+    """Asks all ranks to save and exit."""
     if submission.local:
-        os.kill(int(submission.job), signal.SIGTERM)  # the controller hands it on
+        os.kill(int(submission.job), signal.SIGTERM)  # the controller passes it on
     else:
         command("scancel", "--signal=USR2", submission.job)
 
 
 def end(submission: Submission) -> None:
-    """End the job, whatever it does."""
+    """Cancels the job, whatever its state."""
     if not submission.local:
         command("scancel", submission.job)
     elif _controller(submission.job):
@@ -90,8 +90,8 @@ def end(submission: Submission) -> None:
 
 
 def requeue(submission: Submission, exclude: str) -> None:
-    """Put a job that Slurm still holds back into the queue, away from `exclude`. A running one is sent SIGTERM first,
-    and so saves. Slurm takes an exclusion only for a pending job, hence the hold."""
+    """Requeues a job that Slurm still knows, excluding the nodes `exclude`. A running job is sent SIGTERM first, so it
+    saves. Slurm accepts an exclusion only for a pending job, hence the hold."""
     job = submission.job
     if entry(submission).state != "PENDING":
         command("scontrol", "requeuehold", job)
@@ -104,7 +104,7 @@ def requeue(submission: Submission, exclude: str) -> None:
 
 
 def wait(until: Callable[[], bool], seconds: float, complaint: str) -> None:
-    """Poll twice a second. Raises SlurmError(complaint) after `seconds`."""
+    """Polls `until` twice per second. Raises SlurmError with the complaint after `seconds`."""
     deadline = time.monotonic() + seconds
     while not until():
         if time.monotonic() > deadline:
@@ -113,7 +113,7 @@ def wait(until: Callable[[], bool], seconds: float, complaint: str) -> None:
 
 
 def command(*words: str) -> str:
-    """Output of a command. Raises SlurmError with its complaint."""
+    """Output of a command. Raises SlurmError with its error message."""
     try:
         return subprocess.run(words, check=True, capture_output=True, encoding="utf-8", errors="replace").stdout
     except FileNotFoundError as error:
@@ -123,7 +123,7 @@ def command(*words: str) -> str:
 
 
 def _controller(process: str) -> bool:
-    """True for a living controller of submitit's, and not another process that was given the same number."""
+    """True if this process is a live submitit controller, and not another process that reuses its number."""
     try:
         return b"submitit.local._local" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:

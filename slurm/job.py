@@ -1,5 +1,5 @@
-"""The callables that submitit pickles and runs on the nodes. They hold a directory and little else, so that a pickle of
-last month still runs."""
+"""Callables that submitit pickles and runs on the nodes. They hold a directory and little else, so that last month's
+pickles still run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from pipelines.speech import begin, say
 from slurm.cluster import entry
 from slurm.submissions import Submission, SubmittedRun
 
-PORTS = range(20000, 32000)  # below those that Linux hands out by itself
+PORTS = range(20000, 32000)  # below the ephemeral ports of Linux
 
 
 class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no types
     """One rank of a run.
 
-    submitit's handler of SIGUSR2 requeues at an arbitrary bytecode. The trainer replaces it by one that only sets a
-    flag, the ranks save and leave `train` together, and only then is the old handler called.
+    submitit's SIGUSR2 handler requeues at an arbitrary bytecode. The trainer replaces it with one that only sets a
+    flag; the ranks save and leave `train` together, and only then is the old handler called.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -46,12 +46,12 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         begin()
         here, announcement = JobEnvironment(), Announcement(self.directory, writes=False)
         _bind(here)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores; the trainer's watch is not there yet
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and the trainer's watch is not running yet
         try:
             self._start(here)
-        except UncompletedJobError:  # submitit's handler, before the trainer's: cancelled
+        except UncompletedJobError:  # raised by submitit's handler, before the trainer replaced it: cancelled
             raise
-        except Exception as error:  # before the trainer could catch it: a node may have lost the program
+        except Exception as error:  # too early for the trainer to catch: the node may have lost the program
             words, name = LastWords(self.directory, announcement), SubmittedRun(self.directory).name
             words.tellers = [partial(events.tell, self.directory), partial(tell_now, name, self.directory)]
             words.fail(error)
@@ -59,32 +59,32 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
     def _start(self, here: JobEnvironment) -> None:
         requeue: Any = signal.getsignal(signal.SIGUSR2)
         run = SubmittedRun(self.directory)
-        # Neighbouring job numbers give different ports, so that jobs on one node do not meet.
+        # Neighbouring job numbers give different ports, so that jobs on one node do not collide.
         os.environ["MASTER_PORT"] = str(PORTS[int(here.raw_job_id) % len(PORTS)])
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
         os.environ[OVER] = str(_submission(here).no_requeue)
         _remove_stale(here)
         if rank == 0 and not _begin(run, here):
             os._exit(DIVERGED)  # like a run that diverged, it must not be tried again
-        from dist_train.cli import train  # not before this start is noted: it may not be there
+        from dist_train.cli import train  # only once this start is recorded: the import may fail
 
         code = train(["--config", str(run.config_file), "--run.dir", str(self.directory)])
         if code == STOPPED:
             leave(_come_back(here, rank, requeue, STOPPED))
-        if code in FINAL:  # trying again would end in the same way
+        if code in FINAL:  # a retry would end the same way
             _submission(here).no_requeue.touch()
         if code:
             leave(code)
         atexit.register(leave, 0)  # once submitit has written the result
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """The same again, for submitit to run next; None if the run is over."""
+        """The same job, for submitit to requeue; None if the run is over."""
         return None if _submission(JobEnvironment()).no_requeue.exists() else DelayedSubmission(self)
 
 
 class Pack(Checkpointable):  # type: ignore[misc]
-    """A task of a packing array: its part of the shards of an image folder, or with `part` None what is missing, and
-    the manifest."""
+    """Task of a packing array: packs its part of the shards of an image folder; with `part` None, packs what is missing
+    and writes the manifest."""
 
     def __init__(self, source: Path, directory: Path, options: dict[str, Any], part: tuple[int, int] | None) -> None:
         self.source, self.directory, self.options, self.part = source, directory, options, part
@@ -95,7 +95,7 @@ class Pack(Checkpointable):  # type: ignore[misc]
         from pipelines.pack import Options, pack, pack_share
         from pipelines.sources import ImageFolder
 
-        # A pickle from before there was `keep_small` has begun a set whose small images are kept.
+        # Pickles from before `keep_small` existed have begun sets in which small images are kept.
         task = (ImageFolder(self.source), self.directory, Options(**{"keep_small": True, **self.options}))
         split, workers = self.directory.name, cpus()
         if self.part:
@@ -105,7 +105,7 @@ class Pack(Checkpointable):  # type: ignore[misc]
 
 
 def _bind(here: JobEnvironment) -> None:
-    """End with what has started this process; at once if that is gone already."""
+    """Ties this process to the one that started it; exits at once if that one is gone."""
     bind()
     if here.cluster == "local" and os.getppid() != int(here.job_id):
         leave(FAILED)
@@ -116,8 +116,8 @@ def _submission(here: JobEnvironment) -> Submission:
 
 
 def _remove_stale(here: JobEnvironment) -> None:
-    """Remove what an earlier start left; each rank removes its own. Its result would make a running job look finished,
-    and its half-written pickle (`.save_tmp`) would make every later requeue fail."""
+    """Removes files of an earlier start; each rank removes its own. An old result would make a running job look
+    finished, and a half-written pickle (`.save_tmp`) would make every later requeue fail."""
     stale = [here.paths.result_pickle]
     if here.global_rank == 0:
         stale.append(here.paths.submitted_pickle)
@@ -134,7 +134,7 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
     failed = str(found["reason"]) if found.get("state") == "failed" else ""
     if crash := run.crash(found):
         failed = crash
-        # That of the start which crashed, if it had come to claim the run.
+        # The start that crashed, if it had claimed the run.
         claimed = {"start": found["start"]} if "start" in found and status.CRASH not in found else {}
         status.write(run.directory, "failed", crash, **where, **claimed, **{status.CRASH: True})
     submission.crash.unlink(missing_ok=True)
@@ -144,11 +144,11 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
         nodes = ", ".join(sorted({node for start in starts[-restarts.LIMIT :] for node in start["nodes"]}))
         nodes += f"; the last one failed: {failed}" if failed else ""
         reason = (
-            f"no progress in {restarts.LIMIT} starts (on {nodes}): read the log, mend it, then "
+            f"no progress in {restarts.LIMIT} starts (on {nodes}): read the log, fix the cause, then "
             f"`python -m slurm requeue`"
         )
         say(f"error: {reason}")
-        for write in (  # what matters most comes first, and what a full disk does not take holds nothing up
+        for write in (  # most important first; failures on a full disk are ignored
             submission.no_requeue.touch,
             partial(status.write, run.directory, "failed", reason, **where),
             partial(events.tell, run.directory, "given_up", reason=reason),
@@ -165,20 +165,20 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
 
 
 def _come_back(here: JobEnvironment, rank: int, requeue: Any, code: int) -> int:
-    """The state is saved. Rank 0 sees to it that the job comes back, the others wait to be ended: a rank that returned
-    would leave a result, and the job would look finished. Returns the exit code, which ends the others."""
+    """Called once the state is saved. Rank 0 has the job requeued, the others wait to be ended: a rank that returned
+    would write a result, and the job would look finished. Returns the exit code, which ends the others."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     submission = _submission(here)
     wanted = not submission.no_requeue.exists()
     if rank == 0:
-        # SIGTERM comes before a preemption, but also with `scancel` and `scontrol requeue`. Slurm knows which: of a job
-        # that it is ending already it takes care itself.
+        # SIGTERM precedes a preemption, but also comes with `scancel` and `scontrol requeue`. Slurm knows which: if it
+        # is already ending the job, it handles the rest itself.
         if wanted and entry(submission).state == "RUNNING":
             try:
                 requeue(signal.SIGUSR2, None)
             except SystemExit as end:
-                code = int(end.code or 0) % 256  # to submitit's local controller it means "start me again"
+                code = int(end.code or 0) % 256  # tells submitit's local controller to start the job again
         elif not wanted and not submission.local:
             os.execlp("scancel", "scancel", here.job_id)
     elif not submission.local:

@@ -1,4 +1,4 @@
-"""From a command line to jobs: the checks before, submitit's parameters, the submission."""
+"""From a command line to submitted jobs: checks, submitit's parameters, submission."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TAS
 cd FOLDER || exit $code
 if [ $code -ne 0 ]; then
   rm "$job".started 2>/dev/null && reached=1
-  # A crash, and not an end that Slurm is bringing about already, nor one that was asked for; 2 is a refusal.
+  # Only a crash: not an end that Slurm is already bringing about, nor one that was requested; 2 is a refusal.
   if [ -n "$(squeue --noheader --jobs="$job" --states=RUNNING)" ] &&
       { [ ! -e "$job".over ] || [ $code -eq 2 ]; }; then
-    # The last error of each rank; what a stop signal ends before the first step is none.
+    # The last error of each rank; a stop signal before the first step is none.
     said=$(find . -name "${job}_*_log.out" -newermt "-$lasted seconds" -exec awk '
       /Starting with JobEnvironment/ { said[FILENAME] = "" }
       /Error(:|$)|error:|stopped before the first step/ && !/Exited with|CANCELLED/ { said[FILENAME] = $0 }
       END { for (file in said) print said[file] }' {} + | grep .)
     error=$(grep -v -e 'stopped before the first step' -e 'Terminated$' <<< "$said" | tail -n 1)
     [ -n "$error" ] || [ -z "$said" ] && echo "$(date +%s.%N) $lasted $code $error" > "$job".crash
-    # Back into the queue, if it had reached the trainer.
+    # Requeue if it had reached the trainer.
     [ -n "$reached" ] && [ ! -e "$job".over ] && scontrol requeue "$job"
   fi
 fi
@@ -52,7 +52,7 @@ exit $code"""
 
 
 class _Executor(SlurmExecutor):  # type: ignore[misc]  # submitit is not type-checked here
-    """submitit's executor, which can also write its script if there is no Slurm."""
+    """submitit's executor, able to write its script without Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -60,11 +60,11 @@ class _Executor(SlurmExecutor):  # type: ignore[misc]  # submitit is not type-ch
 
 
 class PlannedRuns(NamedTuple):
-    """The checked runs of a command line.
+    """Checked runs of a command line.
 
     Attributes:
-        top: directory of the run, or of the sweep.
-        runs: one, or one per line of the sweep, with its configuration.
+        top: directory of the run or of the sweep.
+        runs: the run, or one run per line of the sweep, each with its configuration.
     """
 
     top: Path
@@ -72,11 +72,11 @@ class PlannedRuns(NamedTuple):
 
 
 def plan(options: Namespace, argv: Sequence[str]) -> PlannedRuns:
-    """Check a command line, before anything fails after hours in the queue. Raises ConfigError, ShardError and
+    """Checks a command line, so that nothing fails after hours in the queue. Raises ConfigError, ShardError and
     SlurmError.
 
     Args:
-        options: of `submit`.
+        options: options of `submit`.
         argv: options of the trainer.
     """
     config, stem = parse(argv)
@@ -91,7 +91,7 @@ def plan(options: Namespace, argv: Sequence[str]) -> PlannedRuns:
             config, run=replace(config.run, name=str(directory.relative_to(top.parent)), dir=str(directory))
         )
         check_batch(config, options.nodes * max(1, options.gpus_per_node))
-        if not to_pack(config):  # else the job packs first
+        if not to_pack(config):  # otherwise the job packs first
             check_tars(open_sets(config))
         run = SubmittedRun(directory)
         _check_directory(run)
@@ -126,7 +126,7 @@ def parameters(options: Namespace, name: str, folder: Path) -> dict[str, Any]:
 
 
 def script(folder: Path, wanted: dict[str, Any], array: int) -> str:
-    """The sbatch script. Writes nothing."""
+    """Returns the sbatch script. Writes nothing."""
     executor = _Executor(folder)
     executor.update_parameters(**wanted)
     if array:
@@ -135,7 +135,7 @@ def script(folder: Path, wanted: dict[str, Any], array: int) -> str:
 
 
 def submit(planned: PlannedRuns, folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
-    """Submit runs, more than one as an array. Raises SlurmError."""
+    """Submits runs, several as an array. Raises SlurmError."""
     for run, config in planned.runs:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(run.config_file, dump(config).encode())
@@ -143,7 +143,7 @@ def submit(planned: PlannedRuns, folder: Path, wanted: dict[str, Any], *, local:
 
 
 def launch(runs: list[SubmittedRun], folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
-    """Submit runs whose configuration is written. Raises SlurmError."""
+    """Submits runs whose configuration is already written. Raises SlurmError."""
     tasks = wanted["nodes"] * wanted["ntasks_per_node"]
     jobs = _hand_over(folder, wanted, [Job(run.directory) for run in runs], local=local)
     submissions = [Submission(job, str(folder), tasks, local, wanted) for job in jobs]
@@ -153,20 +153,20 @@ def launch(runs: list[SubmittedRun], folder: Path, wanted: dict[str, Any], *, lo
 
 
 def submit_pack(options: Namespace) -> tuple[str, str, Path]:
-    """Submit a packing array and the task after it that writes the manifest. Returns both job numbers and the folder of
-    the logs."""
+    """Submits a packing array and a final task that writes the manifest. Returns both job numbers and the folder of the
+    logs."""
     from pipelines import origin
     from pipelines.pack import Options
 
     source, directory = options.source.absolute(), options.directory.absolute()
     photographs = ImageFolder(source)
-    say(f"{source}: {origin.named(photographs.classes)}")  # what is wrong with them need not wait in the queue
+    say(f"{source}: {origin.named(photographs.classes)}")  # so that wrong classes are noticed before the queue
     origin.refuse_strangers(directory, photographs)
     _check_text(directory)
     stored = asdict(Options(options.shorter_side, options.quality, options.shard_mb, options.seed, options.keep_small))
     folder = directory / "slurm"
     wanted = parameters(options, f"pack {directory.name}", folder)
-    del wanted["teardown"]  # what a crashed task leaves undone, the last task does
+    del wanted["teardown"]  # the final task packs what a crashed task leaves undone
     shares = [Pack(source, directory, stored, (i, options.tasks)) for i in range(options.tasks)]
     array, _, _ = _hand_over(folder, wanted, shares, local=False)[0].partition("_")
     wanted["additional_parameters"] = {"requeue": True, "dependency": f"afterany:{array}"}
@@ -175,7 +175,7 @@ def submit_pack(options: Namespace) -> tuple[str, str, Path]:
 
 
 def minutes(text: str) -> int:
-    """Slurm's time formats (`90`, `90:00`, `12:00:00`, `2-12`, `2-12:00:00`) as whole minutes, rounded up."""
+    """Whole minutes, rounded up, of a time in Slurm's formats: `90`, `90:00`, `12:00:00`, `2-12`, `2-12:00:00`."""
     if not (found := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)):
         raise ValueError(text)
     days, first, second, third = (int(number or 0) for number in found.groups())
@@ -187,9 +187,9 @@ def minutes(text: str) -> int:
 
 
 def _hand_over(folder: Path, wanted: dict[str, Any], tasks: Sequence[Callable[[], None]], *, local: bool) -> list[str]:
-    """Submit tasks, more than one as an array. Returns their job numbers. Raises SlurmError."""
+    """Submits tasks, several as an array. Returns their job numbers. Raises SlurmError."""
     executor: LocalExecutor | _Executor
-    # A time-out costs nothing, so submitit's count of them must not end a run; `job` counts starts without progress.
+    # Time-outs lose nothing, so submitit's limit on them must not end a run; `job` counts starts without progress.
     if local:
         executor = LocalExecutor(folder, max_num_timeout=10**6)
         executor.update_parameters(
@@ -213,8 +213,8 @@ def _hand_over(folder: Path, wanted: dict[str, Any], tasks: Sequence[Callable[[]
 
 @contextmanager
 def _outside() -> Iterator[None]:
-    """Hide a surrounding job's variables from the new one, but neither SBATCH_ACCOUNT and its like, which are the
-    user's own, nor where Slurm is."""
+    """Hides a surrounding job's variables from the new job, except SLURM_CONF and the user's own SBATCH_ACCOUNT
+    and its like."""
     own = {key: value for key, value in os.environ.items() if key.startswith("SBATCH_") or key == "SLURM_CONF"}
     with clean_env(["TORCHELASTIC_RUN_ID"]):
         os.environ.update(own)
@@ -223,7 +223,7 @@ def _outside() -> Iterator[None]:
 
 @contextmanager
 def _aside(log: Path) -> Iterator[None]:
-    """Lend our output to `log`: submitit's local controller inherits it, and would hold a pipe open to its end."""
+    """Redirects our output to `log`: submitit's local controller inherits it, and would hold a pipe open to its end."""
     flush()
     ours = [os.dup(1), os.dup(2)]
     with open(log, "ab") as file:
@@ -238,7 +238,7 @@ def _aside(log: Path) -> Iterator[None]:
 
 
 def _sweep(path: Path) -> list[list[str]]:
-    """The overrides of each line."""
+    """Overrides of a sweep, one list per line of the file."""
     lines = [overrides_of(line, path) for line in read_text(path).splitlines()]
     if not (members := [line for line in lines if line]):
         raise SlurmError(f"{path} is empty: write one line of overrides per run, such as --optim.lr 0.02")
@@ -246,13 +246,13 @@ def _sweep(path: Path) -> list[list[str]]:
 
 
 def _member(number: int, overrides: list[str]) -> str:
-    """Directory name of a run of a sweep, with its overrides: `1-optim.lr=0.02`."""
+    """Directory name of a sweep's run, made of its overrides: `1-optim.lr=0.02`."""
     text = re.sub(r"(^| )--", ",", " ".join(overrides)).strip(",").replace(" ", "=")
     return f"{number}-{re.sub('[^A-Za-z0-9_.,=+-]+', '-', text)[:100]}"
 
 
 def _check_directory(run: SubmittedRun) -> None:
-    """Raises SlurmError for a run that is in the queue already."""
+    """Raises SlurmError if the run is already in the queue, or its name is unusable."""
     _check_text(run.directory)
     if (old := run.submission()) and entry(old).active:
         raise SlurmError(
@@ -261,6 +261,6 @@ def _check_directory(run: SubmittedRun) -> None:
 
 
 def _check_text(path: Path) -> None:
-    """Raises SlurmError for a name in which Slurm would replace something."""
+    """Raises SlurmError for a path in which Slurm would replace something."""
     if found := re.search(r"[%\\\x00-\x1f]", str(path)):
         raise SlurmError(f"{path} contains {found[0]!r}, which Slurm replaces in file names: choose another name")

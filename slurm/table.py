@@ -1,4 +1,4 @@
-"""The table of `status`, and the text of `logs`."""
+"""Table of `status` and text of `logs`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ HEAD = (
     "GOODPUT",
     "TIME LEFT",
 )
-TAIL = 1 << 16  # bytes of the record that are read from its end
+TAIL = 1 << 16  # bytes read from the end of the record
 
 
 def in_queue(runs: list[SubmittedRun]) -> dict[str, Entry]:
-    """The entries of the runs in the queue, by name; without those that have none, or a damaged file."""
+    """Queue entries by run name, without runs that have none or whose file is damaged."""
     submissions: dict[str, Submission] = {}
     for run in runs:
         with suppress(UserError):
@@ -45,12 +45,12 @@ def in_queue(runs: list[SubmittedRun]) -> dict[str, Entry]:
 
 
 def status_table(runs: list[SubmittedRun], queue: Mapping[str, Entry]) -> str:
-    """A line of column names and one line per run; `queue`: as `in_queue` gives it."""
+    """Table of a header line and one line per run; `queue` is from `in_queue`."""
     rows: list[tuple[str, ...]] = [HEAD]
     for run in runs:
         try:
             rows.append(row(run, queue.get(run.name), time.time()))
-        except UserError as error:  # one damaged run does not hide the others
+        except UserError as error:  # one damaged run must not hide the others
             job = ""
             with suppress(UserError):
                 job = run.last.job
@@ -60,7 +60,7 @@ def status_table(runs: list[SubmittedRun], queue: Mapping[str, Entry]) -> str:
 
 
 def row(run: SubmittedRun, place: Entry | None, now: float) -> tuple[str, ...]:
-    """The cells under HEAD."""
+    """Cells of one run, in the columns of HEAD."""
     now_at = status.read(run.directory)
     if crash := run.crash(now_at):
         now_at |= {"state": "failed", "reason": crash}
@@ -87,7 +87,7 @@ def row(run: SubmittedRun, place: Entry | None, now: float) -> tuple[str, ...]:
 
 
 def duration(seconds: float) -> str:
-    """`8 s`, `12 min`, `5 h`, `3 d`."""
+    """A duration as text: `8 s`, `12 min`, `5 h`, `3 d`."""
     for unit, size, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
         if seconds < most * size:
             return f"{max(0, int(seconds / size))} {unit}"
@@ -95,7 +95,7 @@ def duration(seconds: float) -> str:
 
 
 def read_log(run: SubmittedRun, rank: int, follow: bool) -> Iterator[str]:
-    """The log of one rank over all restarts, in pieces of text. With `follow` to the end of the job. Raises
+    """Yields the log of one rank over all restarts, piece by piece; with `follow`, until the job ends. Raises
     SlurmError."""
     if not 0 <= rank < run.last.tasks:
         raise SlurmError(f"{run.name} has no rank {rank}: its ranks are 0 to {run.last.tasks - 1}")
@@ -113,13 +113,13 @@ def read_log(run: SubmittedRun, rank: int, follow: bool) -> Iterator[str]:
                 text = file.read()
                 place += len(text)
             yield text.decode(errors="replace")
-        if not active:  # asked before the last read: nothing is missed
+        if not active:  # determined before the last read, so nothing is missed
             return
         time.sleep(0.3)
 
 
 def show_log(run: SubmittedRun, rank: int, follow: bool) -> None:
-    """Print the pieces of `read_log` as they come, as long as somebody reads them."""
+    """Prints the pieces of `read_log` as they come, as long as somebody reads them."""
     for text in read_log(run, rank, follow):
         show(text, end="")
         if unheard():
@@ -127,7 +127,7 @@ def show_log(run: SubmittedRun, rank: int, follow: bool) -> None:
 
 
 def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str, str]:
-    """The cells of state and heartbeat, from status.json and the queue. A run that died left "running" behind."""
+    """Cells of state and heartbeat, from status.json and the queue. A run that died has left "running" behind."""
     if not found:
         return "not started", "-"
     state, age = str(found["state"]), now - found.get("heartbeat", now)
@@ -135,7 +135,7 @@ def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str,
     told = f"{state}: {found['reason']}" if found.get("reason") else state
     if state in ("starting", "running"):
         if place and place.state == "PENDING":
-            return "interrupted", heartbeat  # without a word: a lost node
+            return "interrupted", heartbeat  # it wrote no reason: a lost node
         if age > status.SILENT:
             return f"silent for {duration(age)}" + (f" ({told})" if state == "starting" else ""), "-"
         if not (place and place.active):
@@ -144,21 +144,21 @@ def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str,
 
 
 def _slurms(place: Entry | None) -> str:
-    """The cell of Slurm's own state."""
+    """Cell of Slurm's own state."""
     if place is None:
         return "not in the queue"
     return f"{place.state} ({place.reason})" if place.reason else place.state
 
 
 def _newest_numbers(path: Path) -> tuple[str, str]:
-    """The newest speed and validation error of a record."""
+    """Latest speed and validation error of a record, as cells."""
     if not path.exists():
         return "-", "-"
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         lines = file.read().split(b"\n")[:-1]
     if path.stat().st_size > TAIL:
-        lines = lines[1:]  # its beginning is cut off
+        lines = lines[1:]  # its start is cut off
     newest: dict[str, dict[str, Any]] = {}
     try:
         for line in lines:
@@ -167,5 +167,5 @@ def _newest_numbers(path: Path) -> tuple[str, str]:
         rate = f"{record.rate(newest['step']) or 0:.0f}" if "step" in newest else "-"
         error = f"{newest['validation']['top1_error']:.1%}" if "validation" in newest else "-"
     except (AttributeError, KeyError, TypeError, ValueError) as strange:
-        raise UserError(f"{path} is damaged (a line is no record): restore it, or move it away") from strange
+        raise UserError(f"{path} is damaged (a line is not a record): restore it, or move it away") from strange
     return rate, error

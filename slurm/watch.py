@@ -1,4 +1,4 @@
-"""`status --watch`: the table again and again, and a message for each run that falls silent."""
+"""`status --watch`: a table that refreshes, and a message for each run that falls silent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from slurm.table import in_queue, status_table
 
 
 def watch(find: Callable[[], list[SubmittedRun]], seconds: float, otherwise: str) -> None:
-    """Show the table every so many seconds, until Ctrl-C, or until nobody reads it any more. Raises UserError for an
-    address of messages that is none.
+    """Shows the table every `seconds` until Ctrl-C or until nobody reads it any more. Raises UserError for an invalid
+    address of messages.
 
     Args:
-        find: the runs, which may become more.
-        otherwise: what is shown without a run.
+        find: returns the runs, which may increase in number.
+        otherwise: text to show if there is no run.
     """
     webhook, silences = Webhook.wanted(), Silences()
     outbox = Outbox(webhook, say) if webhook else None
@@ -40,19 +40,19 @@ def watch(find: Callable[[], list[SubmittedRun]], seconds: float, otherwise: str
 
 
 class Silences:
-    """The runs that fell silent, as one watch sees them: those that Slurm has running, and those that it has seen alive
-    itself, whatever the queue says: a job that was killed, or whose node is lost, may have left it by then."""
+    """Runs that fell silent during one watch: those that Slurm lists as running, and those that this watch has seen
+    alive, whatever the queue says: a job that was killed, or whose node is lost, may have left it by then."""
 
     def __init__(self) -> None:
         self._alive = set[str]()
         self._told = set[tuple[str, float]]()  # run and last sign of life
 
     def found(self, runs: list[SubmittedRun], queue: Mapping[str, Entry], now: float) -> list[Message]:
-        """A message for each run that gives no sign of life, once for each silence.
+        """One message per run without a sign of life, once per silence.
 
         Args:
-            queue: as `in_queue` gives it.
-            now: in Unix's seconds.
+            queue: from `in_queue`.
+            now: Unix time in seconds.
         """
         messages = []
         for run in runs:

@@ -1,4 +1,4 @@
-"""Experiments: a configuration, NAME.yaml, and its arms, NAME.sweep, one line of overrides a run (which is what
+"""Experiments: a configuration, NAME.yaml, and its arms, NAME.sweep, one line of overrides per run (which
 `python -m slurm submit --array` takes too), each with its name as a comment. An arm runs with several seeds, or with
 the one it gives. `# ensemble of two: NAME` averages the runs of another arm, two by two.
 """
@@ -76,7 +76,7 @@ def known() -> list[str]:
 
 
 def chosen(names: Sequence[str], seeds: int, root: Path, extra: Sequence[str]) -> list[Experiment]:
-    """These experiments, or all. Raises ConfigError, also if no arm of one could be run with the options `extra`."""
+    """The named experiments, or all. Raises ConfigError, also if no arm of one could run with the options `extra`."""
     experiments = [read(name, seeds, root) for name in names or known()]
     for experiment in experiments if extra else ():
         refusals = [
@@ -88,7 +88,7 @@ def chosen(names: Sequence[str], seeds: int, root: Path, extra: Sequence[str]) -
 
 
 def _refusal(argv: Sequence[str]) -> str:
-    """What the trainer has against this command line, or nothing."""
+    """The trainer's objection to a command line; empty if there is none."""
     try:
         parse(argv)
     except ConfigError as error:
@@ -97,7 +97,7 @@ def _refusal(argv: Sequence[str]) -> str:
 
 
 def read(name: str, seeds: int, root: Path) -> Experiment:
-    """The experiment of that name, whose arms have seeds 0 ... `seeds` - 1 where they give none. Raises ConfigError."""
+    """The experiment of that name, whose arms have seeds 0 ... `seeds` - 1 if they give none. Raises ConfigError."""
     sweep = SWEEPS / f"{name}.sweep"
     if not sweep.exists():
         raise ConfigError(f"there is no experiment {name}: choose from {', '.join(known())}")
@@ -114,5 +114,5 @@ def read(name: str, seeds: int, root: Path) -> Experiment:
 
 
 def slug(name: str) -> str:
-    """The name as a piece of a file name."""
+    """The name as part of a file name."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")

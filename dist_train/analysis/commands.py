@@ -1,4 +1,4 @@
-"""Commands that may take so long, and of which no process is left when they are over."""
+"""Commands with a time limit, which leave no process behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 PAUSE = 0.1  # seconds between two looks at a command that runs
-PATIENCE = 10.0  # seconds that killed processes may take to go: those in a driver that hangs do not
+PATIENCE = 10.0  # seconds for killed processes to end; those in a hanging driver do not
 # "error: ..." as we write it, and "ValueError: ..." as Python does, also behind torchrun's "[rank1]: ".
 ERROR = re.compile(r"^(?:\[\w+\]: )?((?:error|[\w.]*(?:Error|Exception|Interrupt|Exit|Refused)): \S.*)$")
 REPORTED = re.compile(r"^  traceback : (?!Signal |To enable traceback)(\S.*)$")  # at its end, of the root cause
@@ -28,14 +28,14 @@ def run(
     variables: Mapping[str, str] | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> int | None:
-    """The exit code of a command; None if it has not ended in that time. In any case all of its processes are ended
-    then, also those in sessions of their own and those whose parent is gone.
+    """Exit code of a command; None if it has not ended within `seconds`. In any case all of its processes are ended
+    then, including those in sessions of their own and those whose parent is gone.
 
     Args:
-        output: is made, for what it writes.
-        said: is made for its stdout alone.
-        variables: of its environment, besides our own.
-        meanwhile: is called every PAUSE while it runs.
+        output: file to create for its output.
+        said: file to create for its stdout alone.
+        variables: added to our environment.
+        meanwhile: called every PAUSE while it runs.
     """
     mark = f"DIST_TRAIN_{uuid4().hex}"  # all processes that come of it inherit it, whatever becomes of their parents
     environment = {**os.environ, **(variables or {}), mark: "1"}
@@ -62,7 +62,7 @@ def run(
 
 
 def _end(mark: str) -> None:
-    """Kill all processes that have this variable, and those that they have started in the meantime."""
+    """Kill all processes with this variable, and those that they have started in the meantime."""
     deadline = time.monotonic() + PATIENCE
     while (pids := _marked(mark.encode())) and time.monotonic() < deadline:
         for pid in pids:
@@ -82,12 +82,12 @@ def _marked(mark: bytes) -> list[int]:
 
 
 def last_lines(output: Path, many: int = 30) -> list[str]:
-    """The end of what a command wrote."""
+    """The last lines of a command's output."""
     return output.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-many:]
 
 
 def what_failed(lines: Sequence[str]) -> str:
-    """The line of them that says most: what torchrun reports, or the last error, or else the last line."""
+    """The most telling of the lines: torchrun's report, else the last error, else the last line."""
     reported = [found[1] for found in map(REPORTED.match, lines) if found]
     errors = [found[1] for found in map(ERROR.match, lines) if found]
     return [*lines[-1:], *errors, *reported][-1].strip() if lines else "it wrote nothing"

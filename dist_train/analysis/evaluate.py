@@ -49,13 +49,13 @@ def _evaluate(args: Namespace, world: World) -> int:
                 show(describe(report))
             if path:
                 show(f"\n{path}")
-    except (UserError, OSError) as error:  # on all ranks, but for a file that rank 0 cannot write
+    except (UserError, OSError) as error:  # on all ranks, except for a file that rank 0 cannot write
         return launcher.end_refused(error)
     return 0
 
 
 def open_runs(directories: Sequence[Path], world: World, which: str, split: Path | None) -> list[Trained]:
-    """The runs at the same checkpoints on all ranks: those that rank 0 finds, since a run may be going on.
+    """The runs, opened at the same checkpoints on all ranks: those that rank 0 finds, since a run may be training.
 
     Raises RunError on all ranks if one cannot be opened, or if their classes or images are not the same.
     """
@@ -85,7 +85,7 @@ def _check_alike(runs: Sequence[Trained]) -> None:
         same = np.array_equal(run.val.quarantined, first.val.quarantined)
         if run.val.fingerprint != first.val.fingerprint or not same:
             raise RunError(
-                f"{run.directory} and {first.directory} have other validation sets ({run.val.directory} and "
+                f"{run.directory} and {first.directory} have different validation sets ({run.val.directory} and "
                 f"{first.val.directory}): choose one with --split"
             )
 
@@ -105,6 +105,8 @@ def describe(report: dict[str, Any]) -> str:
         lines.append(f"{run['top1_error']:11.2%}  {run['top5_error']:11.2%}  {where}")
     if len(report["runs"]) > 1:
         lines.append(f"{report['top1_error']:11.2%}  {report['top5_error']:11.2%}  mean of these softmax outputs")
+    if name := _always(report):
+        lines += ["", f"always names {name}, whatever the image shows"]
     met = [row for row in report["classes"] if row["samples"]]
     met.sort(key=lambda row: -row["top1_error"])
     lines += ["", "top-1 error   images  class"]
@@ -115,6 +117,14 @@ def describe(report: dict[str, Any]) -> str:
         lines += ["", "      count  true -> predicted"]
     lines += [f"{row['count']:11}  {row['true']} -> {row['predicted']}" for row in report["confusions"][:CONFUSIONS]]
     return "\n".join(lines)
+
+
+def _always(report: dict[str, Any]) -> str:
+    """The class that was named for every image, if there is one and the images have several classes; else nothing."""
+    named = {row["predicted"] for row in report["confusions"]}
+    named |= {row["class"] for row in report["classes"] if row["samples"] and row["top1_error"] < 1}
+    several = sum(row["samples"] > 0 for row in report["classes"]) > 1
+    return named.pop() if several and len(named) == 1 else ""
 
 
 def _write(report: dict[str, Any], args: Namespace) -> Path | None:

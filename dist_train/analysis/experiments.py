@@ -1,4 +1,4 @@
-"""`python -m dist_train experiments [NAME ...]`: run the sweeps of configs/experiments and draw what they show."""
+"""`python -m dist_train experiments [NAME ...]`: run the sweeps of configs/experiments and draw their results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
 import torch
 
+from dist_train import data
 from dist_train.analysis.arms import Experiment
 from dist_train.analysis.tables import report
+from dist_train.cli import parse
+from dist_train.config import ConfigError
 from dist_train.rundir import status
 from pipelines.misc import cpus
 from pipelines.speech import bar, say, show
@@ -25,7 +29,7 @@ TRAINER = [sys.executable, "-m", "dist_train"]
 
 
 class Planned(NamedTuple):
-    """A run that is yet to be made."""
+    """A run still to be trained."""
 
     directory: Path
     seed: int
@@ -33,7 +37,7 @@ class Planned(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one run at a time is made: a CPU, and what the environment says of a GPU."""
+    """CPU of one run at a time, and the environment variable that gives it a GPU."""
 
     cpu: int
     gpu: dict[str, str]
@@ -53,8 +57,8 @@ def start(args: Namespace, experiments: Sequence[Experiment]) -> int:
 
 
 def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) -> list[str]:
-    """Run what is not done yet, `jobs` runs at a time, each on a CPU (or a GPU) of its own; then average the runs of
-    ensembles. Returns what failed."""
+    """Train the runs that are not done, `jobs` at a time, each on its own CPU (or GPU); then average the runs of
+    ensembles. Returns the failures."""
     places: Queue[Place] = Queue()
     usable = sorted(os.sched_getaffinity(0))
     for i in range(jobs):
@@ -70,6 +74,7 @@ def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) 
             places.put(place)
 
     todo = _todo(experiments)
+    _pack([*planned.options, *extra] for planned in todo)
     failed = []
     with ThreadPoolExecutor(jobs) as pool, bar(len(todo), "", "run") as done:
         for failure in pool.map(run, todo):
@@ -81,7 +86,7 @@ def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) 
 
 
 def _todo(experiments: Sequence[Experiment]) -> list[Planned]:
-    """The runs that have not ended yet, a seed of every arm first: a sweep that is cut short shows something."""
+    """The runs that have not ended, in the order of their seeds: a sweep that is cut short has results of every arm."""
     todo = []
     for experiment in experiments:
         for arm in experiment.trained:
@@ -94,8 +99,17 @@ def _todo(experiments: Sequence[Experiment]) -> list[Planned]:
     return sorted(todo, key=lambda planned: planned.seed)
 
 
+def _pack(command_lines: Iterable[Sequence[str]]) -> None:
+    """Packs the sources that these command lines name: of runs beside each other only one could. Raises UserError."""
+    for words in command_lines:
+        with suppress(ConfigError):  # which its run will say
+            config, _ = parse(words)
+            if data.to_pack(config):
+                data.pack_source(config)
+
+
 def _train(given: Sequence[str], directory: Path, place: Place) -> str:
-    """Make a run, with its output in a log beside it. Returns why it failed."""
+    """Train a run, with its output in a log beside it. Returns the reason if it failed."""
     os.sched_setaffinity(0, {place.cpu})  # of this thread, and so of the process that it starts
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{directory}.log", "ab") as log:
@@ -105,7 +119,7 @@ def _train(given: Sequence[str], directory: Path, place: Place) -> str:
 
 
 def _average(experiment: Experiment) -> list[str]:
-    """Evaluate the pairs of runs whose predictions an ensemble averages. Returns what failed."""
+    """Evaluate the pairs of runs whose predictions an ensemble averages. Returns the failures."""
     failed = []
     for arm in experiment.ensembles:
         for one, two, result in experiment.pairs(arm):

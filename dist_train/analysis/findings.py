@@ -1,4 +1,4 @@
-"""What a part of the GPU report finds, in a file from the first moment on: who ends it by force reads it there."""
+"""Findings of a part of the GPU report, in a file from the start: they can be read even if the part is killed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ STATES = ("ok", "left out", "warn", "failed")  # of a part, in the order in whic
 
 
 class Findings:
-    """Of one part.
+    """Findings of one part.
 
     Attributes:
-        result: by name.
+        result: the findings by name.
     """
 
     def __init__(self, file: Path) -> None:
@@ -32,13 +32,13 @@ class Findings:
         self._write()
 
     def say(self, state: str, reason: str) -> None:
-        """The part is at least in this state. With "ok", a remark."""
+        """Raise the part to at least this state. With "ok", the reason is a remark."""
         self._state = max(self._state, state, key=STATES.index)
         self._reasons.append(reason)
         self._write()
 
     def tell(self, text: str) -> None:
-        """Let the user know what is done now."""
+        """Show the user the current activity."""
         show(text)
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""The parts of the GPU report, each run in a process of its own. Without a GPU they do what can be done on the CPU."""
+"""The parts of the GPU report, each run in its own process. Without a GPU they do what is possible on the CPU."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from pipelines.plan import FixedPlan
 from pipelines.shards import ShardSet
 
 LEVELS = {"warn": "warn", "fail": "failed"}  # of a check -> the state of its part
-LOADS = (1.0, 0.0, 0.65, 0.9)  # of hw_decoder_load; the first one is what deterministic runs stand on
+LOADS = (1.0, 0.0, 0.65, 0.9)  # of hw_decoder_load; the first is that of deterministic runs
 BATCHES = (128, 1, 17)  # in which the same images are decoded; the others are compared with the first one
 # nvImageCodec decodes so many images one by one if their chroma subsampling is mixed, or else as a batch.
 ALIKE = 13
 THREADS = 16  # of DALI, at most
 CLOSE = {"max": 4.0, "mean": 0.3}  # levels: as far apart as two ways of rounding are
-TIMES = 20  # that a gradient is computed
+TIMES = 20  # number of computations of a gradient
 
 
 def start(name: str, result: Path, data: Path | None, seconds: float) -> int:
-    """Be one part, and leave what it finds in a file. Returns the exit code, which says nothing of what is found."""
+    """Run one part, and write its findings into a file. Returns the exit code, which does not depend on them."""
     deadline = time.monotonic() + seconds
     PARTS[name](Findings(result), Site(result.parent, data, machine.usable()[0], deadline))
     return 0
 
 
 def look_at_machine(findings: Findings, site: Site) -> None:
-    """What it has, and what of that will not do."""
+    """Equipment of the machine, and what of it is insufficient."""
     findings.keep("versions", machine.versions())
     found = machine.checks(site.folder.parent)  # the folder itself is gone when somebody reads this
     findings.keep("checks", [check._asdict() for check in found])
@@ -52,7 +52,7 @@ def look_at_machine(findings: Findings, site: Site) -> None:
 
 
 def decoder(findings: Findings, site: Site) -> None:
-    """How far apart the decoders are, and whether the pixels of an image depend on which batch it is in."""
+    """Differences between the decoders, and whether the pixels of an image depend on the batch that it is in."""
     findings.tell("images are drawn")
     shards = ShardSet(site.mixed())
     shown = np.arange(min(len(shards), 512 if site.gpus else 128))
@@ -99,7 +99,7 @@ def _compare(name: str, apart: Tensor, findings: Findings) -> None:
 
 def pooling(findings: Findings, site: Site) -> None:
     """Whether the gradient of overlapping max pooling (section 3.4) has the same bits each time, in both layouts, after
-    the first convolution's ReLU: many values are equal there, namely 0."""
+    the first convolution's ReLU, where many values are equal, namely 0."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # as the trainer does
     torch.manual_seed(0)
     shape, device = ((32, 96, 55, 55), "cuda") if site.gpus else ((8, 24, 15, 15), "cpu")

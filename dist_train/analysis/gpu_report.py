@@ -1,15 +1,13 @@
-"""`python -m dist_train gpu-report`: what only a machine with GPUs shows, in two files to attach to an issue.
+"""`python -m dist_train gpu-report`: findings that need a machine with GPUs, in two files to attach to an issue.
 
-Each part runs in a process of its own (`--inside`), which writes what it finds into a file, as it finds it. Nothing
-that a part does stops another one.
+Each part runs in its own process (`--inside`), which writes its findings into a file as it makes them. No part can stop
+another one.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -23,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_train import __version__
 from dist_train.analysis import commands, gpu_tables
 from dist_train.analysis.options import GPU_MINUTES, GPU_PARTS
 from pipelines.cli import INTERRUPTED, interrupted
@@ -30,6 +29,7 @@ from pipelines.errors import UsageError
 from pipelines.files import read_json, write_atomically
 from pipelines.shards import ShardSet
 from pipelines.speech import say, show
+from pipelines.words import nearest
 
 ROOT = Path(__file__).resolve().parents[2]  # a clone, or the folder that packages are installed in
 FORMAT = 1
@@ -39,8 +39,8 @@ REFUSED = 2.0  # seconds; with less than that left, a part is not begun
 
 
 class Part(NamedTuple):
-    """One that is to run: for so long, by a command to which `--result=FILE --seconds=S` is added. Or one that cannot,
-    and why."""
+    """A part to run: its time limit, and its command, to which `--result=FILE --seconds=S` is added; or why it cannot
+    run."""
 
     name: str
     seconds: float
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 def start(args: Namespace) -> int:
-    """Make the report, or be one part of it. Returns the exit code: 1 if a part has failed or was cut off."""
+    """Make the report, or run one part of it. Returns the exit code: 1 if a part has failed or was cut off."""
     if args.inside:
         from dist_train.analysis import gpu_parts
 
@@ -83,7 +83,7 @@ def start(args: Namespace) -> int:
 
 
 def usable(seconds: float, program: str = "print(json.dumps(machine.usable()))") -> tuple[int, str]:
-    """`machine.usable`, asked in a process of its own: there are drivers that hang."""
+    """Result of `machine.usable`, called in a process of its own since drivers may hang."""
     with tempfile.TemporaryDirectory() as folder:
         output, said = Path(folder, "output"), Path(folder, "said")
         command = [sys.executable, "-c", f"import json; from dist_train import machine; {program}"]
@@ -97,38 +97,32 @@ def usable(seconds: float, program: str = "print(json.dumps(machine.usable()))")
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """These parts, or all, in their order. Raises UsageError."""
+    """The named parts, or all, in their order. Raises UsageError."""
     for name in names:
         if name not in GPU_PARTS:
-            near = difflib.get_close_matches(name, GPU_PARTS, 1)
-            remedy = f"did you mean {near[0]}?" if near else f"the parts are {', '.join(GPU_PARTS)}"
+            near = nearest(name, GPU_PARTS)
+            remedy = f"did you mean {near}?" if near else f"the parts are {', '.join(GPU_PARTS)}"
             raise UsageError(f"unknown part {name}: {remedy}")
     return [name for name in GPU_PARTS if name in names or not names]
 
 
 def prefix_of(out: Path | None, names: Sequence[str]) -> Path:
-    """Of both files. Without `out`, a report of some parts has another one than a report of all."""
+    """Prefix of both files. Without `out`, a report of some parts has their names in it."""
     if out:
         return out.with_suffix("") if out.suffix in (".json", ".txt") else out
     return Path("-".join(["gpu-report", *(names if len(names) < len(GPU_PARTS) else ())]))
 
 
 def code(root: Path = ROOT) -> dict[str, Any]:
-    """Which code this is: its version and, in a clone, the commit and whether files of it were changed since ("changed"
-    is None where git does not say). What cannot be found out is ""."""
-    project, installed = root / "pyproject.toml", list(root.glob("dist_train-*.dist-info"))
-    if project.exists():
-        found = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
-        version = found[1] if found else ""
-    else:
-        version = installed[0].name.removesuffix(".dist-info").partition("-")[2] if installed else ""
+    """Version of the package and, in a clone, its commit and whether its files were changed since ("changed" is None if
+    git does not say). Without git the commit is ""."""
     commit = _git(root, "rev-parse", "HEAD") or ""
     changes = _git(root, "status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"version": version, "commit": commit, "changed": None if changes is None else changes != ""}
+    return {"version": __version__, "commit": commit, "changed": None if changes is None else changes != ""}
 
 
 def _git(root: Path, *words: str) -> str | None:
-    """What git answers; None if it does not, or if that is no clone of ours."""
+    """Output of git; None if it fails, or if `root` is no clone of ours."""
     if not (root / ".git").exists():  # git would take a repository that the folder lies in
         return None
     with suppress(OSError, subprocess.SubprocessError):
@@ -147,7 +141,7 @@ def _typed(args: Namespace) -> str:
 
 @contextmanager
 def _signals_as_ctrl_c() -> Iterator[None]:
-    """Who ends the job or closes the terminal wants what Ctrl-C does: no process is left, and what is known is kept."""
+    """Treats the end of the job or of the terminal as Ctrl-C: no process is left, and the findings are kept."""
     before = {}
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -160,15 +154,15 @@ def _signals_as_ctrl_c() -> Iterator[None]:
 
 
 class Report:
-    """What is known so far; it lies in both files after each part.
+    """The findings so far, written into both files after each part.
 
     Args:
-        files: for JSON and for people.
-        minutes: that all parts together may take.
-        facts: of the whole.
+        files: of the JSON and of the text.
+        minutes: limit of all parts together.
+        facts: about the whole report.
 
     Attributes:
-        parts: what was found, by name.
+        parts: findings by the name of the part.
     """
 
     def __init__(self, files: Sequence[Path], minutes: float, facts: dict[str, Any]) -> None:
@@ -179,7 +173,7 @@ class Report:
         self.parts: dict[str, dict[str, Any]] = {}
 
     def run(self, parts: Sequence[Part]) -> int:
-        """One after the other. Returns the exit code."""
+        """Run the parts one after the other. Returns the exit code."""
         # A short name: paths of sockets below it have 107 bytes at most.
         with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as scratch:
             for i, planned in enumerate(parts, 1):
@@ -198,7 +192,7 @@ class Report:
         return int(any(found["state"] in BAD for found in self.parts.values()))
 
     def text(self) -> str:
-        """For people."""
+        """The report as text."""
         return gpu_tables.describe(self._whole())
 
     def _one(self, planned: Part, file: Path, head: str) -> dict[str, Any]:
@@ -249,7 +243,7 @@ class Report:
 
 
 def rounded(value: Any) -> Any:
-    """The same with 6 significant digits, wherever there is a float in it."""
+    """The same value with all floats in it rounded to 6 significant digits."""
     if isinstance(value, dict):
         return {name: rounded(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -262,7 +256,7 @@ def _found(state: str, reason: str) -> dict[str, Any]:
 
 
 def _read(file: Path, state: str = "", reason: str = "") -> dict[str, Any]:
-    """What a part has left; with a state, that is how it ended."""
+    """Findings in a part's file; `state`, if given, is how the part ended."""
     found: dict[str, Any] = read_json(file) if file.exists() else _found("failed", "")
     if not state:
         return found
@@ -270,7 +264,7 @@ def _read(file: Path, state: str = "", reason: str = "") -> dict[str, Any]:
 
 
 def _new_lines(file: Path, show: Callable[[str], None]) -> Callable[[], None]:
-    """Shows the lines that were added to a file since the last call."""
+    """A function that shows the lines added to a file since its last call."""
     place = 0
 
     def look() -> None:

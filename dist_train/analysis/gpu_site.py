@@ -1,4 +1,4 @@
-"""Where a part of the GPU report works: on how many GPUs, and on which images."""
+"""GPUs and images of a part of the GPU report."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ KINDS = (("RGB", "4:2:0"), ("RGB", "4:2:0"), ("RGB", "4:4:4"), ("L", "4:4:4"))  
 
 
 class Site(NamedTuple):
-    """All sizes follow from it.
+    """Place and resources of a part; all sizes follow from them.
 
     Attributes:
-        folder: for files, the same for all parts.
-        data: a training set; None: images are drawn.
-        gpus: that torch can use.
+        folder: for files; all parts share it.
+        data: a training set; None for generated images.
+        gpus: number that torch can use.
         deadline: of the part, on the monotonic clock.
     """
 
@@ -41,7 +41,7 @@ class Site(NamedTuple):
         return Augment() if self.gpus else Augment(resize=72, crop=67)
 
     def images(self) -> Path:
-        """The shard set to decode, which is made if need be: enough for the largest batch."""
+        """Shard set to decode, made if need be, with enough images for the largest batch."""
         if self.data:
             return self.data
         source = Photographs(LARGEST * self.gpus, (500, 375)) if self.gpus else Photographs(256, (100, 75))
@@ -50,7 +50,7 @@ class Site(NamedTuple):
         return self.folder / "images"
 
     def mixed(self) -> Path:
-        """A shard set of images with different chroma subsampling, made if need be; `data` has what it has."""
+        """Shard set of images with different chroma subsampling, made if need be; `data` as it is."""
         if self.data:
             return self.data
         directory, side = self.folder / "mixed", self.augment.resize
@@ -69,7 +69,7 @@ class Site(NamedTuple):
 
 
 def halves_chroma(data: bytes) -> bool:
-    """Whether these are the bytes of a JPEG that keeps colour in half the resolution, both ways: 4:2:0."""
+    """Whether these are the bytes of a JPEG with colour at half the resolution in both directions (4:2:0)."""
     image = Image.open(BytesIO(data))
     return image.format == "JPEG" and JpegImagePlugin.get_sampling(image) == 2
 
@@ -79,7 +79,7 @@ class Photographs:
     """A source for `pack`: smooth images with some grain, as a camera's, each drawn when it is loaded.
 
     Attributes:
-        count: of the images.
+        count: number of images.
         size: width and height in pixels.
     """
 

@@ -1,4 +1,4 @@
-"""The speeds of the GPU report: each is measured by `speed`, in processes of its own, and read in its profile.json."""
+"""The speeds of the GPU report: each is measured by `speed` in its own processes and read from its profile.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TINY = ["--model.hidden=32", "--model.width=0.125", "--train.compile=off", "--tr
 
 
 class Timing(NamedTuple):
-    """A run of `speed`: so many ranks, with these options."""
+    """A run of `speed`: its name, number of ranks and options."""
 
     name: str
     ranks: int
@@ -43,7 +43,7 @@ class Timing(NamedTuple):
 
 
 def timings(gpus: int) -> list[Timing]:
-    """What is measured, the most telling first."""
+    """The measurements, the most telling first."""
     if not gpus:
         small = [*SMALL, "--train.global_batch=24", "--train.compile=off"]
         return [
@@ -86,7 +86,7 @@ def _named(batch: int, *, compiled: bool, deterministic: bool) -> str:
 
 
 def speed(findings: Findings, site: Site) -> None:
-    """All of them; what fails is said, and stops no other."""
+    """All measurements; a failure is reported and stops no other."""
     findings.tell("images are drawn")
     images = site.images()
     words = [f"--config={CONFIGS / 'alexnet.yaml'}", f"--data.train={images}", f"--data.val={images}"]
@@ -124,7 +124,7 @@ def speed(findings: Findings, site: Site) -> None:
 
 
 def _measured(timing: Timing, words: Sequence[str], findings: Findings, site: Site) -> dict[str, Any]:
-    """Its profile, or why it failed."""
+    """Profile of a measurement, or the reason of its failure."""
     profile, output = site.folder / "profile.json", site.folder / "speed.output"
     profile.unlink(missing_ok=True)
     places, began = Places(driver.known_cards() if site.gpus else []), time.monotonic()
@@ -145,7 +145,7 @@ def _measured(timing: Timing, words: Sequence[str], findings: Findings, site: Si
 
 
 class Places:
-    """Which processes were seen on which of some GPUs, besides those that were there at the beginning.
+    """Processes seen on GPUs, besides those that were there at the beginning.
 
     Attributes:
         seen: (process, GPU).
@@ -158,24 +158,24 @@ class Places:
         self.seen: set[tuple[int, int]] = set()
 
     def look(self) -> None:
-        """Now and then, since it may cost what is measured some time."""
+        """Look for processes, but not at every call, since that may slow what is measured."""
         if self._cards and time.monotonic() >= self._next:
             self.seen |= driver.gpu_processes(self._cards) - self._before
             self._next = time.monotonic() + LOOK
 
     def by_gpu(self) -> dict[str, list[int]]:
-        """The processes of each GPU."""
+        """Processes per GPU."""
         numbers = sorted({gpu for _, gpu in self.seen})
         return {str(number): sorted(pid for pid, gpu in self.seen if gpu == number) for number in numbers}
 
     def astray(self) -> list[int]:
-        """Those on GPU 0 that have another one, too: a rank's context where it has no business, which costs memory."""
+        """Processes on GPU 0 that also use another GPU: a rank's misplaced context, which costs memory."""
         elsewhere = {pid for pid, gpu in self.seen if gpu}
         return sorted(pid for pid, gpu in self.seen if gpu == 0 and pid in elsewhere)
 
 
 def all_reduce_rate(profiles: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """GB/s of the gradients' sum in the first of the profiles that has one, and of what that moves over a link."""
+    """GB/s of the gradients' all-reduce in the first profile that has one, and of its traffic over a link."""
     for profile in profiles.values():
         if reduced := profile["all_reduce"]:
             rate, ranks = reduced["mb"] / reduced["ms"], profile["world_size"]
@@ -185,7 +185,7 @@ def all_reduce_rate(profiles: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def costs_of_determinism(profiles: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Percent of a step's time, by the name of the deterministic run, where there is the other one as well."""
+    """Cost in percent of a step's time, by the name of the deterministic run, if its counterpart was measured too."""
     costs = {}
     for name, exact in profiles.items():
         if (free := profiles.get(name.removesuffix(", deterministic"))) and free is not exact:

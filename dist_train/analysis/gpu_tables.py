@@ -1,4 +1,4 @@
-"""The GPU report as a person reads it."""
+"""The GPU report as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INDENT = "  "  # of what a part has found
 
 
 def describe(report: dict[str, Any]) -> str:
-    """A head, a line for each part, and what each has found. Lines of words are not wider than WIDTH."""
+    """A head, one line per part, and the findings of each. Lines of words are at most WIDTH wide."""
     parts = report["parts"]
     how_long = f"{_counted(report['gpus'] or 'no', 'GPU')}, {_counted(format(report['minutes'], 'g'), 'minute')}"
     lines = [f"GPU report of dist_train{_code(report['code'])}", f"{report['date']}, {how_long}", report["command"]]
@@ -46,7 +46,7 @@ def _wrapped(text: str, beside: int = 0, further: str = "") -> list[str]:
 
 
 def _columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Rows in columns, of which some are put to the right; the last one may make several lines of a row."""
+    """Rows in columns, some of them right-aligned; the last column may wrap."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     beside = sum(widths[:-1]) + 2 * len(widths[:-1])
     texts = []
@@ -89,7 +89,7 @@ def _decoder(result: Result) -> Iterator[str]:
 
 
 def _bits(same: dict[str, bool]) -> tuple[str, str]:
-    """The batches in which they are the same, and the others."""
+    """The batches with the same bits, and the others."""
     equal, other = (", ".join(batch for batch in same if same[batch] == kind) for kind in (True, False))
     return equal, other or ("none" if same else "")
 
@@ -140,7 +140,7 @@ def _speed(result: Result) -> Iterator[str]:
     for name, processes in result.get("processes_by_gpu", {}).items():
         counts = [len(pids) for pids in processes.values()]
         if set(counts) != {1}:
-            yield f"not one process a GPU, but {', '.join(map(str, counts))}: {name}"
+            yield f"not one process per GPU, but {', '.join(map(str, counts))}: {name}"
     yield from (f"not measured, for want of time: {name}" for name in result.get("late", []))
 
 

@@ -20,17 +20,17 @@ DONE = re.compile(r"^tests/\S*?::(.+?) (PASSED|FAILED|SKIPPED|ERROR)\b")  # a li
 
 
 def others(findings: Findings, site: Site) -> None:
-    """All but the two kinds below."""
+    """All tests except the two kinds below."""
     _run("not resume and not drill", findings, site)
 
 
 def resume(findings: Findings, site: Site) -> None:
-    """Whether a run that was stopped has the bits of one that was not, at 1, 2, 4 and 8 ranks."""
+    """Whether a stopped and resumed run has the same bits as an uninterrupted one, at 1, 2, 4 and 8 ranks."""
     _run("resume", findings, site)
 
 
 def drills(findings: Findings, site: Site) -> None:
-    """Whether a run outlives signals, kills and hangs, and says why it does not outlive an error."""
+    """Whether a run survives signals, kills and hangs, and gives the reason if it fails."""
     _run("drill", findings, site)
 
 
@@ -68,7 +68,7 @@ def _run(chosen: str, findings: Findings, site: Site) -> None:
 
 
 def judge(xml: str, findings: Findings) -> None:
-    """Keep what pytest found, from its JUnit XML."""
+    """Keep the outcomes in pytest's JUnit XML."""
     passed, failed, skipped = list[str](), dict[str, str](), dict[str, str]()
     for case in ElementTree.fromstring(xml).iter("testcase"):
         name = case.get("name", "")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action, ArgumentError, Namespace
 from pathlib import Path
+from typing import Any
 
+from dist_train.rundir.named import run_named
 from pipelines.cli import Parser, natural, positive
 
 FIGURES = ("kernels", "top5", "nearest")  # of the paper, which are drawn if none is named
+DRAWN = (*FIGURES, "inputs", "wrong")  # all
 CROPS = {"one": 1, "five": 5, "ten": 10}  # fixed views that `evaluate` averages
 # The parts of `gpu-report` in their order, and the seconds that each may take; all together, GPU_MINUTES. The last one
 # takes what the others leave, and does the most telling first.
@@ -15,25 +18,54 @@ GPU_PARTS = {"machine": 60, "decoder": 90, "pooling": 60, "tests": 240, "resume"
 GPU_MINUTES = 10
 
 
+class _Names(Action):
+    """Names of figures as several words or, like all lists, with commas."""
+
+    def __call__(self, parser: Any, args: Namespace, values: Any, option: str | None = None) -> None:
+        names = [name for value in values for name in value.strip("[]").split(",") if name]
+        if unknown := [name for name in names if name not in DRAWN]:
+            raise ArgumentError(self, f"{unknown[0]!r} is no figure: choose from {', '.join(DRAWN)}")
+        setattr(args, self.dest, names)
+
+
+def _crops(text: str) -> str:
+    return next((name for name, views in CROPS.items() if text == str(views)), text)
+
+
 def evaluate(parser: Parser) -> None:
     """Declare the options of `evaluate`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--crops", choices=list(CROPS), default="one", help="centre; and corners; and reflections of these five"
+        "runs", nargs="+", type=run_named, metavar="RUN", help="directory of a run, or its name in runs/"
     )
-    parser.add_argument("--split", type=Path, metavar="DIR", help="shard set in the place of the validation set")
-    parser.add_argument("--checkpoint", default="last", help="last, best, or the name of one")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where the net computes")
-    parser.add_argument("--batch", type=positive, default=128, metavar="N", help="images of a forward pass per device")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where all numbers go")
+    parser.add_argument(
+        "--crops",
+        type=_crops,
+        choices=list(CROPS),
+        default="one",
+        help="centre; and corners; and reflections of these five; or 1, 5, 10",
+    )
+    parser.add_argument("--split", type=Path, metavar="DIR", help="shard set in place of the validation set")
+    parser.add_argument("--checkpoint", default="last", help="last, best, or the name of a checkpoint")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="device of the net; auto: a GPU if there is one",
+    )
+    parser.add_argument("--batch", type=positive, default=128, metavar="N", help="images per forward pass and device")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all numbers")
 
 
 def figures(parser: Parser) -> None:
     """Declare the options of `figures`."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
-    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="whose weights are taken")
+    parser.add_argument("run", type=run_named, metavar="RUN", help="directory of a run, or its name in runs/")
+    parser.add_argument(
+        "--checkpoint", choices=["last", "best"], default="last", help="checkpoint whose weights are used"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--images", type=positive, default=8, metavar="N", help="validation images per figure")
+    parser.add_argument(
+        "--images", type=positive, metavar="N", help="validation images per figure; without: 12, and 8 for nearest"
+    )
     parser.add_argument("--neighbours", type=positive, default=6, metavar="K", help="training images beside each")
     parser.add_argument(
         "--train-images", type=natural, default=10000, metavar="M", help="training images searched; 0: all"
@@ -41,54 +73,60 @@ def figures(parser: Parser) -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[*FIGURES, "inputs", "wrong"],
+        action=_Names,
         default=FIGURES,
         metavar="NAME",
-        help="some only, or another one: inputs, what the net is shown; wrong, images that it gets wrong",
+        help="figures to draw, with spaces or commas between them; also inputs, augmented training images, and wrong, "
+        "misclassified images",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the figures go; without: RUN/figures")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the figures (default: RUN/figures)")
 
 
 def experiments(parser: Parser) -> None:
     """Declare the options of `experiments`; it passes all others on to the trainer."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="without: all of configs/experiments")
-    parser.add_argument("--seeds", type=natural, default=3, metavar="N", help="seeds of an arm that gives none")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments (default: all of configs/experiments)")
+    parser.add_argument(
+        "--seeds", type=natural, default=3, metavar="N", help="number of seeds of an arm that gives none"
+    )
     parser.add_argument(
         "--jobs", type=natural, default=0, metavar="N", help="runs at a time; 0: the GPUs, or else the CPUs"
     )
-    parser.add_argument("--root", type=Path, default=Path("runs/experiments"), help="where the runs lie")
-    parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="where tables and pictures go")
-    parser.add_argument("--draw-only", action="store_true", help="run nothing; draw what has been run")
+    parser.add_argument("--root", type=Path, default=Path("runs/experiments"), help="directory of the runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="directory of tables and pictures")
+    parser.add_argument("--draw-only", action="store_true", help="run nothing, only draw the results so far")
 
 
 def speed(parser: Parser) -> None:
     """Declare the options of `speed`; all others are the trainer's."""
     parser.usage = "python -m dist_train speed [--steps N] [--out FILE] [the trainer's options]"
     steps = (
-        "of each measurement; 0: as many as take some 5 seconds. Few tell little of the loader, which has some ready"
+        "steps of each measurement; 0: as many as take some 5 seconds. A few say little about the loader, which has "
+        "some ready"
     )
     parser.add_argument("--steps", type=natural, default=0, metavar="N", help=steps)
-    parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="where all numbers go")
+    parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="file for all numbers")
 
 
 def gpu_report(parser: Parser) -> None:
     """Declare the options of `gpu-report`."""
     parser.usage = "python -m dist_train gpu-report [PART ...] [--minutes M] [--out PREFIX] [--data DIR]"
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some only, of {', '.join(GPU_PARTS)}")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"parts to run (default: all), of {', '.join(GPU_PARTS)}"
+    )
     parser.add_argument(
         "--minutes",
         type=positive,
         default=GPU_MINUTES,
         metavar="M",
-        help="minutes for all parts together: what does not fit is left out, the most telling comes first; 30 for all",
+        help="minutes for all parts together; the most telling come first, what does not fit is left out; 30 for all",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="PREFIX",
-        help="of the files PREFIX.json and PREFIX.txt; without: gpu-report, and the names of the parts if some only",
+        help="of the files PREFIX.json and PREFIX.txt (default: gpu-report, with the names of the parts if only some)",
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="training set to decode; without: generated images")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="training set to decode (default: generated images)")
     parser.add_argument("--inside", help=SUPPRESS)  # the part that this process is
     parser.add_argument("--seconds", type=float, help=SUPPRESS)  # that it has
     parser.add_argument("--result", type=Path, help=SUPPRESS)  # where it leaves what it finds

@@ -1,4 +1,4 @@
-"""One rank of `speed`: the trainer of a run and its loader, by the clock. Nothing is written, and no weight moves."""
+"""One rank of `speed`: times the trainer of a run and its loader. Nothing is written, and no weight changes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from pipelines.manifest import Manifest
 from pipelines.order import even_split
 from pipelines.shards import ShardSet
 
-SECONDS = 5.0  # that a measurement may take
-MOST = 2000  # steps of a measurement, however short one is; the fewest are one
+SECONDS = 5.0  # limit of a measurement
+MOST = 2000  # steps of a measurement, however short they are; it has one at least
 # Steps that are not measured: what the first ones compile, allocate or try out. On a GPU DDP waits for the device in
 # its first ten, to measure itself (and in every hundredth).
 WARM_UP = {"cpu": 2, "cuda": 12}
@@ -43,7 +43,7 @@ BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
 
 
 class Stretch(NamedTuple):
-    """What a number of steps took on this rank. CPU seconds are those of all threads of the process."""
+    """Duration of a number of steps on this rank. CPU seconds are those of all threads of the process."""
 
     steps: int
     images: int
@@ -57,7 +57,7 @@ class Stretch(NamedTuple):
 
 
 class Nothing(ShardSet):
-    """A stand-in for a trainer that is to load nothing: as many samples and classes as are asked for, and no file."""
+    """Stand-in for the data of a trainer that loads nothing: a number of samples and classes, and no file."""
 
     def __init__(self, images: int, classes: int) -> None:
         names, grey, none = [str(i) for i in range(classes)], [0.5] * 3, [0.0] * 3
@@ -73,23 +73,23 @@ class Nothing(ShardSet):
 
 
 def without_data(config: Config) -> ShardSet:
-    """A set for a trainer that takes its steps on random images; 1000 classes if the model does not say."""
+    """Set for a trainer that takes its steps on random images; it has 1000 classes if the model gives no number."""
     return Nothing(config.train.global_batch, config.model.outputs or 1000)
 
 
 class Pace:
     """The trainer that a run of this configuration would have, on this rank.
 
-    It has a run directory of which no file exists: that is never claimed, and so never written.
+    Its run directory is never claimed, and so never written.
 
     Args:
-        scratch: a folder for what names a batch that diverged; the run directory's path.
+        scratch: path of the run directory; a folder for what names a batch that diverged.
         loads: whether `shards` are the data, or stand in for it.
 
     Attributes:
-        build_seconds: until net, optimizer, DDP and loader stood; with several ranks DDP's two throw-away steps, and
-            so compiling, are of these.
-        warm_up_seconds: of the first steps, which are not measured; compiling is of these with one rank.
+        build_seconds: time to build net, optimizer, DDP and loader; with several ranks it includes DDP's two throw-away
+            steps, and so compiling.
+        warm_up_seconds: time of the first steps, which are not measured; with one rank it includes compiling.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Pace:
         None without data), and `all_reduce` as (MB, ms), None if there is none.
 
         Args:
-            steps: of each measurement; 0 for so many as take a few seconds.
+            steps: of each measurement; 0 for as many as take a few seconds.
         """
         batch = self._first_batch()
         warm = self._steps(repeat(batch), 1)
@@ -133,7 +133,7 @@ class Pace:
         return row
 
     def facts(self) -> dict[str, Any]:
-        """What is in force, for profile.json."""
+        """Settings in force, for profile.json."""
         model = self._trainer.model
         return {
             "model": self._config.model.name,
@@ -144,7 +144,7 @@ class Pace:
         }
 
     def _enough(self, seconds: float) -> int:
-        """So many steps that they take at most SECONDS, if one takes so long on this rank; the same on all ranks."""
+        """Number of steps that fit into SECONDS, from the time of one on this rank; the same on all ranks."""
         slowest = torch.tensor(seconds, dtype=torch.float64, device=self._world.device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         return max(1, min(MOST, int(SECONDS / float(slowest))))
@@ -167,7 +167,7 @@ class Pace:
                 yield batch if epoch == 0 else batch._replace(replaced=0)  # what is bad is counted once
 
     def _steps(self, batches: Iterable[Batch], many: int) -> Stretch:
-        """So many steps, as `Trainer.fit` takes them. On all ranks alike, raises KeyboardInterrupt after a stop signal,
+        """Times steps, taken as by `Trainer.fit`. On all ranks alike, raises KeyboardInterrupt after a stop signal,
         Refused for a loss that is not finite, and BadData."""
         pending: Pending | None = None
         images, stop, loader = 0, 0.0, self._trainer.train_loader
@@ -202,7 +202,7 @@ class Pace:
             return self._take(batches, steps or self._enough(paced.step_seconds))
 
     def _take(self, batches: Iterator[Batch], many: int) -> Stretch:
-        """So many batches, of which nothing is made."""
+        """Times batches that nothing is done with."""
         _heed(Vote.cast(self._world, stop=self._watch.stop).read().stop)
         images = 0
         began, cpu = time.perf_counter(), time.process_time()
@@ -219,8 +219,8 @@ class Pace:
             return self._steps(batches, many)
 
     def _computing(self, batch: Batch, many: int) -> float:
-        """Milliseconds of a step's forward and backward on this rank, in the pieces of a step, while it waits for no
-        other rank. (A tower on two ranks waits for its other half.)"""
+        """Milliseconds of forward and backward of a step on this rank, in the pieces of a step and without waiting for
+        other ranks. (A tower on two ranks waits for its other half.)"""
         trainer, pieces = self._trainer, self._config.train.accumulate
         inputs, labels, keys = batch.inputs, batch.labels, batch.keys
         dist.barrier()
@@ -237,7 +237,7 @@ class Pace:
         return 1000 * (time.perf_counter() - began) / many
 
     def _all_reduce(self) -> tuple[float, float] | None:
-        """MB of the gradients, and milliseconds to sum them over the data-parallel ranks while nothing else is done."""
+        """MB of the gradients, and milliseconds of their all-reduce over the data-parallel ranks, alone."""
         world = self._world
         if world.dp_size == 1:
             return None
@@ -258,7 +258,7 @@ class Pace:
         return size / 1e6, 1000 * sum(seconds() for _ in range(many)) / many
 
     def _synchronize(self) -> None:
-        """Let the device finish what it was given: a clock that is read before that reads nothing."""
+        """Wait for the device to finish its work, before a clock is read."""
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -27,8 +27,8 @@ LEFT_OUT, PREDICTED, BEFORE, BEFORE_OF_RUNS = range(4)
 def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) -> Ints:
     """Predictions of each run, and of their average, for every image.
 
-    A rank keeps the float32 probabilities of its own images alone; what all ranks need are integers, which are summed
-    once. A forward pass has the same shape at any world size.
+    Each rank keeps the float32 probabilities of its own images only; ranks exchange integers, which are summed once.
+    A forward pass has the same shape at any world size.
 
     Args:
         views: number of fixed views to average, in order.
@@ -36,9 +36,9 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
 
     Returns:
         int64 [images, 3 + runs], the same on all ranks. LEFT_OUT: 1 if it is in quarantine, or some run could
-        not decode it. PREDICTED: the output that is the most probable on average over runs and views. BEFORE: how many
-        outputs are more probable than the right one; then the same for each run. Of equally probable outputs the first
-        is the more probable.
+        not decode it. PREDICTED: the output that is the most probable on average over runs and views. BEFORE: number of
+        outputs that are more probable than the right one; then the same for each run. Of equally probable outputs the
+        first is the more probable.
 
     Raises ShardError, on all ranks, if a tar is not what was indexed, or if no image can be decoded.
     """
@@ -125,7 +125,7 @@ def _softmax(run: Trained, world: World, loader: Loader, batch: int, each: Calla
 
 
 def _filled(inputs: Tensor, n: int) -> Tensor:
-    """The inputs and black images behind them, [n, 3, crop, crop]: another shape might be computed in another order."""
+    """The inputs padded with black images, [n, 3, crop, crop]: another shape might be computed in another order."""
     if len(inputs) == n:
         return inputs
     filled = inputs.new_zeros(n, *inputs.shape[1:]).to(memory_format=torch.channels_last)
@@ -134,7 +134,8 @@ def _filled(inputs: Tensor, n: int) -> Tensor:
 
 
 def more_probable(probabilities: Tensor, labels: NDArray[Any]) -> Ints:
-    """How many outputs come before the right one: int64 [n]. Of equal ones the first comes first, at any world size."""
+    """Number of outputs that rank before the right one, int64 [n]. Of equal ones the first ranks first, at any world
+    size."""
     p, right = probabilities.numpy(), labels.astype(np.int64)[:, None]
     if not len(p):
         return np.zeros(0, np.int64)
@@ -145,7 +146,7 @@ def more_probable(probabilities: Tensor, labels: NDArray[Any]) -> Ints:
 
 
 def _add(one: Tensor, two: Tensor) -> Tensor:
-    """Sum of the probabilities of two nets, of which one may have more outputs than the other."""
+    """Sum of the probabilities of two nets, which may differ in their number of outputs."""
     width = max(one.shape[1], two.shape[1])
     return F.pad(one, (0, width - one.shape[1])) + F.pad(two, (0, width - two.shape[1]))
 
@@ -185,6 +186,6 @@ def summarise(table: Ints, runs: Sequence[Trained]) -> dict[str, Any]:
 
 
 def _errors(before: Ints) -> dict[str, Any]:
-    """Hits and errors of images, given how many outputs are more probable than the right one."""
+    """Hits and errors, from the number of outputs per image that are more probable than the right one."""
     top1, top5, images = int((before < 1).sum()), int((before < 5).sum()), len(before)
     return {"top1_hits": top1, "top5_hits": top5, "top1_error": 1 - top1 / images, "top5_error": 1 - top5 / images}

@@ -1,7 +1,7 @@
-"""`python -m dist_train speed [the trainer's options]`: how fast are the step, the loader, both, and the all-reduce?
+"""`python -m dist_train speed [the trainer's options]`: speed of the step, the loader, both, and the all-reduce.
 
-The step is the trainer's own, with its net, DDP, optimizer and vote. Whatever needs such numbers takes them from
-profile.json, whose names carry their units.
+The step is the trainer's own, with its net, DDP, optimizer and vote. Other programs read these numbers in profile.json,
+whose names carry their units.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ FORMAT = 1
 
 
 def start(args: Namespace, config: Config) -> int:
-    """Measure, print what a person understands, and write profile.json. Returns the exit code of this rank.
+    """Measure, print a summary, and write profile.json. Returns the exit code of this rank.
 
-    Raises UserError in one process, RuntimeError for what one rank of several met, so that a launcher ends the others,
-    and KeyboardInterrupt on all ranks after a stop signal.
+    Raises UserError in one process, RuntimeError for an error of one rank of several, so that a launcher ends the
+    others, and KeyboardInterrupt on all ranks after a stop signal.
     """
     watch = Watch(config.run.start_timeout, config.run.stop_timeout, LastWords())
     watch.heartbeat(config.run.start_timeout)  # a stop is met by the next vote from here on: there are files to remove
@@ -61,7 +61,7 @@ def start(args: Namespace, config: Config) -> int:
 
 
 def check_place(path: Path) -> None:
-    """Raises UserError if a file cannot lie there, before anything was measured for it."""
+    """Raises UserError if no file can be written there, before anything is measured."""
     special = path.exists() and not path.is_file()
     if special or not path.parent.is_dir():
         why = "it is no file" if special else f"there is no folder {path.parent}"
@@ -105,7 +105,7 @@ def _opened(config: Config, world: World) -> ShardSet | None:
 
 
 def facts(config: Config, world: World) -> dict[str, Any]:
-    """Of the machine and the work, for profile.json."""
+    """Facts about the machine and the work, for profile.json."""
     cuda = world.device.type == "cuda"
     return {
         "format": FORMAT,
@@ -126,7 +126,8 @@ def _processor() -> str:
 
 
 def profile_of(rows: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """All ranks together, and one row for each. A step takes as long as on its slowest rank; CPU time is the sum."""
+    """Numbers of all ranks together, and one row per rank. A step takes as long as on its slowest rank; CPU time is the
+    sum."""
     report: dict[str, Any] = {"steps": rows[0]["step"].steps}
     for name in ("step", "loader", "both"):
         report[name] = _together([row[name] for row in rows], batch) if rows[0][name] else None
@@ -154,7 +155,7 @@ def _together(stretches: Sequence[Stretch], batch: int) -> dict[str, Any]:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A rank's row of profile.json: what it did itself. `images` are those of its steps."""
+    """Row of profile.json of one rank. `images` are those of its steps."""
     flat = {name: row[name] for name in ("rank", "host", "forward_backward_ms", "peak_host_mb", "peak_device_mb")}
     flat["images"] = row["step"].images
     for name in ("step", "loader", "both"):
@@ -167,7 +168,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report in about ten lines for people."""
+    """Summary of the report in about ten lines."""
     step, loader, both, reduce = (report[name] for name in ("step", "loader", "both", "all_reduce"))
     nodes = f" on {report['nodes']} nodes" if report["nodes"] > 1 else ""
     how = "compiled" if report["process"]["compiled"] else "not compiled"
@@ -177,7 +178,7 @@ def describe(report: dict[str, Any]) -> str:
         ("net", f"{report['model']}, {report['parameters']:,} parameters, {precision}, {how}"),
         ("step", f"{_rate(step)} without data: {step['step_ms']:,.0f} ms for a batch of {report['global_batch']}"),
     ]
-    cpu = f"{_short(step['cpu_ms_per_image'])} ms an image without data"
+    cpu = f"{_short(step['cpu_ms_per_image'])} ms per image without data"
     if loader and both:
         rows.append(("loader", f"{_rate(loader)} by itself"))
         rows.append(("both", f"{_rate(both)} with data; {both['data_wait_share']:.1%} of the time waits for data"))
@@ -206,7 +207,7 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def _slowest(ranks: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Which ranks the others wait for, as rows."""
+    """The slowest ranks, as rows."""
 
     def spread(key: str, unit: str, *, slow_is_high: bool) -> str:
         slow, *_, fast = sorted(ranks, key=lambda rank: float(rank[key]), reverse=slow_is_high)

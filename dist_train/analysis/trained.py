@@ -19,20 +19,21 @@ from dist_train.process import keep_freed_memory
 from dist_train.ranks.world import World
 from dist_train.rundir import store
 from dist_train.rundir.checkpoint import FOLDER, Checkpoint, CheckpointError, find, newest_name
+from dist_train.rundir.named import RUNS, no_run
 from pipelines.errors import UsageError, UserError
-from pipelines.manifest import MANIFEST
+from pipelines.manifest import MANIFEST, Manifest
 from pipelines.shards import ShardSet
 from pipelines.speech import say
 
-TRIES = 3  # of which a checkpoint may vanish while it is read
+TRIES = 3  # to open a run, whose checkpoint may vanish while it is read
 
 
 class RunError(UserError):
-    """A run that cannot be opened; the message says why, and the remedy."""
+    """A run that cannot be opened; the message names the reason and the remedy."""
 
 
 class VanishedError(RunError):
-    """A checkpoint is gone that was there, or all are: a run that goes on keeps the newest only."""
+    """One checkpoint, or all of them, vanished: a run in training keeps only the newest."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Trained:
 
     Attributes:
         model: in evaluation mode, on the device, channels_last; not compiled.
-        classes: their names; the place in the list is the label. The model may have more outputs.
-        step, epoch: how many of them were done at the checkpoint.
-        checkpoint: the name of its directory.
+        classes: class names, in the order of their labels. The model may have more outputs.
+        step, epoch: number of steps and epochs done at the checkpoint.
+        checkpoint: name of its directory.
         train: the training set, whose statistics normalise all inputs.
-        val: the validation set, or the split that was asked for in its place.
+        val: the validation set, or the split given in its place.
     """
 
     directory: Path
@@ -59,13 +60,13 @@ class Trained:
     val: ShardSet
 
     def output_name(self, output: int) -> str:
-        """The name of the class that an output of the model stands for, or its number if it stands for none."""
+        """Name of the class of an output of the model, or its number if it has no class."""
         return self.classes[output] if output < len(self.classes) else f"class #{output}"
 
 
 @contextmanager
 def device_option() -> Iterator[None]:
-    """Errors about a device speak of --device, which is what the user gave, not of the trainer's key."""
+    """Reports errors about a device as errors of --device, which the user gave, not of the trainer's key."""
     try:
         yield
     except UserError as error:
@@ -73,12 +74,12 @@ def device_option() -> Iterator[None]:
 
 
 def open_run(directory: Path, device: torch.device, which: str = "last", split: Path | None = None) -> Trained:
-    """A run's model, configuration and data. What this process frees from now on is kept (`process`).
+    """Model, configuration and data of a run. From now on this process keeps the memory that it frees (`process`).
 
     Args:
         which: "last", the newest checkpoint that is whole; "best", the one of the lowest validation error; or a
             checkpoint's name. Its hash is verified.
-        split: a shard set that takes the place of the validation set.
+        split: a shard set in place of the validation set.
 
     Raises RunError, ConfigError or ShardError, all UserErrors, if there is no such run, if it has no good checkpoint,
     or if its sets are gone or are not those that it was trained on.
@@ -119,9 +120,10 @@ def read_config(directory: Path) -> Config:
     """The validated configuration of a run. Raises RunError."""
     file = directory / "config.yaml"
     if not directory.is_dir():
-        raise RunError(f"there is no run {directory}: name the directory of a run, runs/<name>")
+        raise RunError(no_run(directory))
     if not file.exists():
-        raise RunError(f"{directory} has no config.yaml, so it is no run: name the directory of a run, runs/<name>")
+        other = f"{RUNS / directory} is one" if (RUNS / directory / file.name).exists() else "name that of a run"
+        raise RunError(f"{directory} has no config.yaml, so it is no directory of a run: {other}")
     try:
         return parse(["--config", str(file), *_without_idle(file)])[0]
     except ConfigError as error:
@@ -129,7 +131,7 @@ def read_config(directory: Path) -> Config:
 
 
 def _without_idle(file: Path) -> list[str]:
-    """Options that take back what a program of an earlier day let pass: settings of our nets for one of torchvision."""
+    """Options that undo what earlier versions accepted: settings of our nets for one of torchvision's."""
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8", errors="replace"))
     except yaml.YAMLError:  # the parser will tell
@@ -140,13 +142,13 @@ def _without_idle(file: Path) -> list[str]:
 
 
 def _check_paths(directory: Path, config: Config, split: Path | None) -> None:
-    """Raises RunError if a shard set is not there."""
+    """Raises RunError or ShardError if a shard set is not there."""
     for role, text in (("training", config.data.train), ("validation", config.data.val)):
         path = Path(text)
         if (path / MANIFEST).exists():
             continue
         if role == "validation" and split is not None:
-            raise RunError(f"there is no shard set in {path}: name one with --split, or leave it out")
+            Manifest.read(path)
         remedy = "put it back"
         if not path.is_absolute():
             remedy = f"start in the directory that the run was started in (this is {Path.cwd()}), or put it back"
@@ -154,7 +156,7 @@ def _check_paths(directory: Path, config: Config, split: Path | None) -> None:
 
 
 def _checkpoint(directory: Path, which: str) -> Checkpoint:
-    """A good checkpoint of a run; bad ones that had to be passed over are named. Raises RunError."""
+    """A good checkpoint of a run; names the bad ones that were skipped. Raises RunError."""
     bad: dict[str, str] = {}
     try:
         found = find(directory, which, lambda name, why: bad.update({name: why}))

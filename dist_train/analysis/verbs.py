@@ -1,5 +1,4 @@
-"""The verbs: what is done with finished runs, and to know one before it is begun. What they start is imported when they
-start."""
+"""The verbs: commands on finished runs, and on one before it starts. Each imports what it needs when it starts."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from argparse import Namespace
 
 from dist_train import cli
 from dist_train.analysis import options
-from dist_train.config import UNDOTTED
+from dist_train.config import OPTIONS
 from pipelines.cli import Verb
 
 
@@ -53,17 +52,17 @@ VERBS = {
         "run and draw the sweeps of configs/experiments; further options go to the trainer",
         options.experiments,
         _experiments,
-        passes_on=UNDOTTED,
+        passes_on=OPTIONS,
     ),
     "speed": Verb(
         "images/s of step, loader and both on this machine, for a training command line; nothing is trained",
         options.speed,
         _speed,
-        passes_on=UNDOTTED,
+        passes_on=OPTIONS,
     ),
     "gpu-report": Verb(
-        "what only a machine with GPUs shows, in two files for an issue: what fits into ten minutes, the most telling "
-        "first; --minutes 30 for all",
+        "checks and speeds of a machine with GPUs, in two files for an issue: what fits into ten minutes, the most "
+        "telling first; --minutes 30 for all",
         options.gpu_report,
         _gpu_report,
     ),

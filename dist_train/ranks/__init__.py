@@ -1,1 +1,1 @@
-"""What passes between processes: the ranks of a run, their vote at each step, and what may end them from outside."""
+"""Communication between processes: ranks of a run, their vote at each step, and what may end them from outside."""

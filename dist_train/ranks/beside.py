@@ -1,4 +1,4 @@
-"""A process that works beside a rank: it ends with it, takes only what nobody else wants of the CPU, and sees no GPU.
+"""A process beside a rank: it ends with the rank, uses only idle CPU time, and sees no GPU.
 
 Imports no torch.
 """
@@ -19,23 +19,23 @@ from dist_train.outcomes import FAILED
 from dist_train.ranks.kin import PR_SET_PDEATHSIG
 from dist_train.ranks.launcher import leave
 
-PARENT = "DIST_TRAIN_BESIDE"  # in its environment: the number of the process that it ends with
+PARENT = "DIST_TRAIN_BESIDE"  # environment variable with the pid of the process that it ends with
 LEAST = 19  # niceness
-# What a launcher, or whoever shows a run, has said to the rank alone; the last of the prefixes are secrets.
+# Variables of launchers and readers that are meant for the rank alone; the last of the prefixes include secrets.
 RANKS = ("RANK", "WORLD_SIZE")
 PREFIXES = ("MASTER_", "TORCHELASTIC_", "SUBMITIT_", "SLURM_", "DIST_TRAIN_", "WANDB_")
 
 
 def start(module: str, words: Sequence[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start `python -m MODULE WORDS`, where `settle` is called first. It ends at the latest with the thread that starts
-    it. Raises OSError.
+    """Start `python -m MODULE WORDS`, which must call `settle` first. It ends no later than the calling thread. Raises
+    OSError.
 
     Args:
-        output: a file for what it writes.
+        output: file for its stdout and stderr.
     """
     kept = {k: v for k, v in os.environ.items() if not k.endswith(RANKS) and not k.startswith(PREFIXES)}
     told = {PARENT: str(os.getpid()), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    # No preexec_fn: it could hang among the threads of a trainer.
+    # No preexec_fn: it could deadlock, since a trainer has threads.
     return subprocess.Popen(
         [sys.executable, "-m", module, *words],
         env=kept | told,
@@ -46,13 +46,13 @@ def start(module: str, words: Sequence[str], output: IO[bytes]) -> subprocess.Po
 
 
 def settle() -> None:
-    """Let this process be such a one, if it was started so. To be called before torch is imported."""
+    """Set this process up as one beside a rank, if `start` started it. To be called before torch is imported."""
     if not (parent := os.environ.pop(PARENT, "")):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if str(os.getppid()) != parent:  # it was gone before
+    if str(os.getppid()) != parent:  # the parent is already gone
         leave(FAILED)
-    os.setpgrp()  # a Ctrl-C is for the run. No session of its own: the kernel may share the CPU out among sessions
+    os.setpgrp()  # Ctrl-C is for the run. No new session: the kernel may divide the CPU by session
     os.nice(LEAST)
-    with suppress(OSError):  # who wants too much memory is ended first
+    with suppress(OSError):  # first to be killed if memory runs out
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")

@@ -1,6 +1,6 @@
-"""The processes around this one: its launcher, without which it does not go on, and the other ranks of its node.
+"""Related processes: the launcher, without which this process exits, and the other ranks on its node.
 
-Imports no torch. Read from /proc (proc(5)); what is hidden there is taken to be well.
+Imports no torch. Reads /proc (proc(5)); processes hidden there are taken to be well.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dist_train.outcomes import FAILED
 from dist_train.ranks.launcher import launched, leave, rank, restarts, submitted
 from pipelines.speech import say
 
-TORCHRUN, STEP = ("torchrun", "pt_elastic"), "slurmstepd"  # names of the processes; torch gives torchrun the second one
-REAPERS = ("systemd", "init")  # who takes in the children of the dead
+TORCHRUN, STEP = ("torchrun", "pt_elastic"), "slurmstepd"  # process names; torch renames torchrun to the second one
+REAPERS = ("systemd", "init")  # processes that adopt orphans
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-POLL = 0.5  # seconds between two looks at a launcher that is no parent
+POLL = 0.5  # seconds between checks of a launcher that is not the parent
 
 
 class Process(NamedTuple):
-    """A process that is not gone; `began`, in ticks since the boot, tells it from a later one of the same number."""
+    """A live process; `began`, in clock ticks since boot, tells it from a later one with the same pid."""
 
     pid: int
     name: str
@@ -38,18 +38,18 @@ class Process(NamedTuple):
 
 
 def bind() -> None:
-    """Let this process end with its launcher, at once and whatever it is doing. To be called before torch is imported.
+    """Make this process end with its launcher, at once and whatever it is doing. To be called before torch is imported.
 
-    The kernel sees to it (prctl(2), PR_SET_PDEATHSIG: bound to the thread that started this process, which for torchrun
-    and slurmstepd is the one that lives longest), and a thread where something stands between the two, as a script
-    does. What nobody launched, such as `nohup python -m dist_train &`, outlives its shell.
+    The kernel does this (prctl(2), PR_SET_PDEATHSIG: bound to the thread that started this process, which for torchrun
+    and slurmstepd is the longest-lived one), and a thread if another process, such as a script, is in between. A
+    process without a launcher, such as `nohup python -m dist_train &`, outlives its shell.
     """
     if not launched() and not submitted() and not _is_step(os.getppid()):
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or _taken_in(parent):
-        say(f"rank {rank()}: what launched this process is gone: leaving")
+        say(f"rank {rank()}: the launcher of this process is gone: leaving")
         leave(FAILED)
     above = _launcher()
     if above is not None and above.pid != parent:
@@ -57,11 +57,11 @@ def bind() -> None:
 
 
 def gone(*, begun: bool) -> bool:
-    """Whether another rank of this node is gone and has not said why: it was killed.
+    """Whether another rank on this node is gone without having given a reason: it was killed.
 
     Args:
-        begun: whether training has; before that each rank may leave when it likes, and torchrun's are asked for what
-            they have said.
+        begun: whether training has begun; before that a rank may exit at any time, and under torchrun its error file is
+            checked for a reason.
     """
     key = "LOCAL_RANK" if launched() else "SLURM_LOCALID"
     count, mine = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get(key, "")
@@ -76,7 +76,7 @@ def gone(*, begun: bool) -> bool:
 
 
 def abort(ranks: Collection[int]) -> None:
-    """End other ranks of this node that give no answer; by faulthandler they show where they are, even one that was
+    """Abort other ranks on this node that do not answer; faulthandler shows where they are, even if one was
     stopped."""
     for pid, variables in _siblings():
         if variables.get("RANK", variables.get("SLURM_PROCID", "")) in {str(rank) for rank in ranks}:
@@ -86,8 +86,8 @@ def abort(ranks: Collection[int]) -> None:
 
 
 def stamp() -> str:
-    """When the launcher of this process began, which its restarts do not change, or without one this process; and four
-    digits that tell it from another that began in the same second, as in `20260102-030405-9c1f`."""
+    """Start time of the launcher (or of this process, without one), the same after its restarts, and four digits that
+    tell it from others started in the same second: `20260102-030405-9c1f`."""
     found, when = _process(os.getppid() if launched() else os.getpid()), datetime.now()
     which = f"{socket.gethostname()} {os.getpid()} {when}"
     if found:
@@ -99,8 +99,7 @@ def stamp() -> str:
 
 
 def began() -> float:
-    """When this start began, in Unix's seconds: its launcher, or after a restart by that, and without one, this
-    process."""
+    """Start time, Unix time in seconds: of the launcher, or of this process if it was restarted or has no launcher."""
     found = _process(os.getppid() if launched() and not restarts() else os.getpid())
     if found is None:
         return time.time()
@@ -109,7 +108,7 @@ def began() -> float:
 
 
 def _siblings() -> list[tuple[int, dict[str, str]]]:
-    """The launcher's children that are not gone, with the environment that it gave them; this process is one."""
+    """Live children of the launcher, this process included, with the environments it gave them."""
     found = []
     with suppress(OSError):
         children = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_bytes()
@@ -122,13 +121,13 @@ def _siblings() -> list[tuple[int, dict[str, str]]]:
 
 
 def _leave_with(launcher: Process) -> None:
-    while (now := _process(launcher.pid)) and now.began == launcher.began:  # its own parent may have gone
+    while (now := _process(launcher.pid)) and now.began == launcher.began:  # this process's parent may be gone already
         time.sleep(POLL)
     os._exit(FAILED)
 
 
 def _launcher() -> Process | None:
-    """The nearest process above this one that has a launcher's name."""
+    """Nearest ancestor of this process with a launcher's name."""
     names = TORCHRUN if launched() else (STEP,)
     found = _process(os.getppid())
     while found and not found.name.startswith(names):
@@ -142,34 +141,34 @@ def _is_step(pid: int) -> bool:
 
 
 def _taken_in(parent: int) -> bool:
-    """Whether the launcher was gone before this process could bind itself to it."""
+    """Whether the launcher was gone before this process was bound to it."""
     found = _process(parent)
-    if found is None:  # above a container, or hidden
+    if found is None:  # outside the container, or hidden
         return False
     if found.name in REAPERS:
         return True
-    if launched():  # the launcher may have another name, or be process 1 itself; it answers
+    if launched():  # the launcher may have another name, or be process 1; then it answers
         return _launcher() is None and not _torchrun_answers()
-    # What a step has started itself, and not by way of a script or a container, has the number that the step told it.
+    # A process started by the step itself, not through a script or container, has the pid in SLURM_TASK_PID.
     return os.environ.get("SLURM_TASK_PID") == str(os.getpid()) and not found.name.startswith(STEP)
 
 
 def _torchrun_answers() -> bool:
-    """Whether the store of a torchrun is there, which its ranks would meet in."""
+    """Whether torchrun's rendezvous store is reachable."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True  # there is none, so nobody knows
+        return True  # it has no such store: unknown
     try:
         place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         socket.create_connection(place, timeout=2).close()
     except ConnectionRefusedError:
         return False
-    except (OSError, KeyError, ValueError):  # a network that is slow is no sign
+    except (OSError, KeyError, ValueError):  # a slow network proves nothing
         return True
     return True
 
 
 def _process(pid: int) -> Process | None:
-    """None if it is gone, whether or not somebody has taken note of that."""
+    """The process with this pid; None if it is gone, reaped or not."""
     try:
         before, _, after = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
     except OSError:

@@ -1,6 +1,6 @@
-"""What starts a process, torchrun or a step of Slurm's, and what passes between the two. Imports no torch.
+"""Communication with the launcher of a process, torchrun or a Slurm step. Imports no torch.
 
-What torchrun says is in the environment; what it is told is the exit code, and a file whose sentence stands in its
+torchrun passes information in the environment; it gets the exit code, and an error file whose message appears in its
 report (https://docs.pytorch.org/docs/stable/elastic/errors.html).
 """
 
@@ -19,13 +19,14 @@ from dist_train.outcomes import DIVERGED, DONE, FAILED, STOPPED
 from pipelines.cli import INTERRUPTED, USAGE, heard, refuse
 from pipelines.speech import flush, say
 
-SUBMITTED = "DIST_TRAIN_SUBMITTED"  # the variable in which `slurm.job` says so
-OVER = "DIST_TRAIN_OVER"  # names the mark that keeps Slurm from bringing the job back
-FINAL = (USAGE, DIVERGED)  # codes of ends that another try would not change
+SUBMITTED = "DIST_TRAIN_SUBMITTED"  # environment variable set by `slurm.job`: when the job was submitted
+OVER = "DIST_TRAIN_OVER"  # environment variable: path of the file that keeps the job from being requeued
+SPOKEN = 2.0  # seconds in which rank 0 of this node says what all refuse
+FINAL = (USAGE, DIVERGED)  # exit codes that a retry would not change
 
 
 class Said(NamedTuple):
-    """What a rank has told torchrun: its code, why, whether another try would be in vain, and what failed first."""
+    """A rank's report to torchrun: exit code, reason, whether a retry is useless, and the first failure."""
 
     code: int
     sentence: str
@@ -39,108 +40,111 @@ def launched() -> bool:
 
 
 def submitted() -> bool:
-    """Whether submitit did."""
+    """Whether submitit started this process."""
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
 def rank() -> int:
-    """The rank, before there is a process group."""
+    """This process's rank, before there is a process group."""
     return _number("RANK") or (_number("SLURM_PROCID") if submitted() else 0)
 
 
 def size() -> int:
-    """How many ranks there are, before there is a process group."""
+    """Number of ranks, before there is a process group."""
     return _number("WORLD_SIZE") or 1
 
 
 def submitted_at() -> float:
-    """When the job was submitted whose first start this is, in Unix's seconds; 0 if it is not the first, or no job."""
+    """Submission time of the job, Unix time in seconds; 0 if this is not its first start, or there is no job."""
     return float(_number(SUBMITTED))
 
 
 def comes_back() -> bool:
-    """Whether Slurm brings this job back after a stop, or a failure that another try may mend. Not after `scancel`,
-    which nothing but Slurm knows of."""
+    """Whether Slurm requeues this job after a stop, or a failure that a retry may mend. Not after `scancel`, which only
+    Slurm knows of."""
     mark = os.environ.get(OVER)
     return submitted() and mark is not None and not os.path.exists(mark)
 
 
 def job() -> str:
-    """The job that this process is of, as Slurm writes it, `12` or `12_3`, or by submitit's number on this machine;
-    empty without one."""
+    """Job id as Slurm writes it, `12` or `12_3`, or submitit's number for a local job; empty without a job."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     here = os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
     return here or (f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", ""))
 
 
 def restarts() -> int:
-    """How often torchrun has restarted the run by itself."""
+    """Number of automatic restarts by torchrun."""
     return _number("TORCHELASTIC_RESTART_COUNT")
 
 
 def brought_back() -> int:
-    """How often Slurm has started the job anew, by itself."""
+    """Number of automatic restarts of the job by Slurm."""
     return _number("SLURM_RESTART_COUNT") if submitted() else 0
 
 
 def restarted() -> bool:
-    """Whether torchrun or Slurm has started the run anew, by itself."""
+    """Whether torchrun or Slurm has restarted the run automatically."""
     return restarts() + brought_back() > 0
 
 
 def attended() -> bool:
-    """Whether somebody sees what this process prints: not in a job, nor after a restart."""
+    """Whether somebody reads what this process prints: not in a job, nor after a restart."""
     return not (submitted() or restarted())
 
 
 def exit_code(code: int) -> int:
-    """What this process returns: to torchrun a non-zero code means "start anew", which is not what a stop asks for."""
+    """Exit code for the launcher: 0 for a stop under torchrun, which would restart on any other code."""
     return DONE if launched() and code in (STOPPED, INTERRUPTED) else code
 
 
 def end(code: int, sentence: str, *, at: float = 0, final: bool = False, failure: dict[str, Any] | None = None) -> int:
-    """Tell torchrun how this rank ends. Returns the exit code.
+    """Report to torchrun how this rank ends. Returns the exit code.
 
     Args:
-        at: when, in Unix's seconds, if not now.
-        final: another try is not wanted, although the code says nothing of that.
-        failure: the first one, of any rank, for the other ranks of this node.
+        at: time of the failure, Unix time in seconds; 0: now.
+        final: whether no retry is wanted, although the code does not say so.
+        failure: first failure of any rank, for the other ranks on this node.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and exit_code(code) != DONE:
         about = {"message": sentence, "errorCode": code, "final": final or code in FINAL, "failure": failure}
         about["extraInfo"] = {"timestamp": str(int(at or time.time()))}
-        with suppress(OSError):  # whole or not at all: torchrun cannot read half of one
+        with suppress(OSError):  # atomically: torchrun cannot read a partial file
             Path(f"{path}.new").write_text(json.dumps({"message": about}), encoding="utf-8")
             os.replace(f"{path}.new", path)
     return exit_code(code)
 
 
 def end_before() -> Said | None:
-    """How the last attempt ended, if torchrun has restarted what no restart mends: torchrun knows failures only."""
+    """End of the last attempt, if torchrun restarted despite an end that no restart mends."""
     return next((said for said in _told(restarts() - 1) if said.final), None) if restarts() else None
 
 
 def others_said() -> Said | None:
-    """Why another rank of this node has left, but for a stop."""
+    """Report of another rank on this node that has exited, stops aside."""
     stop = (FAILED, True)
     return next((said for said in _told(restarts()) if (said.code, said.final) != stop), None)
 
 
 def end_refused(error: Exception) -> int:
-    """Print the one sentence from rank 0, or in a job from each rank into its log, and tell torchrun. Returns the exit
-    code."""
-    return end(refuse(error, speaks=rank() == 0 or submitted()), str(error))
+    """Print the error sentence, on rank 0 or, in a job, on each rank to its log, and report it to torchrun. Returns the
+    exit code."""
+    speaks = rank() == 0 or submitted()
+    code, until = refuse(error, speaks=speaks), time.monotonic() + SPOKEN
+    while launched() and not speaks and others_said() is None and time.monotonic() < until:
+        time.sleep(0.02)  # torchrun ends rank 0 as soon as this one is gone
+    return end(code, str(error))
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. All is written by now; threads of libraries were seen to abort it while Python unloads them."""
+    """End the process once all is written. Skips Python's exit, in which library threads were seen to abort."""
     flush()
     os._exit(code)
 
 
 def leave_with(main: Callable[[], int]) -> NoReturn:
-    """End the process with what `main` returns, or at once after the traceback of what it raises: Python's own way out
+    """End the process with the exit code of `main`, or at once after the traceback of its exception: Python's own exit
     waits for threads, and for other ranks."""
     try:
         code = main()
@@ -153,7 +157,7 @@ def leave_with(main: Callable[[], int]) -> NoReturn:
 
 
 def _told(attempt: int) -> Iterator[Said]:
-    """By the ranks of this node in one of torchrun's attempts; this one has not said anything yet."""
+    """Reports of the ranks on this node in one of torchrun's attempts."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         folder = Path(path).parents[1].with_name(f"attempt_{attempt}")  # attempt_<n>/<local rank>/error.json
         for file in sorted(folder.glob("*/error.json")):
@@ -164,4 +168,4 @@ def _told(attempt: int) -> Iterator[Said]:
 
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else 0  # what cannot be read, `join` complains of
+    return int(text) if text.isdigit() else 0  # `join` reports invalid values

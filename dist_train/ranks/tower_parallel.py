@@ -2,7 +2,7 @@
 
 Both ranks of a pair see the same samples. Each computes its own tower, and sends its half of the maps to the other
 where the lines of figure 2 cross: before conv 3, fc 6, fc 7 and the classifier. Krizhevsky, "One weird trick for
-parallelizing convolutional neural networks" (2014), calls this model parallelism, and sets it beside data parallelism,
+parallelizing convolutional neural networks" (2014), calls this model parallelism and compares it with data parallelism,
 which sends the gradients of all weights instead. Here the two are combined: pairs share a global batch as single ranks
 would.
 """
@@ -21,36 +21,36 @@ from dist_train.ranks.world import World
 
 
 class Pair:
-    """The `Exchange` between this rank and the one that has the other tower; each call is a collective of the two.
+    """The `Exchange` between this rank and the one with the other tower; each call is a collective of the two.
 
     Args:
         world: in pairs (`World.in_pairs`).
-        names: of the parameters of the whole net, in their order.
+        names: parameter names of the whole net, in order.
     """
 
     def __init__(self, world: World, names: list[str]) -> None:
         self.group, self.tower, self.dp_rank, self.names = world.group("tower"), world.tower, world.dp_rank, names
 
     def join(self, halves: list[Tensor]) -> Tensor:
-        """This tower's half [n, maps / 2, ...] as both towers' [n, maps, ...], of its dtype and memory format.
+        """Joins this tower's half [n, maps / 2, ...] with the other's: [n, maps, ...], same dtype and memory format.
 
-        The gradient of the other tower's half goes back to it, where the two towers' gradients are added.
+        The gradient of the other tower's half is sent back to it, and the two towers' gradients are added there.
         """
         joined: Tensor = _Join.apply(*halves, self)
         return joined
 
     def add(self, summands: list[Tensor]) -> Tensor:
-        """The sum [n, outputs] of both towers' summands, the same bits on both.
+        """Sum [n, outputs] of both towers' summands, the same bits on both.
 
-        Both ranks compute the same loss from it, so each has the whole gradient of its own summand already, and nothing
-        goes back.
+        Both ranks compute the same loss from it, so each already has the whole gradient of its own summand, and nothing
+        is sent back.
         """
         total: Tensor = _Add.apply(*summands, self)
         return total
 
     def swap(self, x: Tensor) -> Tensor:
-        """The other tower's tensor of the shape of `x` [n, maps, ...]. Only these bytes move."""
-        mine = x.movedim(1, -1).contiguous()  # no copy where it is channels_last
+        """The other tower's tensor, shaped like `x` [n, maps, ...]. Nothing else is sent."""
+        mine = x.movedim(1, -1).contiguous()  # no copy if it is channels_last
         theirs = torch.empty_like(mine)
         rows = [0] * TOWERS
         rows[1 - self.tower] = len(mine)
@@ -58,15 +58,15 @@ class Pair:
         return theirs.movedim(-1, 1)
 
     def merge(self, model: dict[str, Any], optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state of the whole net and of its optimizer from those of the towers, with the names, numbers and shapes
-        that they have where one process holds both.
+        """Merges the towers' model and optimizer states into those of the whole net, with the names, numbers and shapes
+        that they have if one process holds both towers.
 
-        For rank 0 alone, whose pair alone communicates; all ranks call it at the same point.
+        Valid on rank 0 only, whose pair alone communicates; all ranks call it at the same point.
         """
-        if self.dp_rank:  # every pair holds the same; the first one is enough
+        if self.dp_rank:  # all pairs hold the same: the first is enough
             return model, optimizer
-        # An optimizer numbers the parameters that it was given, so a tower counts its own only: the moments take the
-        # names of their parameters, are put together like the weights, and get the numbers of the whole net's.
+        # An optimizer numbers the parameters it was given, so a tower numbers only its own: the moments are keyed by
+        # parameter name, merged like the weights, and renumbered as in the whole net.
         own = [name for name in self.names if name in model]
         moments = {own[i]: value for i, value in optimizer["state"].items()}
         model, moments = model | self._others(model), moments | self._others(moments)
@@ -75,7 +75,7 @@ class Pair:
         return model, {"state": state, "param_groups": [group | {"params": list(range(len(self.names)))}]}
 
     def split(self, model: dict[str, Any], optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """This tower's share of what `merge` gave."""
+        """This tower's share of the states that `merge` returned."""
         model = {name: value for name, value in model.items() if not name.startswith(_prefix(1 - self.tower))}
         moments = [optimizer["state"].get(i) for i, name in enumerate(self.names) if name in model]
         state = {i: value for i, value in enumerate(moments) if value is not None}  # none before the first step
@@ -88,7 +88,7 @@ class Pair:
         return {theirs + name.removeprefix(mine): self._hand_over(value) for name, value in own.items()}
 
     def _hand_over(self, value: Any) -> Any:
-        """Tower 1's value, of the same structure and shapes, at tower 0."""
+        """Copies tower 1's value to tower 0, which has one of the same structure and shapes."""
         if isinstance(value, dict):
             return {k: self._hand_over(v) for k, v in value.items()}
         if not isinstance(value, Tensor):
@@ -126,20 +126,20 @@ class _Add(torch.autograd.Function):
 
 
 def place(model: nn.Module, world: World) -> None:
-    """Leave this rank's tower of the net; the weights stay those of the whole net."""
+    """Reduce the net to this rank's tower; its weights remain those of the whole net."""
     assert isinstance(model, TwoTowers), "the configuration refuses others"
     model.keep(world.tower, Pair(world, [name for name, _ in model.named_parameters()]))
 
 
 def pair_of(model: nn.Module) -> Pair | None:
-    """What connects the towers of the model, where they are on two ranks."""
+    """The exchange between the towers of the model if they are on two ranks, else None."""
     exchange = getattr(model, "exchange", None)
     return exchange if isinstance(exchange, Pair) else None
 
 
 def told_of(model: nn.Module) -> list[nn.Parameter] | None:
-    """The parameters whose gradients this rank tells of, so that both ranks of a pair together tell of each once; None
-    for all. What both hold, tower 0 tells of."""
+    """Parameters whose gradients this rank reports, so that a pair of ranks reports each once; None for all. Tower 0
+    reports those that both hold."""
     pair = pair_of(model)
     if pair is None or pair.tower == 0:
         return None

@@ -1,4 +1,4 @@
-"""What the ranks agree on, and tell of themselves, at a step: one small all-reduce, read one step later."""
+"""What the ranks agree on and report at each step: one small all-reduce, read one step later."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dist_train.ranks.world import World
 
 
 class Vote(NamedTuple):
-    """What the ranks say at a step, summed over all of them. What a rank does not say counts as 0.
+    """Values of a step, summed over all ranks. A value that a rank does not give counts as 0.
 
     Attributes:
         loss: sum of the samples' cross-entropy, nats.
-        wrong: samples whose most probable class is not the right one.
-        refused: ranks that found a gradient that is not finite, and left the weights as they are.
-        stop: ranks that a stop signal has come to.
-        save: 1 if a save is due by the clock, which rank 0 looks at for all.
-        lost: as in `rundir.lease.Lease`: whether, and how, the run directory is lost, which rank 0 finds out.
-        bad: samples that could not be decoded, and were replaced.
-        unread: ranks that cannot read their samples; what they show the net is NaN, so that all refuse the step.
-        square: of the gradient's norm, of those parts of the net that a rank tells of.
-        rows: what each rank says of itself, by rank: none where nothing was asked for.
+        wrong: samples whose most probable class is not the label.
+        refused: ranks that found a non-finite gradient and left the weights unchanged.
+        stop: ranks that received a stop signal.
+        save: 1 if a save is due by the clock, which rank 0 checks for all.
+        lost: whether and how the run directory is lost, found by rank 0; values as in `rundir.lease.Lease`.
+        bad: samples that could not be decoded and were replaced.
+        unread: ranks that cannot read their samples; they feed NaN to the net, so that all ranks refuse the step.
+        square: squared gradient norm, each rank adding the parts of the net that it reports.
+        rows: numbers about each rank, by rank; empty if none were given.
     """
 
     loss: float = 0.0
@@ -43,13 +43,13 @@ class Vote(NamedTuple):
 
     @staticmethod
     def cast(world: World, row: Sequence[float] = (), /, **says: float | Tensor) -> PendingVote:
-        """Begin the all-reduce of what this rank says, by the names above: numbers, or scalars on the device.
-        Raises TypeError for another name.
+        """Begin the all-reduce of this rank's values, given by the names above as numbers or scalars on the device.
+        Raises TypeError for an unknown name.
 
         Args:
-            row: numbers about this rank, as many on all ranks, which are not summed: each has a place of its own.
+            row: numbers about this rank, equally many on all ranks; they are gathered, not summed.
         """
-        # One copy carries the plain numbers to the device, where the scalars take their places: nothing is waited for.
+        # One copy takes the plain numbers to the device, where the scalars are filled in: nothing waits.
         if unknown := says.keys() - set(SUMS):
             raise TypeError(f"a vote has no {', '.join(unknown)}")
         numbers = np.zeros(len(SUMS) + world.size * len(row))
@@ -75,9 +75,9 @@ class PendingVote(NamedTuple):
     """A vote under way.
 
     Attributes:
-        values: the sums, once they are there: in host memory.
+        values: the sums, in host memory once complete.
         there: what to wait for.
-        columns: of `rows`.
+        columns: number of columns of `rows`.
     """
 
     values: Tensor
@@ -85,7 +85,7 @@ class PendingVote(NamedTuple):
     columns: int = 0
 
     def read(self) -> Vote:
-        """Wait for the sums."""
+        """Waits for the sums, and returns them."""
         if isinstance(self.there, torch.cuda.Event):
             self.there.synchronize()
         elif self.there:
@@ -96,14 +96,14 @@ class PendingVote(NamedTuple):
 
 
 def _returning(values: Tensor, work: dist.Work | None) -> tuple[Tensor, torch.cuda.Event]:
-    """Let a vote on a GPU come back to the host beside the stream of the net: on that, whoever reads it a step later
-    would wait for the step that was begun in between."""
+    """Copy a vote from the GPU to the host on a side stream: on the net's stream, reading it one step later would wait
+    for the step begun in between."""
     side = _side_stream(values.device)
     side.wait_stream(torch.cuda.current_stream(values.device))
     with torch.cuda.stream(side):
         if work:
-            work.wait()  # of this stream, not of the host
-        # Pinned memory is used again once its copy is done: torch keeps a few blocks for all steps.
+            work.wait()  # blocks this stream, not the host
+        # Pinned memory is reused once its copy is done: torch keeps a few blocks for all steps.
         host = torch.empty_like(values, device="cpu", pin_memory=True)
         host.copy_(values, non_blocking=True)
         values.record_stream(side)

@@ -14,60 +14,60 @@ from types import FrameType
 from typing import Protocol
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-POLL = 0.2  # seconds between two looks at the clock
-ECHO = 2.0  # seconds within which a second signal is the first one's: Ctrl-C comes from terminal and torchrun
-QUIET = 1.0  # seconds without a heartbeat after which it is asked, as often, whether another rank has failed
-MARGIN = 10.0  # seconds by which faulthandler is slower than the watch
-STDERR = 2  # that of this process, or the null device: see `speech.begin`
-LONGEST = 1e9  # seconds: more is an error to faulthandler
+POLL = 0.2  # seconds between checks of the clock
+ECHO = 2.0  # seconds within which a second signal repeats the first: Ctrl-C comes from both terminal and torchrun
+QUIET = 1.0  # seconds without a heartbeat between checks whether another rank has failed
+MARGIN = 10.0  # seconds by which faulthandler fires later than the watch
+STDERR = 2  # of this process, or the null device: see `speech.begin`
+LONGEST = 1e9  # seconds: faulthandler rejects more
 ROOT = Path(__file__).parents[2]
 
 
 class Speaker(Protocol):
-    """Who speaks for a process that the watch ends, and ends it; see `rundir.last_words`."""
+    """Reports for a process that the watch ends, and ends it; see `rundir.last_words`."""
 
     def force(self, why: str, *, begun: bool) -> None:
-        """After a stop that is not met by a save.
+        """End the process after a stop, without a save.
 
         Args:
-            begun: whether there would have been something to save.
+            begun: whether there was something to save.
         """
 
     def hang(self, seconds: float, step: int, place: str, stacks: str) -> None:
-        """After so many seconds of silence.
+        """End the process after so many seconds without a heartbeat.
 
         Args:
-            step: that is under way, from 1; 0 before the first one.
+            step: current step, counted from 1; 0 before the first.
             place: where the main thread is.
             stacks: of all threads.
         """
 
     def follow(self, *, signalled: bool, begun: bool) -> bool:
-        """If another rank has failed; else goes on, and returns whether another rank has found that all hang.
+        """End the process if another rank has failed; else return whether another rank has reported a hang.
 
         Args:
-            signalled: a stop signal has come, which may be the launcher's answer to a rank that was killed.
-            begun: whether there would be something to save.
+            signalled: whether a stop signal has arrived, which may be the launcher's reaction to a killed rank.
+            begun: whether there is something to save.
         """
 
 
 class Watch:
-    """A thread that receives signals and misses heartbeats.
+    """A thread that receives signals and notices missing heartbeats.
 
     A Python signal handler does not run while the main thread is inside a collective, so the thread reads signals from
     `signal.set_wakeup_fd`. The first stop signal sets `stop`, which the ranks agree on at a step boundary; before the
     first step there is nothing to save, and it ends the process. So does a second signal, a stop that takes longer than
-    `grace`, or silence of the main thread for `patience`. If the thread itself is stopped, by a call that keeps
-    Python's lock, faulthandler ends the process.
+    `grace`, or no heartbeat of the main thread for `patience`. If the thread itself is blocked, by a call that holds
+    the GIL, faulthandler ends the process.
 
     Args:
-        patience: seconds between two heartbeats, until the first step; `heartbeat` then sets the shorter one.
+        patience: seconds allowed between heartbeats until the first step; `heartbeat` then sets the shorter one.
         grace: seconds from a stop signal to the end of the process.
         words: ends the process.
 
     Attributes:
-        stop: a stop signal has come.
-        step: that is under way, from 1.
+        stop: whether a stop signal has arrived.
+        step: current step, counted from 1.
     """
 
     def __init__(self, patience: float, grace: float, words: Speaker) -> None:
@@ -76,38 +76,38 @@ class Watch:
         self._words = words
         self._open, self._begun = True, False
         self._patience, self._armed, self._stopped = 0.0, 0.0, float("inf")
-        faulthandler.enable(STDERR)  # shows where a signal like SIGSEGV has struck
+        faulthandler.enable(STDERR)  # shows where a signal such as SIGSEGV occurred
         self._hear(patience)
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in STOPS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # that is what nohup does
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         Thread(target=self._run, name="watch", daemon=True).start()
 
     def heartbeat(self, patience: float) -> None:
-        """The main thread is alive, has begun to train, and will be heard again within `patience` seconds."""
+        """Note that the main thread is alive and training; the next call is due within `patience` seconds."""
         self._begun = True
         self._hear(patience)
 
     def wait(self) -> None:
-        """The main thread is alive, and what it waits for, before the first step or after the last, goes on."""
+        """Note that the main thread is alive, and that what it waits for outside the steps makes progress."""
         self._hear(self._patience)
 
     def left(self) -> float:
-        """Seconds that a stop may still take; all of them if none is asked for."""
+        """Seconds left for a stop; `grace` if none has been requested."""
         return self.grace - max(0.0, time.monotonic() - self._stopped)
 
     def close(self) -> None:
-        """Training is over: watch no more."""
+        """Stop watching: training is over."""
         self._open = False
         faulthandler.cancel_dump_traceback_later()
         signal.set_wakeup_fd(-1)
 
     def _hear(self, patience: float) -> None:
         before, self._patience, self._heard = self._patience, patience, time.monotonic()
-        if patience != before or self._heard - self._armed > 1:  # now and then: it starts a thread
+        if patience != before or self._heard - self._armed > 1:  # not each time: it starts a thread
             faulthandler.dump_traceback_later(min(patience + MARGIN, LONGEST), exit=True, file=STDERR)
             self._armed = self._heard
 
@@ -135,7 +135,7 @@ class Watch:
 
 
 def stacks() -> str:
-    """What all threads are doing, innermost call first. No file is read for it, not even of the program."""
+    """Stacks of all threads, innermost call first. Reads no file, not even the program's source."""
     memory = os.memfd_create("stacks")
     try:
         faulthandler.dump_traceback(memory, all_threads=True)
@@ -145,7 +145,7 @@ def stacks() -> str:
 
 
 def place() -> str:
-    """Where the main thread is in the program: `read (dist_train/ranks/vote.py:66)`."""
+    """Place in the program where the main thread is: `read (dist_train/ranks/vote.py:66)`."""
     ident = main_thread().ident
     frame: FrameType | None = sys._current_frames().get(ident) if ident is not None else None
     while frame is not None and not _ours(frame):

@@ -1,4 +1,4 @@
-"""This process among the ranks of a run: the process group, the device, and what ranks tell each other."""
+"""This process among the ranks of a run: process group, device, and communication between ranks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pipelines.errors import UserError
 from pipelines.misc import cpus
 
 T = TypeVar("T")
-LISTENING = 5.0  # seconds that rank 0 waits for the others to hear why it leaves
-CAUGHT = (UserError, OSError)  # what a user can mend; all else is raised where it happens
+LISTENING = 5.0  # seconds that rank 0 waits for the others to learn why it exits
+CAUGHT = (UserError, OSError)  # errors that a user can fix; others are raised where they happen
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class World:
     """This process among the ranks of a run.
 
     Attributes:
-        mesh: (data, tower), where the towers of a net are on two ranks; else each rank has the whole net.
-        nodes: the name of each rank's node, by rank.
+        mesh: (data, tower) if the towers of a net are on two ranks; None if each rank has the whole net.
+        nodes: name of each rank's node, by rank.
     """
 
     rank: int
@@ -52,18 +52,18 @@ class World:
         return cls(0, 1, device.index or 0, 1, device, nodes=[socket.gethostname()])
 
     def in_pairs(self) -> World:
-        """These ranks, an even number, in pairs: rank 2 d + t has tower t of data-parallel rank d."""
+        """The same ranks, an even number, in pairs: rank 2 d + t has tower t of data-parallel rank d."""
         shape, names = (self.size // 2, 2), ("data", "tower")
         return replace(self, mesh=init_device_mesh(self.device.type, shape, mesh_dim_names=names))
 
     @property
     def dp_rank(self) -> int:
-        """The data-parallel rank: which share of a batch this rank sees."""
+        """Data-parallel rank: which share of a batch this rank sees."""
         return self.rank if self.mesh is None else self.mesh.get_local_rank("data")
 
     @property
     def dp_size(self) -> int:
-        """Into how many shares a batch is cut."""
+        """Number of shares into which a batch is cut."""
         return self.size if self.mesh is None else self.mesh.size(0)
 
     @property
@@ -72,22 +72,22 @@ class World:
 
     @property
     def counted(self) -> bool:
-        """Whether what this rank counts is summed; not if it is the second tower, which saw the same samples."""
+        """Whether this rank's counts are summed; not for the second tower, which saw the same samples."""
         return self.tower == 0
 
     def group(self, dimension: str) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one in nothing but `dimension`, data or tower; None for all ranks."""
+        """Process group of the ranks that differ from this one only in `dimension`, data or tower; None: all ranks."""
         return None if self.mesh is None else self.mesh.get_group(dimension)
 
     def leave(self) -> None:
-        """Leave the process group, all ranks together. For the normal way only: to destroy a group can mean to wait for
-        what others have begun in it, behind which an error would never be seen."""
+        """Leave the process group, all ranks together. For a normal end only: destroying a group may wait for
+        collectives that others have begun, and so hide an error."""
         dist.barrier()
         dist.destroy_process_group()
 
     @property
     def threads(self) -> int:
-        """CPUs of this process's share of the node."""
+        """Number of CPUs in this process's share of the node."""
         return max(1, cpus() // self.local_size)
 
     def reduce(self, values: Tensor) -> dist.Work | None:
@@ -95,18 +95,18 @@ class World:
         return dist.all_reduce(values, async_op=True)
 
     def sum(self, *tensors: Tensor) -> None:
-        """Sum each over all ranks, in place."""
+        """Sum each tensor over all ranks, in place."""
         for work in [self.reduce(values) for values in tensors]:
             if work:
                 work.wait()
 
     def agree(self, flag: Tensor) -> None:
-        """Set `flag`, one number, to the largest of the towers of a net, in place."""
+        """Set `flag`, one number, to the maximum over the towers of a net, in place."""
         if self.mesh is not None:
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group("tower"))
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Returns rank 0's value on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -119,10 +119,10 @@ class World:
         failure: type[Exception] = Refused,
         catch: tuple[type[Exception], ...] = CAUGHT,
     ) -> T | None:
-        """Do `work` on the ranks `on` (all of them if None), and go on only if it went well on each.
+        """Do `work` on the ranks `on` (all if None), and continue only if it succeeded on each.
 
         Returns its result, or None on the other ranks. If it raises one of `catch` on one rank, all ranks raise
-        `failure` with the message of the first that failed: none is left waiting for a rank that is gone.
+        `failure` with the message of the lowest rank that failed, so that none waits for a rank that is gone.
         """
         result, message = None, ""
         if on is None or self.rank in on:
@@ -139,7 +139,7 @@ class World:
 
 
 def pick_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """`name`: auto (a GPU if there is one), cpu or cuda. Raises UserError if this process would have no GPU."""
+    """Device of this process. `name`: auto (a GPU if there is one), cpu or cuda. Raises UserError if it has no GPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if torch.cuda.device_count() <= local_rank:
@@ -151,17 +151,17 @@ def pick_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.de
 
 
 def flight_record(folder: Path) -> None:
-    """Keep NCCL's record of the last collectives, for `torchfrtrace --prefix nccl-rank- FOLDER`. Raises OSError."""
+    """Write NCCL's record of the last collectives, for `torchfrtrace --prefix nccl-rank- FOLDER`. Raises OSError."""
     dump = torch._C._distributed_c10d._dump_nccl_trace  # type: ignore[attr-defined]
     (folder / f"nccl-rank-{dist.get_rank()}").write_bytes(dump())
 
 
 def join(device: str) -> World:
-    """Join the process group of torchrun's (or submitit's) environment; a group of one without a launcher.
+    """Join the process group described by torchrun's (or submitit's) environment, or a group of one without a launcher.
 
-    `device`: as for `pick_device`. Backend: nccl on the GPU, gloo on the CPU. A collective that hangs is ended by
-    `Watch`, long before the group's own time-out. Raises UserError on all ranks if one of them has no such device, and
-    if the environment is that of a launcher in parts.
+    `device`: as for `pick_device`. Backend: nccl on GPUs, gloo on CPUs. `Watch` ends a collective that hangs, long
+    before the group's own time-out. Raises UserError on all ranks if one of them has no such device, and if the
+    launcher's environment is incomplete.
     """
     try:
         size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -175,9 +175,9 @@ def join(device: str) -> World:
         place, complaint = torch.device("cpu"), str(error)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-        # float32 means float32, in matrix products (torch's default) and in convolutions (TF32 by default). Mixed
-        # precision is what is quick.
-        with warnings.catch_warnings():  # torch 2.9 warns that there is a newer way, which the compiler cannot read
+        # float32 means float32, in matrix products (torch's default) and in convolutions (TF32 by default): speed is
+        # what mixed precision is for.
+        with warnings.catch_warnings():  # torch 2.9 recommends a newer API, which the compiler does not support
             warnings.simplefilter("ignore")
             torch.set_float32_matmul_precision("highest")
             torch.backends.cudnn.allow_tf32 = False
@@ -202,10 +202,10 @@ def join(device: str) -> World:
 
 
 def _meet(store: Store, rank: int, size: int) -> str:
-    """A name for this start that all its ranks share and no earlier start had.
+    """Agree on a name for this start, shared by all its ranks and used by no earlier start.
 
-    torchrun may give a restarted run the store of the run that died, and with it the addresses of dead processes (torch
-    2.14, `--standalone`). So each rank asks under a name of its own, and only the living rank 0 can answer.
+    torchrun may give a restarted run the store of the run that died, with the addresses of dead processes (torch 2.14,
+    `--standalone`). So each rank asks under a name of its own, which only the live rank 0 can answer.
     """
     mine = uuid.uuid4().hex
     if rank:
@@ -226,7 +226,7 @@ def _meet(store: Store, rank: int, size: int) -> str:
 
 
 def _heard(store: Store, rank: int, size: int, complaint: str) -> str:
-    """What one of the ranks complains of, the same on all: none is left waiting for one that cannot go on."""
+    """Complaint of one of the ranks, the same on all, so that none waits for a rank that cannot continue."""
     if complaint:
         store.set("complaint", complaint)
     store.add("ready", 1)
@@ -236,7 +236,7 @@ def _heard(store: Store, rank: int, size: int, complaint: str) -> str:
         store.set("answer", store.get("complaint").decode() if store.check(["complaint"]) else "")
     answer = str(store.get("answer").decode())
     store.add("heard", 1)
-    if rank == 0 and answer:  # the store may be this process's
+    if rank == 0 and answer:  # the store may live in this process
         until = time.monotonic() + LISTENING
         while store.add("heard", 0) < size and time.monotonic() < until:
             time.sleep(0.02)

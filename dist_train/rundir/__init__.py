@@ -1,1 +1,1 @@
-"""What lies on the disk of a run: lease, record, status, checkpoints, and how a run goes on from them."""
+"""The files of a run (lease, record, status, checkpoints), and how a run resumes from them."""

@@ -1,4 +1,4 @@
-"""What status.json says of a start that has not claimed its run yet. Imports no torch."""
+"""The entry in status.json of a start that has not claimed its run yet. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from dist_train.ranks import launcher
 from dist_train.rundir import status
 from dist_train.rundir.errors import Failure
 
-FIRST = ".failed.tmp"  # the mark of the rank that was first to fail before the run was claimed; the claim removes it
+FIRST = ".failed.tmp"  # made by the first rank that fails before the run is claimed; the claim removes it
 
 
 class Announcement:
-    """What status.json says of a start that has not claimed the run yet, and may be refused: that it begins, and what
-    it waits for. It writes nothing over a run that is done, nor over one that another start is alive in.
+    """The entry in status.json of a start that has not claimed the run yet, and may be refused: that it is starting,
+    and what it waits for. A run that is done, or in which another start is alive, is not overwritten.
 
     Args:
-        writes: whether this is rank 0; the others only tell why they cannot begin.
+        writes: whether this is rank 0; the others only report why they cannot start.
 
     Attributes:
-        before: what status.json said when this start began.
+        before: content of status.json when this start began.
     """
 
     def __init__(self, run: Path, *, writes: bool) -> None:
@@ -33,18 +33,18 @@ class Announcement:
         self._before: bytes | None = None
         self._changed = 0  # when, in ns
         self._ours = b""
-        self._lock, self._over = Lock(), False  # the watch may take back what is just being written
-        self._made: list[Path] = []  # directories
-        self._failed = ""  # the start before
+        self._lock, self._over = Lock(), False  # the watch may retract while this writes
+        self._made: list[Path] = []  # directories created here
+        self._failed = ""  # why the start before failed
 
     def say(self, what: str) -> None:
-        """Begin, or go on: what is waited for now."""
-        with self._lock, suppress(OSError):  # the claim will tell
+        """Announce the start, or update what it is waiting for."""
+        with self._lock, suppress(OSError):  # the claim will report it
             if self._writes and not self._over and (self._still_ours() if self._ours else self._begin()):
                 self._put("starting", what + self._failed)
 
     def retract(self) -> None:
-        """The start is refused: all is as it was."""
+        """Restore the previous state of the directory: the start was refused."""
         with self._lock, suppress(OSError):
             path, self._over = self._run / status.FILE, True
             if not self._ours or not self._still_ours():
@@ -58,8 +58,8 @@ class Announcement:
                 os.utime(path, ns=(self._changed, self._changed))
 
     def fail(self, reason: str, **about: Any) -> bool:
-        """The start is over before it could claim the run, and the next one, or a person, is to know why. Returns
-        whether no other rank has said so, nor another start is alive; what does not answer, rank 0 has said."""
+        """Record why the start ended before it could claim the run. Returns whether this rank is to report it: no other
+        rank has, and no other start is alive; rank 0 is, if the file system does not answer."""
         with self._lock:
             try:
                 found = status.known(self._run)
@@ -68,13 +68,13 @@ class Announcement:
                     return False
                 if self._run.is_dir():
                     self._put("failed", reason, **about)
-                    return launcher.attended() or self._is_first()  # the mark is for those that tell others
+                    return launcher.attended() or self._is_first()  # the mark matters only to those that send messages
             except OSError:
                 pass
             return launcher.rank() == 0
 
     def _is_first(self) -> bool:
-        """Whether this rank is the first of this start to fail: several may at once, and the file system decides."""
+        """Whether this rank is the first of this start to fail; if several fail at once, the file system decides."""
         for _ in range(2):
             try:
                 (self._run / FIRST).touch(exist_ok=False)
@@ -94,11 +94,11 @@ class Announcement:
         return False
 
     def failed(self) -> Failure | None:
-        """Why another rank of this start cannot begin, if it has said so."""
+        """Failure that another rank of this start has recorded, if any."""
         found = status.known(self._run)
         if found.get("state") != "failed" or found.get("heartbeat", 0) < self._since:
             return None
-        with suppress(KeyError):  # of the cluster's, which knows no rank
+        with suppress(KeyError):  # written by slurm.job, which knows no rank
             return Failure(found["rank"], found["node"], found["error"], found["reason"])
         return None
 

@@ -1,10 +1,10 @@
-"""Where a good checkpoint is found: the one finder of all programs. Imports no torch.
+"""Finds good checkpoints, for all programs. Imports no torch.
 
     checkpoints/step-00012000/state.pt    loads with torch.load(weights_only=True)
-    checkpoints/step-00012000/meta.json   sha256 and size of it, step, epoch, what the run is
-    checkpoints/best                      a link to the best one, for people; programs go by the meta.json of all
+    checkpoints/step-00012000/meta.json   its sha256 and size, step, epoch, identity of the run
+    checkpoints/best                      link to the best one, for people; programs read every meta.json
 
-A directory counts only if its hash matches.
+A checkpoint is good only if its hash matches.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pipelines.errors import UserError
 from pipelines.files import sha256
 
 FOLDER, STATE, META = "checkpoints", "state.pt", "meta.json"
-NAME = re.compile(r"step-\d{8,}(-validated)?")  # sorted by name they are sorted by progress
+NAME = re.compile(r"step-\d{8,}(-validated)?")  # sorting by name sorts by progress
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be continued from; the message says what differs and the remedy."""
+    """A run cannot resume from a checkpoint; the message says what differs and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class Checkpoint:
 
 
 def listed(folder: Path) -> list[Path]:
-    """The checkpoints in a folder by their names, oldest first; files and copies of the user's are none. Raises
-    OSError."""
+    """Checkpoints in a folder, going by their names, oldest first; files and copies made by the user do not count.
+    Raises OSError."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambda *_: None) -> Checkpoint | None:
-    """A good checkpoint; None if there is none.
+    """Returns a good checkpoint, or None if there is none.
 
     Args:
         run: a run directory.
-        which: "last", the newest good one; "best", the one of the lowest validation error; or a name.
-        bad: hears the name of each checkpoint that does not count, and why.
+        which: "last", the newest good one; "best", the one with the lowest validation error; or a name.
+        bad: called with the name of each checkpoint that is not good, and why.
 
-    Raises CheckpointError for a best one that was lost: it is not the best of those that are left.
+    Raises CheckpointError if the best one was lost: the best of those that are left is not it.
     """
     folder = run / FOLDER
     if which == "last":
@@ -73,13 +73,13 @@ def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambd
 
 
 def is_best(meta: dict[str, Any]) -> bool:
-    """Whether a state is that after the epoch of the lowest validation error so far."""
+    """Whether a state follows the epoch with the lowest validation error so far."""
     return bool(meta.get("validated")) and meta.get("best_epoch") == meta.get("epoch", 0) - 1
 
 
 def best_of(folder: Path) -> tuple[str, bool]:
-    """The name of the newest of these checkpoints that was the best one of its time, good or not, and whether it still
-    is: not if a better one was never saved, or is gone. All by the meta.json of each. Raises OSError."""
+    """Name of the newest checkpoint that was the best when it was saved, good or not, and whether it still is the best:
+    not if a better one was never saved, or is gone. Reads only meta.json. Raises OSError."""
     name, its, newest = "", -1, -1
     for path in listed(folder):
         with suppress(ValueError, TypeError, AttributeError, FileNotFoundError):  # a damaged one does not count
@@ -91,12 +91,12 @@ def best_of(folder: Path) -> tuple[str, bool]:
 
 
 def newest_name(run: Path) -> str:
-    """The name of the newest checkpoint, good or not, which tells how far a run has come; empty without one."""
+    """Name of the newest checkpoint, good or not: how far a run has come. Empty if there is none."""
     return max((path.name for path in listed(run / FOLDER)), default="")
 
 
 def verified(path: Path) -> Checkpoint:
-    """The checkpoint in this directory. Raises CheckpointError with the reason if it does not count."""
+    """Returns the checkpoint in this directory. Raises CheckpointError, with the reason, if it is not good."""
     try:
         meta: dict[str, Any] = json.loads((path / META).read_bytes())
         size = (path / STATE).stat().st_size

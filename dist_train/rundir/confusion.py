@@ -1,10 +1,10 @@
-"""confusion.npz: which class was taken for which in the last validation. Imports no torch.
+"""confusion.npz: the confusion counts of the last validation. Imports no torch.
 
-names                     of the classes, as UTF-8 of a JSON list
-samples, top1, top5       images of each class; of these, whose label was the most probable, and among the first five
-label, predicted, count   pairs that occurred, int32; the predicted is len(names) for an output that is no class;
+names                     of the classes, a JSON list in UTF-8
+samples, top1, top5       images per class; of these, correct in the top 1 and in the top 5
+label, predicted, count   pairs that occurred, int32; predicted is len(names) for an output that is no class;
                           empty if there are more than MOST classes
-step, epoch               that were done
+step, epoch               completed
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pipelines.errors import UserError
 from pipelines.files import replacing
 
 FILE = "confusion.npz"
-MOST = 2000  # classes whose pairs are counted: on each device these are int64 [2000, 2002], 32 MB
+MOST = 2000  # classes up to which pairs are counted: int64 [2000, 2002] on each device, 32 MB
 Counted = NDArray[np.int64]
 
 
 class ConfusionError(UserError):
-    """There are no counts of a validation, or they cannot be read; the message says why."""
+    """The counts of a validation are missing or cannot be read; the message says why."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often a validation has found which class to be taken for which.
+    """Confusion counts of a validation.
 
     Attributes:
-        samples: images of each class, int64 [classes].
-        top1, top5: of these, whose label was the most probable, and among the five most probable; likewise.
-        label, predicted, count: images of a class that were taken for one, for each pair that occurred, int64 [pairs].
-            The predicted is `classes` for an output that stands for none. All empty above MOST classes.
+        samples: images per class, int64 [classes].
+        top1, top5: of these, correct in the top 1 and in the top 5, int64 [classes].
+        label, predicted, count: true class, predicted class and number of images, for each pair that occurred,
+            int64 [pairs]. `predicted` is `classes` for an output that is no class. All empty above MOST classes.
     """
 
     samples: Counted
@@ -51,11 +51,11 @@ class Confusion:
 
 
 class ConfusionFile:
-    """Keeps the counts of the newest validation in a run directory, beside training. It is no failure of the run if
-    that cannot be.
+    """Writes the counts of the latest validation to a run directory, beside training. A run does not fail if they
+    cannot be written.
 
     Args:
-        lease: checked before it is written.
+        lease: checked before each write.
         say: shows the user a line.
         writer: writes beside training.
         writes: whether this is rank 0; the others write nothing.
@@ -65,7 +65,7 @@ class ConfusionFile:
         self._lease, self._say, self._writer, self._writes = lease, say, writer, writes
 
     def put(self, counts: Confusion, names: Sequence[str], step: int, epoch: int) -> None:
-        """Write what the validation after this step has counted."""
+        """Write the counts of the validation after this step."""
         if self._writes:
             self._writer.ask(FILE, lambda: self._try(counts, names, step, epoch))
 
@@ -82,7 +82,7 @@ class ConfusionFile:
 
 
 def read(run: Path) -> tuple[Confusion, list[str]]:
-    """The counts of a run's last validation, and the names of the classes. Raises ConfusionError."""
+    """Returns the counts of a run's last validation, and the class names. Raises ConfusionError."""
     path = run / FILE
     if not path.exists():
         raise ConfusionError(f"there is no {path}: it is written when the net is validated, after an epoch")
@@ -91,5 +91,5 @@ def read(run: Path) -> tuple[Confusion, list[str]]:
             names = [str(name) for name in json.loads(file["names"].tobytes())]
             counts = Confusion(**{k: file[k].astype(np.int64) for k in Confusion.__dataclass_fields__})
     except Exception as error:  # whatever numpy makes of garbage
-        raise ConfusionError(f"{path} is damaged ({error}): the next validation writes it anew") from error
+        raise ConfusionError(f"{path} is damaged ({error}): the next validation rewrites it") from error
     return counts, names

@@ -1,4 +1,4 @@
-"""The files of a run, as one start of it writes them."""
+"""The files of a run, as written by one start."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ CONFIG = "config.yaml"
 
 
 class ClaimError(UserError):
-    """The run directory cannot be written, or another start has saved in it since this one looked."""
+    """The run directory cannot be written, or another start has saved in it meanwhile."""
 
 
 class RunDirectory:
-    """A run directory and the one lease that everything in it is written under.
+    """A run directory, and the one lease under which everything in it is written.
 
     Args:
         path: of the directory, which need not exist yet.
-        say: shows the user a line, from rank 0.
-        keep: how many of the newest checkpoints stay.
+        say: shows the user a line, on rank 0.
+        keep: number of newest checkpoints to keep.
         writes: whether this is rank 0; the others write nothing.
 
     Attributes:
-        earlier: settings of the start before this one, flat, once the run is claimed (rank 0).
+        earlier: flat settings of the previous start, set by `claim` (rank 0).
     """
 
     def __init__(self, path: Path, say: Callable[[str], None], *, keep: int, writes: bool) -> None:
@@ -56,12 +56,12 @@ class RunDirectory:
         self.store = Store(self.lease, keep, say, self.record.settle)
 
     def claim(self, config: Config, bad: list[str], record_bytes: int, newest: str) -> str:
-        """Take the run over, from rank 0. Returns the name of this start. Raises ClaimError.
+        """Take the run over; called on rank 0. Returns the name of this start. Raises ClaimError.
 
         Args:
-            bad: names of checkpoints that are damaged; they are set aside.
-            record_bytes: of the record that stay.
-            newest: the name of the newest checkpoint, good or not, when this start looked.
+            bad: names of damaged checkpoints, to be set aside.
+            record_bytes: of the record to keep.
+            newest: name of the newest checkpoint, good or not, that this start found.
         """
 
         def still() -> None:
@@ -73,12 +73,12 @@ class RunDirectory:
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for stale in self.path.glob(".*.tmp"):  # what killed starts left may be a full disk's last bytes
+            for stale in self.path.glob(".*.tmp"):  # leftovers of killed starts may be what fills the disk
                 with suppress(OSError):
                     stale.unlink()
             still()
             self.lease.acquire()
-            still()  # after this, whoever had the lease saves no more
+            still()  # the previous holder of the lease saves no more from here on
             restarts.forget(self.path)
             self.store.clean(bad)
             self.earlier = _settings(self.path / CONFIG)
@@ -92,17 +92,17 @@ class RunDirectory:
         return self.lease.token
 
     def close(self) -> None:
-        """All that was written beside training is on the disk, or cannot be had there."""
+        """Wait until everything written beside training is on the disk, or cannot be."""
         self.store.join()
         for lines in (self.record, self.events):
-            with suppress(OSError):  # told
+            with suppress(OSError):  # reported already
                 lines.settle()
         self.status.insist()
         self._writer.wait()
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Those of a configuration, flat; none if it is not there, or damaged. Raises OSError."""
+    """Flat settings of a configuration file; empty if it is missing or damaged. Raises OSError."""
     try:
         groups = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     except (yaml.YAMLError, UnicodeDecodeError):

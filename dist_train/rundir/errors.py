@@ -1,7 +1,7 @@
-"""errors/<start>/: what each rank of a start had to say when it could not go on, and which of them was the first.
+"""errors/<start>/: the failure of each rank of a start, and which came first.
 
     rank-3.txt    a sentence, then the traceback, or the stacks of all threads
-    first.json    rank, node, kind and sentence of the first one: what status.json says too
+    first.json    rank, node, kind and sentence of the first failure, as in status.json
 
 Imports no torch.
 """
@@ -23,10 +23,10 @@ HEAD = re.compile(r"rank (\d+) on (.*) is at step (\d+), in (.*)")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank cannot go on.
+    """Why a rank cannot continue.
 
     Attributes:
-        kind: the class of the exception, or one of Hang, Lost (another rank, which may have said why), Refused
+        kind: class of the exception, or one of Hang, Lost (another rank is gone, perhaps with a reason given), Refused
             (by another rank), Forced (a stop without a save) and Stopped (before there was anything to save).
         reason: one sentence.
     """
@@ -39,7 +39,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Standstill:
-    """Where a rank stood still: a step, from 1, and a line of the program."""
+    """Where a rank is stuck: step, counted from 1, and line of the program."""
 
     rank: int
     node: str
@@ -51,7 +51,7 @@ class Standstill:
 
 
 class Errors:
-    """The errors of one start. Nothing is written before the run is claimed, nor after it is lost."""
+    """The errors of one start. Nothing is written before the run is claimed, or after its lease is lost."""
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
@@ -61,7 +61,7 @@ class Errors:
         return self._lease.run / FOLDER / self._lease.token
 
     def first(self) -> Failure | None:
-        """The first failure of any rank, if there is one. Raises OSError."""
+        """First failure of any rank, if there is one. Raises OSError."""
         path = self.folder / FIRST
         if not self._lease.token or not path.exists():
             return None
@@ -70,14 +70,14 @@ class Errors:
         return None
 
     def enter(self, failure: Failure) -> Failure:
-        """Make a failure the first one if no rank was faster. Returns the first one. Raises OSError."""
+        """Record a failure as the first unless another rank was faster. Returns the first failure. Raises OSError."""
         if not self._lease.token or not self._lease.holds():
             return failure
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = self.folder / f".{FIRST}.{failure.rank}"
         try:
             whole.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-            os.link(whole, self.folder / FIRST)  # which one succeeds is decided by the file system
+            os.link(whole, self.folder / FIRST)  # the file system decides which rank succeeds
         except FileExistsError:
             return self.first() or failure
         finally:
@@ -85,17 +85,17 @@ class Errors:
         return failure
 
     def amend(self, failure: Failure) -> None:
-        """The first one has found out more. Raises OSError."""
+        """Replace the first failure, of which its rank has found out more. Raises OSError."""
         (self.folder / FIRST).write_text(json.dumps(asdict(failure)), encoding="utf-8")
 
     def write(self, rank: int, text: str) -> None:
-        """What a rank says in full. Raises OSError."""
+        """Write the full report of a rank. Raises OSError."""
         if self._lease.token and self._lease.holds():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"rank-{rank}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def places(self) -> list[Standstill]:
-        """Where the ranks stood still, of those that have said it. Raises OSError."""
+        """Where the ranks are stuck, for those that have reported it. Raises OSError."""
         found = []
         for path in self.folder.glob("rank-*.txt"):
             with open(path, encoding="utf-8", errors="replace") as file:

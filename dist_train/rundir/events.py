@@ -1,23 +1,22 @@
-"""events.jsonl, the story of a run over all its starts: added to, and never cut back. Imports no torch.
+"""events.jsonl, the event log of a run over all its starts: only ever appended to. Imports no torch.
 
     {"time": 1767323045.2, "event": "start", "start": "20260102-...", ...}
 
-start        a start has claimed the run: step, checkpoint that it goes on from ("" at the beginning), nodes,
-             world_size, device, versions, code, job (Slurm's number), restart (how often torchrun or Slurm has
-             started it anew), pid
-killed       found by the next start: the one before it (of) ended without a word; its node, last heartbeat, step,
-             epoch, and the reason if another has left one
-requeued     Slurm has brought the job back: job, restart
-changed      settings, or the code, differ from those of the start before: step, settings {key: [was, is]},
-             code [was, is]
+start        a start has claimed the run: step, checkpoint that it resumes from ("" at the beginning), nodes,
+             world_size, device, versions, code, job (Slurm's number), restart (number of restarts by torchrun or
+             Slurm), pid
+killed       found by the next start: the previous one (of) ended without notice; its node, last heartbeat, step,
+             epoch, and the reason if another process left one
+requeued     Slurm has requeued the job: job, restart
+changed      settings or code differ from the previous start's: step, settings {key: [was, is]}, code [was, is]
 division     of the learning rate: step, epoch, lr (the new one), error
 bad_samples  samples that could not be decoded: step, epoch, samples (in all)
-alert        a sentence for whoever looks: step, epoch, sentence
-end          how this start ended: state, reason, code, step, epoch, requeued (Slurm brings the job back), and what the
-             ledger says; of a failure also rank, node and error
+alert        a sentence for the user: step, epoch, sentence
+end          how this start ended: state, reason, code, step, epoch, requeued (Slurm requeues the job), and the
+             ledger's entries; for a failure also rank, node and error
 given_up     no further start is made: reason
 
-"start" is the name of the start that an event is of, or "" if it is of none that has claimed the run.
+"start" is the name of the start that an event belongs to, or "" if that has not claimed the run.
 """
 
 from __future__ import annotations
@@ -38,38 +37,38 @@ FILE = "events.jsonl"
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All events of a run, without lines that are damaged."""
+    """Returns all events of a run, without damaged lines."""
     return readable_jsonl(run / FILE)[0]
 
 
 def tell(run: Path, event: str, **values: Any) -> None:
-    """Add one event at once, whoever else writes. Raises OSError."""
+    """Append one event at once; others may be writing too. Raises OSError."""
     line = (json.dumps({"time": time.time(), "event": event, "start": "", **values}) + "\n").encode()
     path = run / FILE
     with HeldFile(path, "ab", opener=no_link) as file:
         if size := os.fstat(file.fileno()).st_size:
             with open(path, "rb") as old:
                 old.seek(size - 1)
-                line = line if old.read(1) == b"\n" else b"\n" + line  # half of one that a kill has left
+                line = line if old.read(1) == b"\n" else b"\n" + line  # end half a line left by a kill
         file.write(line)
 
 
 class Events(Lines):
-    """The story of a run while it goes on; see `Lines`."""
+    """The event log of a run while it grows; see `Lines`."""
 
     def __init__(self, lease: Lease, say: Callable[[str], None], writer: Writer) -> None:
         super().__init__(lease.run / FILE, lease, say, writer)
 
     def append(self, event: str, **values: Any) -> None:
-        """Add one event of those above."""
+        """Append one of the events above."""
         self.add({"time": time.time(), "event": event, "start": self._lease.token, **values})
 
     def tell(self, event: str, **values: Any) -> None:
-        """Add one event at once, from any rank, if the run is still this start's. Raises OSError."""
+        """Append one event at once, from any rank, if this start still holds the lease. Raises OSError."""
         if self._lease.token and self._lease.holds():
             tell(self._lease.run, event, start=self._lease.token, **values)
 
     def _tear(self, written: int) -> None:
-        """What stands there stays, since others may have written behind it; the line is begun anew."""
+        """Keep the partial line, since others may have written behind it, and write the line again."""
         if written:
             self._unwritten[0] = b"\n" + self._unwritten[0].lstrip(b"\n")

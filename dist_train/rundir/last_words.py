@@ -1,9 +1,9 @@
-"""How a process leaves that cannot go on: at once, and not before it has said why. Imports no torch.
+"""How a process that cannot continue exits: at once, but only after reporting why. Imports no torch.
 
-To stderr, to torchrun's report, to errors/<start>/ and to status.json, where the failure that came first stands,
-whichever rank met it: what the others see of it (closed connections, a launcher that ends them) is not the reason.
-Whoever is not there to see it is told besides. Nothing here waits for another rank, and for a file system or a server
-only some seconds.
+It reports to stderr, to torchrun, to errors/<start>/ and to status.json, which holds the first failure of any rank: its
+consequences on the other ranks (closed connections, a launcher that ends them) are not the reason. Whoever is not
+watching gets a message as well. Nothing here waits for another rank, and it waits only seconds for a file system or a
+server.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from dist_train.rundir.status import STAYS, Status
 from pipelines.speech import cry, flush
 
 T = TypeVar("T")
-LIMIT, EACH = 5.0, 2.0  # seconds that all this, and each piece, may take: a file system may hang
-LEAST = 0.5  # seconds for what does not go to the run's file system, if that has taken all others
-BACK, TELLING = 1.0, 3.0  # seconds of their own to ask whether the job comes back, and for the tellers, all at once
-GATHERING = 2.0  # seconds in which the other ranks say where they stand still
-SHOWING = 1.0  # seconds in which those that are ended by a signal say it
-KILLED = "another rank is gone and has not said why: it was killed, perhaps for want of memory"
+LIMIT, EACH = 5.0, 2.0  # seconds for everything, and for each piece: a file system may hang
+LEAST = 0.5  # seconds kept for what needs no file system of the run, if that has used up all others
+BACK, TELLING = 1.0, 3.0  # further seconds: to ask whether the job is requeued, and for all tellers together
+GATHERING = 2.0  # seconds for the other ranks to report where they are stuck
+SHOWING = 1.0  # seconds for ranks ended by a signal to print their stacks
+KILLED = "another rank is gone and gave no reason: it was killed, perhaps for lack of memory"
 LOST = re.compile(r"(Connection (closed|reset) by peer|Broken pipe)( \[[^\]]*\]:\d+)?")  # gloo's, with the address
 
 
 class LastWords:
-    """Speaks for one rank, and ends its process.
+    """Reports the failure of one rank, and ends its process.
 
     Args:
-        run: directory of the run, which may not be claimed yet; None without one.
-        announcement: of this start, as long as the run is not claimed.
+        run: directory of the run, perhaps not claimed yet; None without one.
+        announcement: of this start, until the run is claimed.
 
     Attributes:
-        record: called with errors/<start>/ when the process hangs, for what else there is to keep.
-        tellers: each called with the event of this end, if this rank was the first to fail; in threads of their own.
-        close: called last, one after the other, for what others hold in memory still.
+        record: called with errors/<start>/ when the process hangs, to store further diagnostics.
+        tellers: called with the end event, each in its own thread, if this rank was the first to fail.
+        close: called last, in order, to flush what others still hold in memory.
     """
 
     def __init__(self, run: Path | None = None, announcement: Announcement | None = None) -> None:
@@ -62,22 +62,22 @@ class LastWords:
         self._size = launcher.size()
         self._status: Status | None = None
         self._end: Ended | None = None
-        self._leaving = Lock()  # never released: what another thread sees of the end is not the reason
+        self._leaving = Lock()  # never released: what another thread sees of the exit is not the reason
         self._until = 0.0
-        self._entered: Failure | None = None  # the first one, as far as the file system has answered
+        self._entered: Failure | None = None  # the first failure, once the file system has answered
         self._looking: Thread | None = None
 
     def claimed(self, run: Path, status: Status, size: int) -> None:
-        """From here on the run is this start's, which has so many ranks."""
+        """Note that this start has claimed the run; `size` is its number of ranks."""
         self._run, self._status, self._size = run, status, size
 
     def ended(self, end: Ended) -> None:
-        """The run has come to its end. From here on whatever strikes while things are put away ends the process as the
-        run has ended, once status.json says so."""
+        """Note that the run has ended. A failure during clean-up then ends the process with the outcome of the run,
+        once status.json records it."""
         self._end = end
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Leave after an error that nobody foresaw; to be called where it was caught."""
+        """Exit after an unexpected error; to be called where it was caught."""
         kind, reason = type(error).__name__, f"{type(error).__name__}: {error}"
         text = traceback.format_exc()
         self._begin_to_leave(reason)
@@ -86,17 +86,17 @@ class LastWords:
         self._leave(self._failure(kind, reason), text)
 
     def force(self, why: str, *, begun: bool) -> None:
-        """Leave without a save, as `ranks.watch` asks for."""
+        """Exit without a save; called by `ranks.watch`."""
         self._begin_to_leave(why)
         if run := self._run:
             newest = self._ask(lambda: newest_name(run), "")
-            why += f"; {newest} stands" if newest else "; no checkpoint is there yet"
+            why += f"; the newest checkpoint is {newest}" if newest else "; there is no checkpoint yet"
         if not self._status and self._announcement:
             self._ask(self._announcement.retract, None)
         self._leave(self._failure("Forced" if begun else "Stopped", why), "")
 
     def hang(self, seconds: float, step: int, place: str, stacks: str) -> None:
-        """Leave after so long a silence, as `ranks.watch` asks for."""
+        """Exit after `seconds` without a heartbeat; called by `ranks.watch`."""
         self._begin_to_leave(f"no progress for {seconds:.0f} s in {place}")
         began = time.time()
         silence, here = f"no progress for {seconds:.0f} s: ", Standstill(self._rank, self._node, step, place)
@@ -111,14 +111,14 @@ class LastWords:
                 mine = self._failure("Hang", silence + compared(places, self._size))
                 self._ask(lambda: status.errors.amend(mine), None)
                 self._ask(lambda: status.fail(mine), None)
-                self._ask(lambda: self._tell_launcher(mine, at=began), 0)  # before those that are ended now
+                self._ask(lambda: self._tell_launcher(mine, at=began), 0)  # before the ranks that are aborted next
                 kin.abort(set(range(self._size)) - {place.rank for place in places})
             self._ask(lambda: self.record(status.errors.folder), None)
             time.sleep(self._left(SHOWING))
         self._leave(mine, "", at=began)
 
     def follow(self, *, signalled: bool, begun: bool) -> bool:
-        """Leave if another rank has failed, as `ranks.watch` asks for. Returns whether one has found a hang."""
+        """Exit if another rank has failed; called by `ranks.watch`. Returns whether one has reported a hang."""
         found: list[Failure | None] = []
         failed = self._status.failed if self._status else self._announcement.failed if self._announcement else None
         if failed and not (self._looking and self._looking.is_alive()):
@@ -135,7 +135,7 @@ class LastWords:
         return False
 
     def _why_lost(self, otherwise: str) -> Failure:
-        """The failure of another rank from which this one's follows, if that can be known."""
+        """Failure of another rank that caused this one's, if it can be known."""
         said = self._ask(launcher.others_said, None)
         if said and said.failure:
             return Failure(**said.failure)
@@ -150,22 +150,24 @@ class LastWords:
         return launcher.end(FAILED, who + first.reason, failure=asdict(first), **how)
 
     def _leave(self, failure: Failure, text: str, *, at: float = 0) -> NoReturn:
-        """`text`: a traceback, in which the reason stands too. `at`: as for `launcher.end`."""
+        """Report `failure` and exit. `text`: a traceback that includes the reason; `at`: as for `launcher.end`."""
         status = self._status
         first = self._enter(failure, status) if status else failure
         if first.rank != self._rank:
             told = f": see {status.errors.folder}" if status else ""
-            shown = f"rank {self._rank}: leaving, since rank {first.rank} failed first: {first.reason}{told}"
+            stopped = first.kind == "Stopped"  # as it was asked for
+            why = first.reason if stopped else f"leaving, since rank {first.rank} failed first: {first.reason}{told}"
+            shown = f"rank {self._rank}: {why}"
         else:
-            traced = text if failure.kind not in ("Lost", "Refused") else ""  # what the others see is not the reason
+            traced = text if failure.kind not in ("Lost", "Refused") else ""  # a consequence, not the reason
             shown = traced.rstrip("\n") or f"rank {self._rank}: {failure.reason}"
         self._print(shown)
         final = first.kind in ("Forced", "Stopped")  # it was asked for
         self._ask(lambda: self._tell_launcher(first, at=at, final=final), 0, least=LEAST)
-        if status and failure.kind != "Hang":  # of which it has said more already
+        if status and failure.kind != "Hang":  # already reported in more detail
             self._ask(partial(status.errors.write, self._rank, f"{shown}\n\n{text}"), None)
         is_first = first.rank == self._rank and (self._entered is not None or self._rank == 0)  # if nothing answers
-        if first.kind != "Hang" or first.rank == self._rank:  # of which the first rank finds out more
+        if first.kind != "Hang" or first.rank == self._rank:  # the first rank finds out more about it
             is_first = self._ask(lambda: self._set(first, is_first), is_first)
         if is_first and not self._end:
             self.tell(first)
@@ -173,7 +175,7 @@ class LastWords:
         os._exit(FAILED)
 
     def tell(self, first: Failure, code: int = FAILED) -> None:
-        """Have the tellers tell of an end with this code. Whoever calls waits BACK + TELLING seconds at most."""
+        """Have the tellers report an end with this code. Takes at most BACK + TELLING seconds."""
         back, kept = list[bool](), dict[str, Any]()
 
         def look() -> None:
@@ -191,12 +193,12 @@ class LastWords:
             thread.join(max(0.0, until - time.monotonic()))
 
     def _enter(self, failure: Failure, status: Status) -> Failure:
-        """The first failure of all ranks: this one, too, if the file system has not answered yet."""
+        """First failure of all ranks; this rank's if the file system has not answered."""
         self._entered = self._ask(lambda: status.errors.enter(failure), self._entered)
         return failure if self._entered is None or self._entered.rank == self._rank else self._entered
 
     def _begin_to_leave(self, why: str) -> None:
-        """Nobody else leaves from here on. Leaves at once if the run had ended before."""
+        """Keep other threads from exiting first. Exits at once if the run had already ended."""
         self._leaving.acquire()
         self._until = time.monotonic() + LIMIT
         end, status = self._end, self._status
@@ -211,11 +213,11 @@ class LastWords:
         self._ask(flush, None)
 
     def _left(self, seconds: float) -> float:
-        """So many seconds, or what is left of all."""
+        """The given seconds, or what is left of LIMIT if that is less."""
         return max(0.0, min(seconds, self._until - time.monotonic()))
 
     def _ask(self, work: Callable[[], T], otherwise: T, least: float = 0.0) -> T:
-        """Returns what `work` returns, or `otherwise` if it fails or takes too long. It always has `least` seconds."""
+        """Result of `work`, or `otherwise` if it fails or takes too long. It always gets `least` seconds."""
         done: list[T] = []
         _attempt(lambda: done.append(work())).join(max(least, self._left(EACH)))
         return done[0] if done else otherwise
@@ -224,8 +226,8 @@ class LastWords:
         _attempt(lambda: cry(text)).join(max(LEAST, self._left(1)))
 
     def _set(self, first: Failure, is_first: bool) -> bool:
-        """Say it in status.json. Returns whether it is this rank's to tell; of a start that has not come to claim the
-        run, and was stopped, there is nothing to tell."""
+        """Write the failure to status.json. Returns whether this rank is to send messages: nobody does for a start that
+        was stopped before it claimed the run."""
         if self._status:
             self._status.fail(first)
             return is_first
@@ -237,7 +239,7 @@ class LastWords:
 
 
 def compared(places: list[Standstill], size: int) -> str:
-    """Which rank the others wait for, by where those stand still that could say it, of `size` ranks."""
+    """Sentence on which of `size` ranks the others wait for, judging by where the reporting ranks are stuck."""
     silent = [str(rank) for rank in range(size) if rank not in {place.rank for place in places}]
     behind = [place for place in places if place.step == min(place.step for place in places)]
     if silent:
@@ -250,7 +252,7 @@ def compared(places: list[Standstill], size: int) -> str:
 
 
 def _attempt(work: Callable[[], object]) -> Thread:
-    """Do it in a thread of its own, which may hang."""
+    """Do `work` in a thread of its own, which may hang. Returns the thread."""
 
     def attempt() -> None:
         with suppress(Exception):  # nothing more can be done about it

@@ -1,4 +1,4 @@
-"""One writer a run: the right of one start to write a run directory. Imports no torch."""
+"""One writer per run: the right of one start to write a run directory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Lease:
     """One start's right to write a run directory; lost for good when a later start acquires it.
 
     Attributes:
-        token: the name of the start, which all its ranks know; empty before the run is claimed.
-        lost: TAKEN if `holds` has found another start's token, GONE if it has found none; else 0. All ranks learn of it
-            by the vote at the next step.
+        token: name of the start, known to all its ranks; empty before the run is claimed.
+        lost: TAKEN if `holds` found another start's token, GONE if it found none, else 0. All ranks learn of it from
+            the vote at the next step.
     """
 
     def __init__(self, run: Path) -> None:
@@ -27,14 +27,14 @@ class Lease:
         self.token = ""
 
     def acquire(self) -> None:
-        """Take the run over from whoever has it. Raises OSError."""
+        """Take the run over from whoever holds it. Raises OSError."""
         token = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"
         write_atomically(self.run / FILE, token.encode())
         self.token = token
 
     def holds(self) -> bool:
-        """Whether the run is still this start's: asked before every write and rename. Raises OSError if the file
-        system does not say."""
+        """Whether this start still owns the run; checked before every write and rename. Raises OSError if the file
+        system does not answer."""
         if not self.lost:
             try:
                 self.lost = TAKEN * ((self.run / FILE).read_text(encoding="utf-8") != self.token)
@@ -43,7 +43,7 @@ class Lease:
         return not self.lost
 
     def loss(self, how: int) -> Ended:
-        """To be raised on all ranks once one of them has found the lease lost; `how`: as in `lost`."""
+        """Exception for all ranks to raise once one of them has found the lease lost; `how`: as in `lost`."""
         if how == GONE:
             return NotSaved(f"the state could not be saved: {self.run} was moved or removed while the run went on")
         return LeaseLost(f"another start has taken over {self.run}: this one exits")

@@ -1,4 +1,4 @@
-"""A file of a run that grows by lines, written beside training. Imports no torch."""
+"""A file of a run that grows line by line, written beside training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.files import HeldFile, no_link
 
 
 class Lines:
-    """A file of one JSON object a line. A disk that is slow, or full for a while, delays lines, and loses none.
+    """A file with one JSON object per line. A disk that is slow, or full for a while, delays lines but loses none.
 
     Args:
         path: of the file, in the directory of the run.
@@ -27,9 +27,9 @@ class Lines:
         writer: writes beside training.
 
     Attributes:
-        size: of all lines, in bytes, those included that are not on the disk yet.
-        error: why the last line could not be written, until it could.
-        written: called, by the thread that writes, when lines are in the file.
+        size: of all lines, in bytes, including those not on the disk yet.
+        error: of the last write, until one succeeds.
+        written: called by the writing thread when lines are in the file.
     """
 
     def __init__(self, path: Path, lease: Lease, say: Callable[[str], None], writer: Writer) -> None:
@@ -39,11 +39,11 @@ class Lines:
         self._lease, self._say, self._writer = lease, say, writer
         self._file: HeldFile | None = None
         self._unwritten: deque[bytes] = deque()
-        self._inside, self._settled = 0, 0  # bytes in the file, and of these on the disk for good
-        self._lock = Lock()  # of the file: two threads write
+        self._inside, self._settled = 0, 0  # bytes in the file, and those of them that are fsynced
+        self._lock = Lock()  # guards the file: two threads write
 
     def begin(self) -> None:
-        """Go on behind what is there; half a line that a kill has left is ended. Raises OSError."""
+        """Open for appending; half a line left by a kill is ended. Raises OSError."""
         self._file = HeldFile(self.path, "ab", opener=no_link)
         self.size = self._inside = self._settled = self.path.stat().st_size
         if self.size:
@@ -54,7 +54,7 @@ class Lines:
                     self.size = self._inside = self.size + 1
 
     def add(self, values: dict[str, Any]) -> None:
-        """Add one line. Nothing on other ranks, where it is not open."""
+        """Append one line. Does nothing on other ranks, where the file is not open."""
         if self._file is not None:
             line = (json.dumps(values) + "\n").encode()
             self._unwritten.append(line)
@@ -62,18 +62,18 @@ class Lines:
             self._writer.ask(self.path.name, self._try)
 
     def settle(self) -> None:
-        """Have all lines on the disk. Raises OSError."""
+        """Bring all lines to the disk. Raises OSError."""
         if self._file is not None:
             self._try()
             if self.error:
                 raise self.error
             inside = self._inside
             if self._settled < inside:
-                os.fsync(self._file.fileno())  # without the lock: lines, and status.json behind them, go on
+                os.fsync(self._file.fileno())  # without the lock, so that lines, and status.json after them, can go on
                 self._settled = inside
 
     def _try(self) -> None:
-        """Write what is not yet written. If that fails, say so once and keep it for the next time."""
+        """Write the pending lines. If that fails, say so once and keep them for the next time."""
         with self._lock:
             try:
                 self._write()
@@ -94,7 +94,7 @@ class Lines:
             while self._unwritten:
                 line = self._unwritten[0]
                 written = self._file.write(line)
-                if written < len(line):  # there was room for so much
+                if written < len(line):  # no room for the rest
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self._inside, written = self._inside + len(line), 0
                 self._unwritten.popleft()
@@ -103,7 +103,7 @@ class Lines:
             raise
 
     def _tear(self, written: int) -> None:
-        """A full disk has left so many bytes of a line: they are taken back."""
+        """Remove the `written` bytes of a line that a full disk cut short."""
         assert self._file is not None
         with suppress(OSError):
             self._file.truncate(self._inside)

@@ -1,4 +1,4 @@
-"""What is left to read after a value that is not finite."""
+"""Report on a run that diverged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FILE = "diverged.json"
 
 
 def diverged(run: Path, step: Step, loss: float, keys: list[str], *, writes: bool) -> str:
-    """Name what led to it: the sentence for status.json. All keys of the batch go to diverged.json.
+    """Returns the sentence for status.json, and writes all keys of the batch to diverged.json.
 
     Args:
-        keys: of the samples of the global batch.
+        keys: of the samples in the global batch.
         writes: whether this is rank 0.
     """
     what, where = "gradient" if math.isfinite(loss) else "loss", f"all keys in {FILE}"
@@ -24,7 +24,7 @@ def diverged(run: Path, step: Step, loss: float, keys: list[str], *, writes: boo
         report = {"what": what, "step": step.number, "epoch": step.epoch, "lr": step.lr, "keys": keys}
         try:
             write_atomically(run / FILE, json.dumps(report, indent=1).encode())
-        except OSError as error:  # that is not how the run ends
+        except OSError as error:  # this does not change how the run ends
             where = f"{FILE} cannot be written: {error}"
     return (
         f"the {what} is not finite at step {step.number} (epoch {step.epoch + 1}, lr {step.lr:g}), batch {keys[0]} ... "

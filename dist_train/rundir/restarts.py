@@ -1,4 +1,4 @@
-"""When to give up a run that is restarted again and again. Imports no torch."""
+"""When to give up on a run that is restarted again and again. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.files import read_json, write_atomically
 
 FILE = "starts.json"
-LIMIT = 3  # starts at one place; one more would end as they did
+LIMIT = 3  # starts at the same place; another would end like them
 
 
 class NoProgress(UserError):
@@ -26,16 +26,16 @@ def stuck(places: Sequence[str], now: str) -> bool:
 
     Args:
         places: where each earlier start began, oldest first.
-        now: where this one begins.
+        now: where this start begins.
     """
     return len(places) >= LIMIT and all(place == now for place in places[-LIMIT:])
 
 
 def count(run: Path) -> None:
-    """Note that torchrun has restarted the run, before anything of the restart can fail. Raises NoProgress if it is the
-    third one in a row that finds the same checkpoint.
+    """Count a restart by torchrun, before anything in it can fail. Raises NoProgress at the third in a row that finds
+    the same checkpoint.
 
-    Under Slurm `slurm.job` counts. Raises OSError, and UserError for a damaged file.
+    Under Slurm, `slurm.job` counts. Raises OSError, and UserError for a damaged file.
     """
     if not launcher.restarts() or not run.is_dir():
         return
@@ -47,12 +47,12 @@ def count(run: Path) -> None:
         return
     place = f"at {newest}" if newest else "at the beginning"
     error = NoProgress(f"{number} automatic restarts began {place} without progress: see the log")
-    with suppress(OSError):  # a full disk does not let the restarts go on
+    with suppress(OSError):  # even with a full disk the restarts must end
         events.tell(run, "given_up", reason=str(error))
     raise error
 
 
 def forget(run: Path) -> None:
-    """A start by hand has claimed the run: the count begins anew."""
+    """Reset the count when a start by hand has claimed the run."""
     if not launcher.restarts():
         (run / FILE).unlink(missing_ok=True)

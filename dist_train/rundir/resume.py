@@ -1,4 +1,4 @@
-"""How a run goes on from its newest good checkpoint, or begins with the weights of another."""
+"""How a run resumes from its newest good checkpoint, or begins with the weights of another run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from dist_train.config import Config, as_dict, idle_fields
 from dist_train.ranks.world import World
 from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find, newest_name, verified
 from dist_train.rundir.directory import RunDirectory
+from dist_train.rundir.named import no_run
 from dist_train.rundir.state import TrainState
 from dist_train.rundir.store import load_state
 from pipelines.quarantine import QUARANTINE
 from pipelines.shards import ShardSet
 
-# Keys of data that may change
+# Keys of `data` that may change
 FREE = ("train", "val", "source", "device", "threads", "hw_decoder_load", "readers", "ahead", "max_bad")
 # Keys whose change is recorded
 TOLD = ("optim.", "schedule.", "train.epochs", "data.hw_decoder_load")
@@ -36,12 +37,12 @@ class Resumed:
     Attributes:
         found: whether there was a checkpoint.
         checkpoint: its name.
-        newest: the name of the newest checkpoint, good or not, when it was looked for (rank 0).
-        record_bytes: of the record, which the checkpoint covers.
-        changed: settings that differ from those that the checkpoint was made with.
-        bad: names of the checkpoints that were found to be damaged (rank 0).
+        newest: name of the newest checkpoint, good or not, at the time of the search (rank 0).
+        record_bytes: size of the record that the checkpoint covers.
+        changed: settings that differ from the checkpoint's.
+        bad: names of damaged checkpoints (rank 0).
         init_from: `model.init_from` that the run was begun with.
-        ledger: of the time, when it was saved.
+        ledger: the time ledger as saved.
     """
 
     found: bool = False
@@ -62,14 +63,14 @@ def restore(
     run: RunDirectory,
     settled: dict[str, Any],
 ) -> Resumed:
-    """Take over the newest good checkpoint of the run, if there is one; else the weights of `model.init_from`, if that
-    is given. Rank 0 looks, and all ranks take the same.
+    """Load the newest good checkpoint of the run, if there is one; otherwise the weights of `model.init_from`, if
+    given. Rank 0 searches, and all ranks load the same.
 
     Args:
-        settled: `process.Settled` of now, to compare with that of the checkpoint.
+        settled: the present `process.Settled`, to compare with the checkpoint's.
 
-    Raises CheckpointError if it is of another model, data set, seed or batch, if `model.init_from` is given and is not
-    what the run was begun with, or if there are checkpoints and none is good.
+    Raises CheckpointError if the checkpoint has another model, data set, seed or batch, if `model.init_from` is given
+    and is not what the run was begun with, or if there are checkpoints but none is good.
     """
     resumed = Resumed(init_from=config.model.init_from)
 
@@ -95,17 +96,17 @@ def restore(
     saved = load_state(found.path, world.device)
     state.load_state_dict(saved)
     progress = state.progress
-    if found.meta.get(QUARANTINED, 0) != quarantined(training_set):  # then it is not known which of them still count
+    if found.meta.get(QUARANTINED, 0) != quarantined(training_set):  # unknown which of them still count
         progress.bad_samples = 0
     run.say(f"continuing from {found.path.name}: epoch {progress.epoch + 1}, step {progress.step}")
     resumed.found, resumed.checkpoint, resumed.record_bytes = True, found.path.name, int(saved["record"])
-    resumed.ledger = saved.get("ledger", {})  # older programs kept none
+    resumed.ledger = saved.get("ledger", {})  # older versions saved none
     resumed.changed = _unlike(found, settled, run.say) | _changed(found.meta["config"], as_dict(config))
     return resumed
 
 
 def identity(config: Config, training_set: ShardSet) -> dict[str, Any]:
-    """What a run cannot change: where one of these differs, its checkpoints are another run's."""
+    """Settings that a run cannot change: if one of them differs, the checkpoints belong to another run."""
     return _fixed_keys(config) | {
         "classes": len(training_set.classes),
         SET: training_set.fingerprint[:16],
@@ -113,15 +114,17 @@ def identity(config: Config, training_set: ShardSet) -> dict[str, Any]:
 
 
 def quarantined(training_set: ShardSet) -> int:
-    """A checksum of the samples that are known to be bad; 0 without any."""
+    """Checksum of the samples known to be bad; 0 if there are none."""
     return crc32(training_set.quarantined.tobytes())
 
 
 def init_from(model: nn.Module, path: Path, device: torch.device, each: str, say: Callable[[str], None]) -> None:
-    """Take over the weights of a checkpoint, or of a run's newest good one, where name and shape agree, and say which.
+    """Load the weights of a checkpoint, or of a run's newest good one, whose name and shape match, and say which.
 
-    Raises CheckpointError if there is no good checkpoint, or nothing agrees.
+    Raises CheckpointError if there is no good checkpoint, or nothing matches.
     """
+    if not path.exists():
+        raise CheckpointError(f"model.init_from: {no_run(path)}")
     if not (path / FOLDER).exists() and not (path / META).exists():
         raise CheckpointError(f"model.init_from is {path}, which is neither a run nor a checkpoint of one")
     why: list[str] = []
@@ -144,7 +147,7 @@ def init_from(model: nn.Module, path: Path, device: torch.device, each: str, say
 
 
 def _fixed_keys(config: Config) -> dict[str, Any]:
-    """The keys that decide what a run computes."""
+    """Settings that decide what a run computes."""
     flat = as_dict(config)
     kept = {k: v for k, v in flat.items() if k.startswith("data.") and k.removeprefix("data.") not in FREE}
     unused = {f"model.{key}" for key in ("init_from", *idle_fields(config.model.name))}
@@ -153,7 +156,7 @@ def _fixed_keys(config: Config) -> dict[str, Any]:
 
 
 def _refuse_other_settings(found: Checkpoint, run: Path, ours: dict[str, Any]) -> None:
-    """Raises CheckpointError. A key that the checkpoint does not know is newer than it, and counts as its default."""
+    """Raises CheckpointError if a setting differs. A key missing from an older checkpoint counts as its default."""
     defaults = _plain(_fixed_keys(Config()))
     different = []
     for key, value in _plain(ours).items():
@@ -168,21 +171,21 @@ def _refuse_other_settings(found: Checkpoint, run: Path, ours: dict[str, Any]) -
 
 
 def earlier_set(found: Checkpoint, run: Path, training_set: ShardSet) -> dict[str, Any]:
-    """The set's fingerprint as the earlier program took it that began the run, with a quarantine that names no sample.
-    Raises CheckpointError for one that does, since that program's order had no place for those samples."""
+    """The set's fingerprint as computed by the older version that began the run, if no sample is in quarantine.
+    Raises CheckpointError if some are, since that version's order left those samples out."""
     if found.meta.get(SET) != training_set.earlier_fingerprint[:16]:
         return {}
     if len(training_set.quarantined):
         raise CheckpointError(
-            f"{run} was begun by an earlier program, in an order without the samples of {training_set.directory}/"
-            f"{QUARANTINE}, which this one does not know: finish it with that program, or begin another run with its "
-            f"weights (--model.init_from {run}, and another run.name)"
+            f"{run} was begun by an older version, whose order leaves out the samples in {training_set.directory}/"
+            f"{QUARANTINE}; this version has no such order: finish the run with that version, or begin another with "
+            f"its weights (--model.init_from {run}, and another run.name)"
         )
     return {SET: found.meta[SET]}
 
 
 def _begun_from(found: Checkpoint, run: Path, given: str) -> str:
-    """`model.init_from` that the run was begun with. Raises CheckpointError if another one is given."""
+    """`model.init_from` that the run was begun with. Raises CheckpointError if a different one is given."""
     begun = str(found.meta["config"].get("model.init_from", ""))
     if given and (not begun or os.path.realpath(given) != os.path.realpath(begun)):
         raise CheckpointError(
@@ -193,26 +196,26 @@ def _begun_from(found: Checkpoint, run: Path, given: str) -> str:
 
 
 def _unlike(found: Checkpoint, settled: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """What is settled otherwise now than in the process that saved. Says where the bits may differ for it."""
-    # Older programs did not say, or not all of it.
+    """Process settings that differ from those of the process that saved. Says if the bits may differ for it."""
+    # Older versions saved none of them, or not all.
     then = {"precision": settled["precision"]} | found.meta.get("process", settled | {"numerics": 1})
     if then.get("numerics") != settled["numerics"]:
-        say("it was saved by a program that rounded otherwise: from here on the bits may differ from that one's")
+        say("the checkpoint is from a version that rounds differently: from here on the bits may differ from its own")
     unlike = {k: v for k, v in settled.items() if then.get(k, "") != v}
     if "accelerator" in unlike:
         was, now = (where.get("accelerator", "an unknown device") or "no GPU" for where in (then, settled))
-        say(f"it was saved with {was}, and this is {now}: from here on the bits may differ")
+        say(f"the checkpoint was saved on {was}, this is {now}: from here on the bits may differ")
     return unlike
 
 
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are recorded when they change, as they are now."""
+    """New values of changed settings whose changes are recorded."""
     defaults = _plain(as_dict(Config()))
     told = {k: v for k, v in _plain(now).items() if k.startswith(TOLD)}
     return {k: v for k, v in told.items() if then.get(k, defaults[k]) != v}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back: tuples are lists."""
+    """`values` after a round trip through JSON: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain

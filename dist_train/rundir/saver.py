@@ -17,10 +17,10 @@ from pipelines.opened import ReadError
 
 
 class Saver:
-    """Saves by steps, by the clock and at epochs, and sees to it that the last state is saved.
+    """Saves by steps, by the clock and at epochs, and makes sure that the last state is saved.
 
     Args:
-        meta: what a checkpoint's meta.json says of the run, besides its progress.
+        meta: entries of a checkpoint's meta.json, besides the progress.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class Saver:
         self._saved_step = -1
 
     def due_by_clock(self) -> bool:
-        """Whether rank 0 asks for a save."""
+        """Whether a save is due by the clock; asked of rank 0 only."""
         minutes = self._config.minutes
         return self._world.rank == 0 and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 
     def due(self, step: int) -> bool:
-        """Whether the state after so many steps is to be saved, and is not yet: an epoch's last step is asked about
-        twice."""
+        """Whether the state after `step` steps is to be saved and is not yet: this is called twice for an epoch's last
+        step."""
         every = self._config.steps
         return every > 0 and step % every == 0 and step != self._saved_step
 
     def check(self) -> None:
-        """Raises what a save met that is not the disk's doing: trying again would not mend it."""
+        """Raises the error of a save if the disk did not cause it: retrying would not help."""
         error = self._run.store.error
         if error and not isinstance(error, OSError):
             raise error
@@ -57,7 +57,7 @@ class Saver:
         """Save the state beside training; rank 0 writes. All ranks call it at the same step.
 
         Args:
-            unless: whether this save is left to another one that comes at once; rank 0 asks when the save before it is
+            unless: whether to skip this save because another follows at once; rank 0 asks when the previous save is
                 done, which may take a while.
         """
         with self._run.ledger.during("saving"):
@@ -65,7 +65,7 @@ class Saver:
 
     def _save(self, unless: Callable[[], bool]) -> None:
         self._saved_at, self._saved_step = time.monotonic(), self._state.progress.step
-        state = self._state.state_dict()  # on all ranks: towers on two ranks are put together
+        state = self._state.state_dict()  # on all ranks: towers on two ranks are merged
         if self._world.rank:
             return
         run = self._run
@@ -78,12 +78,12 @@ class Saver:
         run.store.save(state, self._state.progress.as_meta() | self.meta)
 
     def give_up(self, unread: list[ReadError], *, saves: bool, stop: bool) -> NoReturn:
-        """End the run, on all ranks alike, since one of them cannot read its samples. Raises Unread, or what `finish`
-        raises; Stopped if it was to stop anyway.
+        """End the run on all ranks because one of them cannot read its samples. Raises Unread, or what `finish` raises;
+        Stopped if the run was to stop anyway.
 
         Args:
-            unread: why this rank cannot, if it is the one.
-            saves: whether the state is as after the last step that was taken.
+            unread: the errors of this rank, if it is the one.
+            saves: whether the state is that after the last step taken.
         """
 
         def tell() -> None:
@@ -99,8 +99,8 @@ class Saver:
         raise AssertionError("one of them has said so")
 
     def finish(self) -> None:
-        """Wait for the last save, and try once more if it failed. Raises LeaseLost, and NotSaved if it fails again, on
-        all ranks."""
+        """Wait for the last save, and retry once if it failed. Raises, on all ranks, LeaseLost, or NotSaved if it fails
+        again."""
         run, share = self._run, self._world.share
         run.ledger.enter("saving")  # to the end of the run
         run.store.join()
@@ -116,8 +116,8 @@ class Saver:
             raise NotSaved(f"the last state could not be saved {message}")
 
     def _stands(self) -> str:
-        """What there is, as far as the disk says."""
+        """Words for messages: which checkpoint is left, as far as the disk answers."""
         with suppress(OSError):
             newest = newest_name(self._run.path)
-            return f"{newest} stands" if newest else "there is no checkpoint yet"
-        return "older checkpoints, if there are any, stand"
+            return f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        return "older checkpoints, if any, are intact"

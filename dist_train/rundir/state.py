@@ -1,4 +1,4 @@
-"""What training changes, and what a checkpoint holds of it."""
+"""The state of training, and its form in a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 from dist_train import optim
 from dist_train.ranks.tower_parallel import pair_of
 
-MEMORY = 50  # steps that the running mean of the training error looks back, about
+MEMORY = 50  # approximate number of steps in the running mean of the training error
 
 
 class Step(NamedTuple):
-    """One step: the epoch, how many steps of it and of the run were done before it, and its learning rate."""
+    """One step: epoch, steps of the epoch and of the run done before it, and learning rate."""
 
     epoch: int
     step_in_epoch: int
@@ -25,16 +25,16 @@ class Step(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Counted from 1, as records count."""
+        """Number of the step counted from 1, as in records."""
         return self.done + 1
 
 
 @dataclass
 class Progress:
-    """How far a run is: `step_in_epoch` steps of `epoch` are done, `step` in all.
+    """Progress of a run: `step_in_epoch` steps of `epoch` are done, `step` in total.
 
-    `validated` is true between an epoch's validation and the first step of the next epoch. `bad_samples` were met, and
-    replaced, in all ranks. `train_error` is a running mean of the top-1 training error, as a fraction of 1.
+    `validated` is true between an epoch's validation and the first step of the next epoch. `bad_samples` counts those
+    replaced on all ranks. `train_error` is a running mean of the top-1 training error, as a fraction of 1.
     """
 
     epoch: int = 0
@@ -50,30 +50,30 @@ class Progress:
         self.step, self.step_in_epoch, self.validated = self.step + 1, self.step_in_epoch + 1, False
 
     def average(self, error: float, step: int) -> None:
-        """Take the training error of the `step`-th step: the plain mean over the first 50 steps, an exponential moving
-        average afterwards."""
+        """Add the training error of the `step`-th step: plain mean over the first 50 steps, exponential moving average
+        afterwards."""
         self.train_error += (error - self.train_error) / min(step, MEMORY)
 
     def next_epoch(self, error: float) -> None:
-        """Take the epoch's validation error."""
+        """Finish the epoch, with its validation error."""
         if self.best_epoch < 0 or error < self.best_error:
             self.best_error, self.best_epoch = error, self.epoch
         self.epoch, self.step_in_epoch, self.validated = self.epoch + 1, 0, True
 
     def go_back(self, step: Step) -> None:
-        """To before a step, which was not taken."""
+        """Return to before a step that was not taken."""
         self.epoch, self.step_in_epoch, self.step = step.epoch, step.step_in_epoch, step.done
         self.validated = step.epoch > 0 and step.step_in_epoch == 0
 
     def as_meta(self) -> dict[str, Any]:
-        """For meta.json."""
+        """Entries for meta.json."""
         return asdict(self)
 
 
 @dataclass
 class Window:
-    """Sums over the steps since the last record, and over those of the epoch: of the samples' losses in nats, of
-    wrong predictions, and of gradient norms. `skipped` are steps of which none was taken: fp16 overflowed."""
+    """Sums over the steps since the last record, and over the epoch's: samples' losses in nats, wrong predictions,
+    and gradient norms. `skipped` counts steps that were not taken because fp16 overflowed."""
 
     steps: int = 0
     loss: float = 0.0
@@ -85,7 +85,7 @@ class Window:
     epoch_wrong: float = 0.0
 
     def add(self, loss: float, wrong: float, norm: float) -> None:
-        """Take the sums of a step over its batch."""
+        """Add the sums of a step over its batch."""
         self.steps, self.loss, self.wrong = self.steps + 1, self.loss + loss, self.wrong + wrong
         self.epoch_steps, self.epoch_loss = self.epoch_steps + 1, self.epoch_loss + loss
         self.epoch_wrong += wrong
@@ -95,19 +95,19 @@ class Window:
             self.skipped += 1
 
     def means(self, batch: int) -> dict[str, Any]:
-        """Of the steps since the last record, per sample of batches of this size; the norm's over steps taken."""
+        """Means since the last record: per sample, for batches of this size; of the norm, per step taken."""
         images, taken = self.steps * batch, self.steps - self.skipped
         values: dict[str, Any] = {"loss": self.loss / images, "train_error": self.wrong / images}
         values["grad_norm"] = self.norm / taken if taken else None
         return values | ({"skipped": self.skipped} if self.skipped else {})
 
     def epoch_means(self, batch: int) -> dict[str, float]:
-        """Of the epoch, as far as its steps are known."""
+        """Means per sample over those steps of the epoch that are known."""
         images = max(1, self.epoch_steps * batch)
         return {"train_loss": self.epoch_loss / images, "train_error": self.epoch_wrong / images}
 
     def clear(self) -> None:
-        """A record is made."""
+        """Begin a new window, after a record."""
         self.steps, self.loss, self.wrong, self.norm, self.skipped = 0, 0.0, 0.0, 0.0, 0
 
     def clear_epoch(self) -> None:
@@ -125,7 +125,7 @@ class TrainState(NamedTuple):
     window: Window
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, which holds the whole net: complete on rank 0, and all ranks call it at the same point."""
+        """State of the whole net for a checkpoint: complete on rank 0. All ranks call it at the same point."""
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         if pair := pair_of(self.model):
             model, optimizer = pair.merge(model, optimizer)
@@ -139,14 +139,14 @@ class TrainState(NamedTuple):
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         model, optimizer = saved["model"], saved["optimizer"]
         if pair := pair_of(self.model):
             model, optimizer = pair.split(model, optimizer)
         self.model.load_state_dict(model)
         optim.load_moments(self.optimizer, optimizer)
-        if saved["scaler"]:  # else there was none: it was saved without fp16
+        if saved["scaler"]:  # empty if it was saved without fp16
             self.scaler.load_state_dict(saved["scaler"])
         self.schedule.load_state_dict(saved["schedule"])
         vars(self.progress).update(saved["state"])
-        vars(self.window).update(saved.get("window", {}))  # older programs recorded single steps
+        vars(self.window).update(saved.get("window", {}))  # older versions recorded single steps

@@ -1,4 +1,4 @@
-"""status.json: how a run is. The only module that reads or writes it; imports no torch."""
+"""status.json: the state of a run. The only module that reads or writes it; imports no torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pipelines.files import HeldFile, read_json, write_atomically
 
 FILE = "status.json"
 PERIOD = 10.0  # seconds between two heartbeats
-SILENT = 60.0  # seconds without one, after which nobody is there
-TRIES, BETWEEN = 5, 1.0  # to write an end, and seconds
+SILENT = 60.0  # seconds without a heartbeat after which the process counts as gone
+TRIES, BETWEEN = 5, 1.0  # attempts to write an end, and seconds between them
 OVER = ("done", "stopped", "diverged", "failed")
-CRASH = "crash"  # set where a start of Slurm's has noted how the one before it failed
+CRASH = "crash"  # set if a start under Slurm has noted how the previous one failed
 STATES = ("starting", "running", *OVER)
 STAYS = (
     "step",
@@ -34,15 +34,15 @@ STAYS = (
     "orderly",
     "announced",
     *KEPT,
-)  # what a start that has not come to anything itself leaves as it is
+)  # kept by a start that has not claimed the run
 
 
 def read(run: Path) -> dict[str, Any]:
-    """What was written last; empty before the first start. Raises UserError for a damaged file."""
+    """Returns the latest content; empty before the first start. Raises UserError for a damaged file."""
     path = run / FILE
     body: Any = read_json(path) if path.exists() else {}
     if not isinstance(body, dict) or (body and not _makes_sense(body)):
-        raise UserError(f"{path} is damaged (it is no state of a run): restore it, or move it away")
+        raise UserError(f"{path} is damaged (it is not the state of a run): restore it, or move it away")
     return body
 
 
@@ -57,27 +57,27 @@ def _makes_sense(body: dict[str, Any]) -> bool:
 
 
 def known(run: Path) -> dict[str, Any]:
-    """As `read`; nothing of a damaged file, which is written anew."""
+    """Like `read`, but empty for a damaged file, which is overwritten later."""
     with suppress(UserError, IsADirectoryError):
         return read(run)
     return {}
 
 
 def write(run: Path, state: str, reason: str = "", **where: Any) -> None:
-    """`state`: starting, running, stopped, done, diverged or failed; `where`: step, epoch and the like. Raises
-    OSError."""
+    """Write the file. `state`: starting, running, stopped, done, diverged or failed; `where`: step, epoch and the like.
+    Raises OSError."""
     place(run, text_of(state, reason, **where))
 
 
 class Status:
-    """The status of one start, which keeps the place that it has come to.
+    """The status of one start, which remembers its last step and epoch.
 
     Args:
         lease: checked before every write.
         say: shows the user a line.
         writer: writes beside training.
-        writes: whether this is rank 0; the others write only that they have failed.
-        ledger: gives what is told, besides, of the time.
+        writes: whether this is rank 0; the others write only failures.
+        ledger: returns the entries on time.
 
     Attributes:
         errors: of this start.
@@ -96,28 +96,28 @@ class Status:
         self._lease, self._say, self._writer, self._writes = lease, say, writer, writes
         self._where: dict[str, int] = {}
         self._state, self._asked = "", 0.0
-        self._last: Callable[[], None] = lambda: None  # what was asked for last
-        self._lock, self._failed = Lock(), False  # the writer may be about to say that the run is well
-        self._told = False  # that nothing can be written: what was asked for last is not
+        self._last: Callable[[], None] = lambda: None  # the latest write requested
+        self._lock, self._failed = Lock(), False  # the writer may be about to write "running"
+        self._told = False  # that writing fails: the latest request is not on the disk
 
     def set(self, state: str, reason: str = "", **where: int) -> None:
         """`state` as for `write`; `where`: step and epoch, kept for the next time."""
         self._where |= where
         self._state, self._asked = state, time.monotonic()
         if self._writes:
-            orderly = {"orderly": True} if state in ("done", "stopped") else {}  # which tells what the time after it is
+            orderly = {"orderly": True} if state in ("done", "stopped") else {}  # tells how to count the time after it
             self._last = partial(self._write, state, reason, self._where | self._ledger() | orderly)
             self._writer.ask(FILE, self._last)
 
     def heartbeat(self, **where: int) -> None:
-        """The run is alive: freshen the file now and then."""
+        """Note that the run is alive; rewrites the file every PERIOD seconds."""
         self._where |= where
         if self._state != "running" or time.monotonic() - self._asked > PERIOD:
             self.set("running")
 
     def _write(self, state: str, reason: str, where: dict[str, Any]) -> None:
         try:
-            if state == "running" and self.errors.first():  # another rank has said that it is not
+            if state == "running" and self.errors.first():  # another rank has failed
                 return
             with self._lock:
                 if not self._failed and self._lease.holds():
@@ -129,7 +129,7 @@ class Status:
             self._told = True
 
     def insist(self) -> None:
-        """An end that could not be written is tried again, some times."""
+        """Retry, up to TRIES times, an end that could not be written."""
         for _ in range(TRIES if self._writes else 0):
             self._writer.wait()
             if not self._told or self._state not in OVER:
@@ -138,15 +138,14 @@ class Status:
             self._writer.ask(FILE, self._last)
 
     def over(self) -> bool:
-        """Whether the end that was set is what status.json says."""
+        """Whether status.json holds the end that was set."""
         found = known(self._lease.run)
         return self._state in OVER and (found.get("start"), found.get("state")) == (self._lease.token, self._state)
 
     def failed(self) -> Failure | None:
-        """The failure that another rank, or this one, has met first in this start. Raises OSError.
+        """First failure of any rank in this start. Raises OSError.
 
-        That of status.json may be seen sooner: on NFS a file that was not there is not looked for at once, and one that
-        is there is opened anew.
+        It may be visible sooner in status.json: NFS caches that a file is missing, but opens an existing one afresh.
         """
         found = known(self._lease.run)
         if self._lease.token and found.get("start") == self._lease.token and "error" in found:
@@ -154,8 +153,8 @@ class Status:
         return self.errors.first()
 
     def fail(self, first: Failure) -> None:
-        """A rank, this one or another, was the first that could not go on. An end that this start has come to before
-        stays. Raises OSError."""
+        """Write the first failure, of this or another rank. An end that this start has already reached is kept. Raises
+        OSError."""
         if self._state in OVER or not self._lease.token or not self._lease.holds():
             return
         with self._lock:
@@ -169,18 +168,18 @@ class Status:
 
 
 def place(run: Path, text: bytes) -> None:
-    """Each rank by a file of its own, since several may write at once. A stop has only so much time, and what comes
-    after it goes by the checkpoint: only the other ends are worth the wait for the disk."""
+    """Replace the file by way of one temporary file per rank, since several may write at once. Only ends other than a
+    stop wait for the disk: a stop has little time, and the next start relies on the checkpoint."""
     path, ends = run / FILE, any(f'"state": "{state}"'.encode() in text for state in OVER if state != "stopped")
     try:
         write_atomically(path, text, by=f".{launcher.rank()}", durable=False)
-        if ends:  # by now it is there for all who do not lose power
+        if ends:  # it already survives anything but a loss of power
             with HeldFile(path) as file:
                 os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
             raise
-        # In the place of the old one there is room on a full disk, too.
+        # Overwriting the old file needs no more room on a full disk.
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as old:
             old.write(text)
             old.truncate()
@@ -192,7 +191,7 @@ def text_of(state: str, reason: str, **where: Any) -> bytes:
 
 
 def taken(run: Path) -> bool:
-    """Whether the run is done, or another start alive in it."""
+    """Whether the run is done, or another start is alive in it."""
     found = known(run)
     age = time.time() - found.get("heartbeat", 0)
     states = ("running",) if "start" not in found else ("starting", "running")

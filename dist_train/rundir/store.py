@@ -1,4 +1,4 @@
-"""Checkpoints: written beside training, flushed, renamed, pruned. Where they are found again: checkpoint.py."""
+"""Writes checkpoints beside training: flushed, renamed, pruned. `checkpoint.py` finds them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_train.rundir.checkpoint import FOLDER, META, STATE, best_of, is_best, listed
 from dist_train.rundir.lease import Lease
 
-LINKING = "best.new"  # the link, before it is `best`
+LINKING = "best.new"  # the link before it is renamed to `best`
 
 
 class Store:
@@ -28,11 +28,11 @@ class Store:
 
     Args:
         lease: of the run directory; checked before every rename.
-        keep: how many of the newest stay, besides the best.
+        keep: number of newest checkpoints to keep, besides the best.
         say: shows the user a line.
-        settle: called before a checkpoint gets its name: has what it covers on the disk, or raises OSError.
-        moment: called at each moment of a save at which a fault would hurt (written, flushed, renaming, renamed,
-            pruning); drills strike there.
+        settle: called before a checkpoint gets its name; brings the record it covers to the disk, or raises OSError.
+        moment: called at each point of a save at which a fault would hurt (written, flushed, renaming, renamed,
+            pruning), for fault injection by the drills.
 
     Attributes:
         error: of the last save, until one succeeds.
@@ -51,13 +51,13 @@ class Store:
         self._took: float | None = None
         self._lease, self._say, self._settle, self._moment = lease, say, settle, moment
         self._writer: Thread | None = None
-        self._missed: tuple[dict[str, Any], dict[str, Any]] | None = None  # the best, if it could not be saved
-        self._linked, self._told = "", False  # the name that `best` points to, or should; that it cannot
+        self._missed: tuple[dict[str, Any], dict[str, Any]] | None = None  # the best state, if it could not be saved
+        self._linked, self._told = "", False  # intended target of `best`; whether a failure was reported
 
     def save(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Copy `state` to host memory and write it beside training. At most one save is in flight. A save that fails
-        sets `error`; the older checkpoints stand. If that was the best state, it is kept in memory, and saved with the
-        next one unless that is better.
+        """Copy `state` to host memory and write it beside training. At most one save is in flight. A failed save sets
+        `error` and leaves the older checkpoints intact. If it was of the best state, that is kept in memory and saved
+        with the next one, unless that is better.
 
         Args:
             meta: `step`, `epoch` and `validated` order the checkpoints; for the best one see `is_best`.
@@ -74,13 +74,13 @@ class Store:
             self._writer = None
 
     def took(self) -> float | None:
-        """The seconds of the last save that has come to its end beside training; None if there is none since it was
-        asked before."""
+        """Duration in seconds of the last save completed beside training; None if there was none since the previous
+        call."""
         took, self._took = self._took, None
         return took
 
     def clean(self, bad: list[str]) -> None:
-        """Remove what killed saves left, and set the checkpoints that are known to be bad aside as `bad-*`."""
+        """Remove leftovers of killed saves, and rename the checkpoints known to be bad to `bad-*`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for stale in (*self.directory.glob(".*.tmp"), self.directory / LINKING):
             _remove(stale)
@@ -100,14 +100,14 @@ class Store:
                 self._prune()
             self.error = None
             self._took = time.monotonic() - began
-        except BaseException as error:  # a full disk, a vanished directory: the run decides what to do
+        except BaseException as error:  # full disk, deleted directory: the run decides what to do
             self.error = error
             if is_best(meta):
                 self._missed = (state, meta)
 
     def _keep(self, state: dict[str, Any], meta: dict[str, Any]) -> bool:
-        """Write a checkpoint. Returns whether the run is still this start's. Raises what is wrong with the disk."""
-        # A checkpoint before an epoch's validation and one after it stand at the same step; the name sorts them.
+        """Write a checkpoint. Returns whether this start still holds the lease. Raises the error of the disk."""
+        # The checkpoints before and after an epoch's validation have the same step; the suffix sorts them.
         name = f"step-{meta['step']:08d}" + ("-validated" if meta["validated"] else "")
         temporary = self.directory / f".{name}.tmp"
         try:
@@ -121,20 +121,20 @@ class Store:
                 _remove(temporary)
 
     def _fill(self, temporary: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Write state and meta to the disk, under a name that no reader looks at."""
+        """Write state and meta to the disk, under a name that readers ignore."""
         _remove(temporary)
-        temporary.mkdir()  # not its parents: a vanished directory is not made anew
+        temporary.mkdir()  # without parents: a deleted run directory is not recreated
         with open(temporary / STATE, "wb") as file, open(temporary / META, "w", encoding="utf-8") as text:
             hashed = _Hashed(file)
             try:
                 torch.save(state, hashed)  # type: ignore[arg-type]
             except RuntimeError:
-                if hashed.error:  # what torch makes of it does not say so
+                if hashed.error:  # torch's own error does not mention the disk
                     raise hashed.error from None
                 raise
             self._moment("written")
             json.dump(meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}, text, indent=1)
-            # A busy file system takes seconds for each: all at once.
+            # Each flush may take seconds on a busy file system, so all run at once.
             with ThreadPoolExecutor(2) as pool:
                 flushed = [pool.submit(_flush, opened) for opened in (file, text)]
                 self._settle()
@@ -143,21 +143,21 @@ class Store:
                 self._moment("flushed")
 
     def _place(self, temporary: Path, final: Path) -> None:
-        """Give a written checkpoint its name, for good."""
+        """Give a written checkpoint its name, durably."""
         self._moment("renaming")
-        if final.is_symlink() and not final.exists():  # somebody's, to what is gone
+        if final.is_symlink() and not final.exists():  # a user's dangling link
             final.unlink()
-        if not final.exists():  # the same state, saved for two reasons
+        if not final.exists():  # if it does, it is the same state
             os.rename(temporary, final)
         handle = os.open(final.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)  # the rename itself, which is the folder's
+            os.fsync(handle)  # the rename is an entry of the folder
         finally:
             os.close(handle)
         self._moment("renamed")
 
     def _link(self) -> None:
-        """Let `best` point to the best checkpoint, in one step. It is a courtesy: not all file systems have links."""
+        """Point `best` to the best checkpoint, atomically. A convenience only: not all file systems have links."""
         best, still = best_of(self.directory)
         if not (best and still) or best == self._linked:
             return
@@ -172,7 +172,7 @@ class Store:
                 self._say(f"{link} cannot be a link to {best}, the best one ({error}): `--checkpoint best` finds it")
             self._told = True
             with suppress(OSError):
-                if link.is_symlink():  # to an older one
+                if link.is_symlink():  # to an older checkpoint
                     link.unlink()
 
     def _prune(self) -> None:
@@ -186,7 +186,7 @@ class Store:
 
 
 def load_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    """The state in a checkpoint's directory."""
+    """Loads the state from a checkpoint's directory."""
     state: dict[str, Any] = torch.load(checkpoint / STATE, map_location=device, weights_only=True)
     return state
 
@@ -197,7 +197,7 @@ def _flush(file: IO[Any]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A directory, or a link of the user's to one, which stays. Raises OSError."""
+    """Remove a file, a directory, or a user's link but not its target. Raises OSError."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -213,7 +213,7 @@ def _to_host(value: Any) -> Any:
 
 
 class _Hashed:
-    """A file for torch.save that hashes what was meant to be written, not what the disk made of it."""
+    """File for torch.save that hashes the data as passed to `write`, not as the disk stores it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0

@@ -1,4 +1,4 @@
-"""What a start adds to the story of its run: what became of the one before it, that it begins, and what is different.
+"""Events that a start logs first: the end of the previous start, its own beginning, and what changed in between.
 Imports no torch."""
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dist_train.rundir import events
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.status import CRASH, OVER
 
-PLACES = ("run.name", "run.root", "run.dir")  # of a run that is moved, or called by another path
+PLACES = ("run.name", "run.root", "run.dir")  # differ if a run is moved, or named by another path
 
 
 def tell_start(run: RunDirectory, before: Mapping[str, Any], config: Config, **start: Any) -> None:
-    """Tell that a start has claimed the run; to be called before it adds anything else to its story.
+    """Log that a start has claimed the run; to be called before it logs any other event.
 
     Args:
-        before: what status.json said when this start began.
-        config: the settings of this start.
-        start: what the event says besides: step, checkpoint, nodes and the like.
+        before: content of status.json when this start began.
+        config: settings of this start.
+        start: further entries of the event: step, checkpoint, nodes and the like.
     """
     told = events.read(run.path)
     last: dict[str, Any] = next((event for event in reversed(told) if event.get("event") == "start"), {})
@@ -42,10 +42,10 @@ def tell_start(run: RunDirectory, before: Mapping[str, Any], config: Config, **s
 
 
 def differences(earlier: Mapping[str, Any], config: Config) -> dict[str, list[Any]]:
-    """The settings that are not those of the start before: {key: [was, is]}.
+    """Settings that differ from those of the previous start: {key: [was, is]}.
 
     Args:
-        earlier: flat; a key that is not there counts as its default.
+        earlier: flat; a missing key counts as its default.
     """
     if not earlier:
         return {}
@@ -57,16 +57,16 @@ def differences(earlier: Mapping[str, Any], config: Config) -> dict[str, list[An
 def _tell_end(
     run: RunDirectory, told: list[dict[str, Any]], last: Mapping[str, Any], before: Mapping[str, Any]
 ) -> None:
-    """Tell how the start before ended, if it could not."""
+    """Log how the previous start ended, if it did not do so itself."""
     if before.get("state") == "starting" and "start" not in before:
         run.events.append("killed", of="", heartbeat=before.get("heartbeat"), reason=before.get("reason", ""))
     name = before.get("start") or last.get("start")
     if not name or any(event.get("event") == "end" and event.get("start") == name for event in told):
         return
-    if not told and before.get("state") in OVER:  # of a program that told nothing
+    if not told and before.get("state") in OVER:  # from a version without events
         return
     about = {key: before[key] for key in ("step", "epoch") if key in before}
-    own = before.get("start") == name  # else a later start has said how it failed before it could claim the run
+    own = before.get("start") == name  # else a later start failed before claiming the run
     if own and before.get("state") in OVER and not {"error", CRASH} & before.keys():
         how = {key: before.get(key, "") for key in ("state", "reason")}
         run.events.append("end", **about | how | {"start": name})
@@ -79,6 +79,6 @@ def _tell_end(
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back: tuples are lists, and what somebody has written into a configuration is text."""
+    """`values` after a round trip through JSON: tuples become lists, other types from a configuration text."""
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain

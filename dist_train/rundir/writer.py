@@ -1,4 +1,4 @@
-"""Small files are written beside training: a step waits for no disk. Imports no torch."""
+"""Writes small files beside training, so that no step waits for the disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from threading import Condition, Thread
 
 
 class Writer:
-    """Does what it is asked in a thread of its own, one thing after the other."""
+    """Runs requested work in a thread of its own, one item at a time."""
 
     def __init__(self) -> None:
         self._asked: dict[str, Callable[[], None]] = {}
@@ -17,8 +17,7 @@ class Writer:
         self._busy = False
 
     def ask(self, name: str, work: Callable[[], None]) -> None:
-        """Do `work` soon, in place of what was asked under this name before and is not begun. It tells its errors
-        itself."""
+        """Do `work` soon, replacing a request of the same name that has not begun. `work` reports its own errors."""
         with self._changed:
             self._asked[name] = work
             if self._thread is None:
@@ -27,7 +26,7 @@ class Writer:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Until all is done that was asked so far. How long that may take is the watch's to say."""
+        """Wait until all requests so far are done; the watch limits how long that may take."""
         with self._changed:
             self._changed.wait_for(lambda: not self._asked and not self._busy)
 
@@ -39,5 +38,5 @@ class Writer:
                 self._changed.wait_for(lambda: bool(self._asked))
                 work = self._asked.pop(next(iter(self._asked)))
                 self._busy = True
-            with suppress(Exception):  # what comes after it is done all the same
+            with suppress(Exception):  # later requests are done all the same
                 work()

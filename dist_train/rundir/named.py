@@ -1,0 +1,31 @@
+"""Runs by name: `demo` is runs/demo. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipelines.words import nearest
+
+RUNS = Path("runs")
+LISTED = 3  # names per sentence
+
+
+def run_named(text: str, root: Path = RUNS) -> Path:
+    """Path of a run given by path or name: `text` or `root`/`text`, the first that is a run, or a checkpoint, or else
+    the first that exists. Expands `~`."""
+    path = Path(os.path.expanduser(text))
+    places = (path, root / path)
+    runs = (place for place in places if (place / "config.yaml").exists() or (place / "meta.json").exists())
+    return next(runs, None) or next((place for place in places if place.exists()), path)
+
+
+def no_run(path: Path, root: Path = RUNS) -> str:
+    """Sentence for a run found neither at `path` nor in `root`; names the closest runs in `root`."""
+    places = " or ".join(map(str, dict.fromkeys((path, root / path))))
+    found = sorted((*root.glob("*/config.yaml"), *root.glob("*/*/config.yaml")), key=os.path.getmtime, reverse=True)
+    names = [str(file.parent.relative_to(root)) for file in found]
+    if meant := nearest(path.name, names):
+        return f"there is no run {places}: did you mean {meant}?"
+    known = f" (the newest in {root}/: {', '.join(names[:LISTED])})" if names else ""
+    return f"there is no run {places}: name the directory of a run, or its name in {root}/{known}"
