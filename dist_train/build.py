@@ -1,4 +1,4 @@
-"""What a run is made of, from its configuration."""
+"""The parts of a run, built from its configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 def train_loader(config: Config, world: World, shards: ShardSet) -> Loader:
-    """This rank's loader of the training set's shuffled and augmented global batches."""
+    """This rank's loader of shuffled and augmented global batches of the training set."""
     data = config.data
     plan = TrainingPlan(shards, data, shards.manifest, config.train.seed, data.shuffle_shards)
     return _loader(config, world, plan, shards, config.train.global_batch)
@@ -38,8 +38,8 @@ def fixed_loader(
     view: int = 0,
     samples: Ints | None = None,
 ) -> Loader:
-    """This rank's loader of global batches of `batch` samples: all of `shards`, or the given ones, in order and in the
-    same view, normalised with the training set's `statistics`."""
+    """This rank's loader of global batches of `batch` samples: all of `shards`, or the given ones, in order and in one
+    fixed view, normalised with the training set's `statistics`."""
     plan = FixedPlan(shards, config.data, view, samples, config.train.seed)
     return _loader(config, world, plan, statistics, batch)
 
@@ -68,7 +68,7 @@ def _loader(config: Config, world: World, plan: Plan, statistics: ShardSet, batc
 
 
 def model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.Module:
-    """The model, or this rank's tower of it, on this rank's device, its weights from the seed. Raises ConfigError for
+    """The model, or this rank's tower of it, on this rank's device, with weights from the seed. Raises ConfigError for
     a bad name or crop."""
     torch.manual_seed(config.train.seed)
     net = models.build(config.model, classes=classes, crop=config.data.crop)
@@ -76,19 +76,19 @@ def model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.M
         tower_parallel.place(net, world)
     net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
-        net.compile(dynamic=False)  # a size has one kernel, whatever sizes came before
+        net.compile(dynamic=False)  # one kernel per size, whatever sizes came before
     return net
 
 
 def autocast(config: Config, world: World) -> torch.autocast:
-    """Mixed precision, or a context that does nothing where it is off."""
+    """Mixed precision, or a context that does nothing if it is off."""
     chosen = precision(config, world)
     return torch.autocast(world.device.type, PRECISIONS[chosen], enabled=chosen != "off")
 
 
 def precision(config: Config, world: World) -> str:
-    """off, bf16 or fp16. `auto`: off on the CPU, where bfloat16 was measured to be slower; on a GPU bf16 if it has it,
-    else fp16, but off for towers on two ranks: a GradScaler would know of the overflows of one tower only."""
+    """off, bf16 or fp16. `auto`: off on the CPU, where bfloat16 was measured to be slower; bf16 on a GPU that has it,
+    else fp16, but off for towers on two ranks: a GradScaler would see the overflows of one tower only."""
     if config.train.precision != "auto":
         return config.train.precision
     if world.device.type == "cpu":
@@ -99,7 +99,7 @@ def precision(config: Config, world: World) -> str:
 
 
 def _try_least_share(model: nn.Module, config: Config, world: World) -> None:
-    """Raises ConfigError if a rank may have to compute on one sample, of which a layer of the net takes statistics."""
+    """Raises ConfigError if a rank may get a single sample, and the net has a layer that cannot take its statistics."""
     batch, pieces = config.train.global_batch, config.train.accumulate
     batch_norm = nn.modules.batchnorm._BatchNorm
     if batch // world.dp_size // pieces > 1 or not any(isinstance(layer, batch_norm) for layer in model.modules()):
@@ -108,7 +108,7 @@ def _try_least_share(model: nn.Module, config: Config, world: World) -> None:
     sample = torch.zeros(1, 3, config.data.crop, config.data.crop, device=world.device)
     try:
         with torch.no_grad(), autocast(config, world):
-            model.forward(sample)  # not compiled for this
+            model.forward(sample)  # uncompiled
     except ValueError as error:
         raise ConfigError(
             f"{config.model.name} cannot take the statistics of one sample, which is all that a rank gets of "
@@ -120,13 +120,13 @@ def _try_least_share(model: nn.Module, config: Config, world: World) -> None:
 
 
 def distribute(model: nn.Module, config: Config, world: World, *, compiled: bool) -> nn.Module:
-    """DDP around the model, its buckets settled.
+    """The model wrapped in DDP, whose buckets are final.
 
-    DDP rebuilds its buckets after its first step. Then more than two ranks sum in another order: gloo was seen to, and
-    in NCCL's ring the rank that a sum begins with follows from a number's place in its bucket. Two throw-away steps put
-    that behind us, so that a resumed run sums as one that never stopped.
+    DDP rebuilds its buckets after its first step, which changes the order of summation on more than two ranks: seen
+    with gloo, and in NCCL's ring the rank that starts a sum depends on a number's place in its bucket. Two
+    throw-away steps get this over with, so that a resumed run sums like one that never stopped.
 
-    Raises ConfigError if the net cannot be trained on so few samples at a time.
+    Raises ConfigError if the net cannot be trained on so few samples per rank.
     """
     _try_least_share(model, config, world)
     if world.dp_size == 1 and config.train.ddp == "auto":
@@ -137,7 +137,7 @@ def distribute(model: nn.Module, config: Config, world: World, *, compiled: bool
     before = {k: v.clone() for k, v in model.state_dict().items()}
     low, high = even_split(config.train.global_batch, world.dp_rank, world.dp_size)
     share = even_split(high - low, 0, config.train.accumulate)[1]
-    n = share if compiled else min(share, 2)  # buckets do not depend on it, but kernels are compiled for one size
+    n = share if compiled else min(share, 2)  # buckets do not depend on n, but kernels are compiled for one size
     side = config.data.crop
     inputs = torch.zeros(n, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
     keys = torch.zeros(n, dtype=torch.int64, device=world.device)
@@ -148,12 +148,12 @@ def distribute(model: nn.Module, config: Config, world: World, *, compiled: bool
         logits.float().sum().backward()
 
     # The first rank of a node compiles, and the others find its kernels in the cache; not on GPUs, each of which has
-    # kernels of its own there.
+    # its own kernels there.
     if compiled and world.device.type == "cpu":
         if world.local_rank:
             dist.barrier()
         net.broadcast_buffers, broadcast = False, net.broadcast_buffers
-        with net.no_sync():  # of this rank's own: it waits for no other
+        with net.no_sync():  # this rank alone: it waits for no other
             step()
         net.broadcast_buffers = broadcast
         if not world.local_rank:

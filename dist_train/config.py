@@ -18,41 +18,41 @@ from pipelines.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = CONFIGS / "quickstart.yaml"
-TORCHVISION = "torchvision:"  # before the name of a model of torchvision
+TORCHVISION = "torchvision:"  # prefix of torchvision's model names
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be run; the message names the key and the remedy."""
+    """Invalid configuration; the message names the key and the remedy."""
 
 
 @dataclass(frozen=True)
 class DataConfig(Augment):
-    """Source of the images, and their way to the inputs of the net."""
+    """Where the images come from, and how they become inputs of the net."""
 
     train: str = "data/imagenet/train"
     """Shard set to train on."""
     val: str = "data/imagenet/val"
     """Shard set for the validation error."""
     source: str = ""
-    """Name of a torchvision data set that is packed first if the shard sets do not exist."""
+    """torchvision data set that is packed first if the shard sets do not exist."""
     inputs: Inputs = "mean_subtracted"
     """Scale of the inputs. The paper only subtracts the mean (section 2), and its weights N(0, 0.01) need inputs of
-    that size; [-1, 1] is common in re-implementations; standardized also divides by the standard deviation."""
+    that scale; [-1, 1] is common in re-implementations; standardized also divides by the standard deviation."""
     shuffle_shards: int = least(1, 16)
-    """Samples are shuffled inside blocks of this many shards."""
+    """Shards per block; samples are shuffled within a block."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device on which DALI decodes; auto: the model's."""
     threads: int = least(0, 0)
-    """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks of the node."""
+    """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks on the node."""
     hw_decoder_load: float = within(0, 1, 0.65, closed=True)
-    """On a GPU, the part of a batch that its JPEG decoder takes (0.65 is DALI's default); the rest is CUDA's, which
-    rounds otherwise. train.deterministic makes it 1, so that an image has the same decoder in any batch."""
+    """On a GPU, fraction of a batch for its JPEG decoder (0.65 is DALI's default); the rest is decoded by CUDA, which
+    rounds differently. train.deterministic sets it to 1, so that an image has the same decoder in any batch."""
     readers: int = least(1, 32)
-    """Threads per rank that read files ahead."""
+    """Read-ahead threads per rank."""
     ahead: int = least(1, 4)
-    """Batches that are read ahead."""
+    """Batches to read ahead."""
     max_bad: int = least(0, 100)
-    """Samples that cannot be decoded and are replaced before the run stops."""
+    """Samples that may fail to decode, and are replaced, before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +64,31 @@ class ModelConfig:
     alexnet_one_tower (no groups), or torchvision:<name>. Every field below except outputs and init_from applies only to
     the alexnet models."""
     hidden: int = least(1, 4096)
-    """Units of each hidden dense layer, over both towers."""
+    """Units per hidden dense layer, both towers together."""
     dropout: float = within(0, 1, 0.5)
     """Probability that an output of the first two dense layers is set to zero (section 4.2); 0: none."""
     dropout_scaling: Literal["test", "training"] = "test"
-    """Multiply these outputs by 1 - dropout at test time, as the paper, or divide them by it in training, as is usual
-    now."""
+    """Multiply these outputs by 1 - dropout at test time, as in the paper, or divide them by it in training, as is
+    usual today."""
     outputs: int = least(0, 0)
     """Units of the last layer; 0 means one per class. Extra units are never a label."""
     width: float = above(0, 1.0)
-    """Kernels of each convolution, as a multiple of the paper's 96-256-384-384-256."""
+    """Kernels per convolution, as a multiple of the paper's 96-256-384-384-256."""
     activation: Literal["relu", "tanh"] = "relu"
-    """Section 3.1."""
+    """Nonlinearity (section 3.1)."""
     pooling: Literal["overlapping", "plain"] = "overlapping"
-    """Windows of 3 every 2 pixels, or of 2 (section 3.4)."""
+    """Pooling windows of 3 pixels at stride 2, or of 2 pixels (section 3.4)."""
     lrn: Literal["paper", "every", "none"] = "paper"
     """Response normalisation after conv 1 and 2 (section 3.3), after every convolution, or nowhere."""
     lrn_alpha: float = least(0, 1e-4)
-    """Of response normalisation; torch.nn.LocalResponseNorm(5, alpha=1e-4) divides by its size and so means 2e-5."""
+    """Of response normalisation. torch.nn.LocalResponseNorm(5, alpha=1e-4) divides it by 5, which is 2e-5 here."""
     left_out: Literal["none", "conv3", "conv4", "conv5"] = "none"
-    """A middle convolution to do without (sections 1 and 7)."""
+    """Middle convolution to leave out (sections 1 and 7)."""
     biases: Literal["paper", "ones"] = "paper"
     """Initial biases: 1 in conv 2, 4, 5 and the hidden dense layers, else 0 (section 5); or 1 everywhere."""
     init_from: str = ""
-    """A run, or one of its checkpoints, whose weights a new run begins with if name and shape agree. A last layer for
-    other classes begins anew."""
+    """Run, or one of its checkpoints, whose weights initialise a new run if name and shape agree. A last layer for
+    other classes is initialised afresh."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class OptimConfig:
     name: Literal["sgd", "adam"] = "sgd"
     lr: float = above(0, 0.01)
     momentum: float = least(0, 0.9)
-    """For sgd."""
+    """For sgd only."""
     weight_decay: float = least(0, 0.0005)
-    """Added to the gradient, lr-scaled, for every parameter."""
+    """L2 penalty of every parameter: added to its gradient, and so scaled by lr."""
 
 
 @dataclass(frozen=True)
@@ -113,58 +113,60 @@ class ScheduleConfig:
     """Divisor of the learning rate."""
     patience: int = least(1, 5)
     """Epochs without improvement before a division (plateau)."""
+    patience_steps: int = least(0, 0)
+    """Least number of steps in that patience (plateau): on a small set, five epochs may be a few dozen steps."""
     min_improvement: float = least(0, 0.001)
-    """Least fall of the top-1 validation error, as a fraction of 1, that counts (plateau)."""
+    """Smallest fall of the top-1 validation error, as a fraction of 1, that is an improvement (plateau)."""
     max_divisions: int = least(0, 3)
-    """Divisions at most (plateau)."""
+    """Maximum number of divisions (plateau)."""
     stop_early: bool = False
     """Stop when the error stops improving after the last division (plateau)."""
     milestones: tuple[int, ...] = ()
-    """Epochs before which the learning rate is divided (milestones)."""
+    """Numbers of epochs after which the learning rate is divided (milestones)."""
     warmup_epochs: float = least(0, 0.0)
-    """Epochs over which the learning rate rises linearly to its value. They do not count for the plateau."""
+    """Epochs over which the learning rate rises linearly to optim.lr. The plateau does not count them."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     epochs: int = least(1, 90)
     """ "roughly 90 cycles through the training set" (section 5)."""
     global_batch: int = least(1, 128)
     """Samples per update, over all ranks."""
     accumulate: int = least(1, 1)
-    """Pieces into which each rank cuts its share of a batch, to save memory."""
+    """Pieces into which each rank splits its share of a batch, to save memory (gradient accumulation)."""
     until_error: float = least(0, 0.0)
     """Stop early when the training error, a running mean of top-1 over some 50 steps, falls below this; 0: never."""
     max_steps: int = least(0, 0)
-    """Stop early after this many steps; 0: not."""
+    """Stop early after this many steps; 0: no limit."""
     tower_parallel: bool = False
     """Put the two towers of alexnet_two_tower on two ranks, as the paper did, with data parallelism over the pairs."""
     seed: int = within(0, 1 << 64, 0)
-    """Of weights, order, augmentation and dropout."""
+    """Seed of weights, order, augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: bf16 on a GPU that has it, else fp16 (off with tower_parallel), and off on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on a GPU if a compiler works, and not with tower_parallel. On the CPU it gains nothing."""
     deterministic: bool = True
-    """Resuming gives the same bits as never having stopped. It costs speed on a GPU, and with torchvision's nets."""
+    """Make a resumed run bit-identical to one that never stopped. Costs speed on a GPU, and with torchvision's nets."""
     ddp: Literal["auto", "always"] = "auto"
-    """DistributedDataParallel around the net; auto: if batches are shared among ranks; always: also for one rank, so
-    that one GPU can try all that several use."""
+    """Wrap the net in DistributedDataParallel; auto: if several ranks share a batch; always: for a single rank too, so
+    that one GPU exercises what several use."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved, besides at the end of each epoch."""
+    """When the state is saved, besides at the end of every epoch."""
 
     minutes: float = least(0, 10.0)
-    """0: not by time."""
+    """Minutes between two saves; 0: none by time."""
     steps: int = least(0, 0)
-    """0: not by steps."""
+    """Steps between two saves; 0: none by steps."""
     keep: int = least(2, 2, "keep at least 2, so that a damaged one costs little")
-    """Newest checkpoints that are kept, besides the best."""
+    """Newest checkpoints to keep, besides the best."""
 
 
 @dataclass(frozen=True)
@@ -176,39 +178,39 @@ class MonitorConfig:
     probes: tuple[int, ...] = ()
     """Steps before which activations, gradients and curvature are measured layer by layer (dist_train/probe.py)."""
     wandb: Literal["disabled", "offline", "online"] | None = None
-    """null: WANDB_MODE; without that online if WANDB_PROJECT, WANDB_ENTITY or WANDB_DIR is set, else disabled."""
+    """null: WANDB_MODE; if unset, online if WANDB_PROJECT, WANDB_ENTITY or WANDB_DIR is set, else disabled."""
     wandb_project: str | None = None
     """null: WANDB_PROJECT, else dist_train."""
     wandb_entity: str | None = None
     """null: WANDB_ENTITY, else the user's own."""
     wandb_tags: tuple[str, ...] = ()
-    """Besides those of WANDB_TAGS."""
+    """Tags, besides those in WANDB_TAGS."""
     wandb_notes: str | None = None
     """null: WANDB_NOTES."""
     wandb_checkpoint: bool = False
-    """Keep the best checkpoint as an artifact, when the run is done."""
+    """Log the best checkpoint as an artifact when the run is done."""
     tensorboard: bool = False
-    """Write what TensorBoard shows into <run>/tensorboard; needs the extra `tensorboard`."""
+    """Write event files for TensorBoard to <run>/tensorboard; needs the extra `tensorboard`."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Name and place of the run, and how long it may be silent."""
+    """Name, directory and timeouts of the run."""
 
     name: str = ""
-    """Default: the name of the configuration, date, time and four digits. A run of this name is continued."""
+    """An existing run of this name is continued. Default: name of the configuration, date, time and four digits."""
     root: str = "runs"
     dir: str = ""
-    """In place of root/name."""
+    """Run directory, in place of root/name."""
     start_timeout: float = above(0, 1800.0)
-    """Seconds without a sign of life, until the first step, after which a process ends itself."""
+    """Seconds without a sign of life, before the first step, after which a process ends itself."""
     step_timeout: float = above(0, 300.0)
-    """The same, afterwards."""
+    """The same after the first step."""
     stop_timeout: float = above(0, 120.0)
-    """Seconds that a stop, with its save, may take."""
+    """Seconds that a stop may take, including its save."""
 
     def path(self, name: str) -> Path:
-        """The run directory; `name`: of the run, if the settings give none."""
+        """The run directory. `name` is the run's if the settings give none."""
         return Path(self.dir or Path(self.root) / (self.name or name))
 
 
@@ -226,7 +228,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        """Refuse impossible values. Raises ConfigError."""
+        """Raises ConfigError for impossible values."""
         for group in fields(self):
             if found := broken(getattr(self, group.name)):
                 name, message = found
@@ -248,7 +250,7 @@ class Config:
             )
         if self.train.tower_parallel and self.train.compile == "on":
             raise ConfigError(
-                "train.compile is on, but train.tower_parallel exchanges activations in the midst of the net, which "
+                "train.compile is on, but train.tower_parallel exchanges activations in the middle of the net, which "
                 "is not compiled: set it to auto or off"
             )
         if self.train.deterministic and self.data.hw_decoder_load != DataConfig.hw_decoder_load:
@@ -264,19 +266,15 @@ class Config:
 
 
 def idle_fields(name: str) -> dict[str, Any]:
-    """The fields of ModelConfig that mean nothing to a net of this name, with their defaults."""
+    """Fields of ModelConfig that do not apply to a net of this name, with their defaults."""
     if not name.startswith(TORCHVISION):
         return {}
     return {k: v for k, v in asdict(ModelConfig()).items() if k not in ("name", "outputs", "init_from")}
 
 
-# Options of the trainer without a dot: a file, and each group as a mapping.
-UNDOTTED = ("--config", "--print_config", *(f"--{f.name}" for f in fields(Config)))
-
-
 def dump(config: Config) -> str:
-    """YAML that the command line reads back with `--config`."""
-    # Names of files as they are where the locale has all characters: YAML knows no surrogates.
+    """The configuration as YAML, which `--config` reads back."""
+    # Paths as they read in a locale that has all characters: YAML knows no surrogates.
     text = json.dumps(asdict(config), ensure_ascii=False).encode(errors="surrogateescape").decode(errors="replace")
     return str(yaml.safe_dump(json.loads(text), sort_keys=False))
 
@@ -291,3 +289,12 @@ def as_dict(config: Any) -> dict[str, Any]:
         else:
             flat[f.name] = value
     return flat
+
+
+# Options of the trainer besides --help and --version: a file, each group as a mapping, each key.
+OPTIONS = (
+    "--config",
+    "--print_config",
+    *(f"--{f.name}" for f in fields(Config)),
+    *(f"--{k}" for k in as_dict(Config())),
+)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-from dist_train.config import OptimConfig, ScheduleConfig
+from dist_train.config import DEFAULT, Config, OptimConfig, ScheduleConfig
 
 
 def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -28,8 +30,8 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zeros where there is no velocity yet. Fused, torch would take uninitialised memory for it at the first step, and
-    a first step that is skipped would leave that there."""
+    """Fills missing velocities with zeros. Fused, torch would use uninitialised memory at the first step, and skipping
+    that step would leave it there."""
     for group in optimizer.param_groups:
         if group.get("momentum"):
             for parameter in group["params"]:
@@ -37,12 +39,12 @@ def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 class Updated(NamedTuple):
-    """What became of a step, as scalars on the device.
+    """Outcome of a step, as scalars on the device.
 
     Attributes:
-        refused: 1.0 if a gradient was not finite, and so nothing was changed, else 0.0; float32. With a scaler always
-            0: there an overflow is ordinary, skipped by the scaler, which lowers its scale.
-        square: of the gradient's norm, without the scale; float64. Not finite after an overflow.
+        refused: 1.0 if a gradient was not finite, so that nothing was changed, else 0.0; float32. Always 0 with a
+            scaler, for which overflows are ordinary: it skips the step and lowers its scale.
+        square: squared norm of the unscaled gradient; float64. Not finite after an overflow.
     """
 
     refused: Tensor
@@ -55,17 +57,17 @@ def update(
     agree: Callable[[Tensor], None] = lambda _: None,
     told_of: Sequence[nn.Parameter] | None = None,
 ) -> Updated:
-    """Step, except where a gradient is not finite: then weights and state stay as they are, decided on the device.
+    """Steps the optimizer unless a gradient is not finite: then weights and state stay, decided on the device.
 
     Args:
-        agree: makes `refused` one of several ranks that hold different parts of a net (`World.agree`).
-        told_of: the parameters whose gradients are in `square`, if not all.
+        agree: makes `refused` the same on ranks that hold different parts of a net (`World.agree`).
+        told_of: the parameters whose gradients count in `square`, if not all.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     own = norm if told_of is None else nn.utils.get_total_norm([p.grad for p in told_of if p.grad is not None])
     if scaler.is_enabled():
-        own = own / scaler.scale(torch.ones((), device=norm.device))  # of this step: `update` may change it
+        own = own / scaler.scale(torch.ones((), device=norm.device))  # this step's: `update` may change it
         scaler.step(optimizer)
         scaler.update()
         return Updated(torch.zeros_like(norm), own.double().square())
@@ -78,9 +80,33 @@ def update(
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over moments, not options: learning rate, momentum and decay are the configuration's."""
+    """Loads the moments but not the options: learning rate, momentum and decay are the configuration's."""
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     _fill_momentum(optimizer)  # it may have been trained without
+
+
+def remedy(config: Config, steps: int) -> str:
+    """What to do if the learning rate was divided before the net has begun to learn, and where the epochs of the
+    division came from."""
+    schedule = config.schedule
+    if schedule.name == "plateau":
+        waited = max(schedule.patience * steps, schedule.patience_steps)
+        return f"raise schedule.patience_steps above {waited}, the steps that it has waited for"
+    milestones = list(schedule.milestones)
+    if not config.data.source and milestones == _milestones_of(DEFAULT):
+        return (
+            f"schedule.milestones {milestones} is the default of configs/{DEFAULT.name}, made for Fashion-MNIST; for "
+            f"images of your own begin a run with --config configs/own.yaml"
+        )
+    return f"move schedule.milestones {milestones} to later epochs"
+
+
+def _milestones_of(file: Path) -> list[int]:
+    """The milestones in a YAML file; none if it cannot be read, which must not end a run."""
+    try:
+        return list(yaml.safe_load(file.read_text(encoding="utf-8"))["schedule"]["milestones"])
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return []
 
 
 @dataclass
@@ -89,8 +115,8 @@ class Schedule:
 
     Attributes:
         best: lowest validation error so far.
-        bad_epochs: epochs since, at the current learning rate.
-        divisions: how often the learning rate was divided.
+        bad_epochs: epochs since then at the current learning rate.
+        divisions: number of divisions so far.
         exhausted: the error stopped improving after the last division.
     """
 
@@ -102,7 +128,7 @@ class Schedule:
     exhausted: bool = False
 
     def lr(self, epoch: int, step: int, steps: int) -> float:
-        """The learning rate of step `step` of `steps` of an epoch. Warm-up rises linearly from lr / warm-up steps."""
+        """Learning rate at step `step` of an epoch of `steps`. Warm-up rises linearly from lr / warm-up steps."""
         divisions = self.divisions
         if self.config.name == "milestones":
             divisions = sum(epoch >= milestone for milestone in self.config.milestones)
@@ -110,8 +136,9 @@ class Schedule:
         share = min(1.0, (epoch * steps + step + 1) / warmup) if warmup >= 1 else 1.0
         return self.base * share / self.config.factor**divisions
 
-    def step(self, error: float, epoch: int) -> bool:
-        """Take the validation error (0..1) of a finished epoch. Returns whether the learning rate is now divided."""
+    def step(self, error: float, epoch: int, steps: int) -> bool:
+        """Takes the validation error (0..1) of a finished epoch of `steps` steps. Returns whether the learning rate is
+        now divided."""
         if self.config.name == "milestones":
             return epoch + 1 in self.config.milestones
         if epoch + 1 <= self.config.warmup_epochs:
@@ -120,7 +147,7 @@ class Schedule:
             self.best, self.bad_epochs = error, 0
             return False
         self.bad_epochs += 1
-        if self.bad_epochs < self.config.patience:
+        if self.bad_epochs < self.config.patience or self.bad_epochs * steps < self.config.patience_steps:
             return False
         self.bad_epochs = 0
         if self.divisions == self.config.max_divisions:

@@ -10,11 +10,11 @@ DONE, FAILED, DIVERGED, STOPPED = 0, 1, 70, 75  # exit codes, with USAGE; torchr
 
 
 class Ended(Exception):
-    """The end of a run, raised on all ranks alike; the message is the reason in status.json.
+    """End of a run, raised on all ranks alike; the message is the reason in status.json.
 
     Attributes:
-        code: of the process.
-        state: in status.json; empty where nothing may be written.
+        code: exit code of the process.
+        state: state in status.json; empty if nothing may be written there.
     """
 
     code: ClassVar[int] = FAILED
@@ -37,7 +37,7 @@ class Stopped(Ended):
 
 
 class Diverged(Ended):
-    """A loss or a gradient is not finite; the weights were not touched. Trying again would end the same way."""
+    """A loss or a gradient is not finite; the weights were not changed. Another try would end the same way."""
 
     code, state = DIVERGED, "diverged"
 
@@ -49,13 +49,13 @@ class BadData(Ended):
 
 
 class Unread(Ended):
-    """A rank cannot read its samples, for longer than a file system may fail. Another try, or node, may."""
+    """A rank has been unable to read its samples for longer than a file system may fail. Another try, or node, may."""
 
     code, state = FAILED, "failed"
 
 
 class NotSaved(Ended):
-    """The last save failed, and so did another try."""
+    """The last save failed, and so did a second try."""
 
     code, state = FAILED, "failed"
 
@@ -67,19 +67,19 @@ class NotBegun(Ended):
 
 
 class NotHere(Ended):
-    """A run that was restarted finds no device on this node; on another one it may."""
+    """A restarted run finds no device on this node; on another one it may."""
 
     code, state = FAILED, "failed"
 
 
 class Refused(Ended):
-    """What was asked for cannot be run; the run directory, if there is one, stays as it is."""
+    """The command cannot be run; the run directory, if there is one, stays as it is."""
 
     code, state = USAGE, ""
 
 
 class LeaseLost(Ended):
-    """A later start has taken over the run directory, which is its to write from now on. The run itself goes well, so
-    the code is that of an end that nobody has to mend."""
+    """A later start has taken over the run directory and writes to it from now on. The run itself is fine, so the exit
+    code is that of success."""
 
     code, state = DONE, ""

@@ -1,4 +1,4 @@
-"""Why a net learns or does not: activations, gradients and curvature, layer by layer, on one batch."""
+"""Why a net does or does not learn: activations, gradients and curvature, layer by layer, on one batch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ ITERATIONS = 30  # of the power method
 
 
 def measure(model: nn.Module, inputs: Tensor, labels: Tensor, keys: Tensor) -> dict[str, Any]:
-    """Statistics of one training step that is not taken: neither weights nor their gradients are touched.
+    """Statistics of a training step that is not taken: neither weights nor their gradients change.
 
     Args:
         inputs: [n, 3, crop, crop]; labels: int64 [n]; keys: of `mask_keys`, int64 [n].
 
     Returns:
         `loss`, the mean cross-entropy in nats; `curvature` of the last layer (of a tower-parallel net: of this rank's
-        half); and `layers`, by the name of each convolution and dense layer: `weight`, the standard deviation of its
-        weights; `output`, that of what it computes, before the nonlinearity; `signal`, how much of that differs from
-        image to image: the root mean square over units of the deviation over images; `gradient`, the root mean square
-        of the mean loss's gradient to its weights; `dead`, the share of units that are not above zero anywhere in the
-        batch (not for the last layer). Outputs are those without dropout, whose noise would pass for signal.
+        half); and `layers`, by name of convolution or dense layer: `weight`, the standard deviation of its weights;
+        `output`, that of its outputs before the nonlinearity; `signal`, how much the outputs differ from image to
+        image: the root mean square over units of the standard deviation over images; `gradient`, the root mean square
+        of the mean loss's gradient with respect to its weights; `dead`, the fraction of units that are not above zero
+        anywhere in the batch (not for the last layer). Outputs are without dropout, whose noise would pass for signal.
     """
     layers: Weighted = {k: m for k, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     model.eval()
@@ -55,7 +55,7 @@ Seen = dict[str, Tensor]
 
 
 def _run(model: nn.Module, layers: Weighted, inputs: Tensor, keys: Tensor) -> tuple[Seen, Seen, Tensor]:
-    """The output of each layer, the input of each layer, and the logits."""
+    """Output of each layer, input of each layer, and the logits."""
     out: Seen = {}
     entering: Seen = {}
 
@@ -74,18 +74,18 @@ def _run(model: nn.Module, layers: Weighted, inputs: Tensor, keys: Tensor) -> tu
 
 
 def curvature(features: Tensor, logits: Tensor) -> float:
-    """The largest eigenvalue of the Hessian of the mean cross-entropy to the weights of the last layer.
+    """Largest eigenvalue of the Hessian of the mean cross-entropy with respect to the weights of the last layer.
 
-    For logits W h the Hessian is the mean over samples of (diag(p) - p p') x (h h') with p the softmax (x: Kronecker),
-    found by the power method. Gradient descent with momentum m on a quadratic is stable only where lr times the
-    curvature is below 2 (1 + m) (Polyak 1964; `stable_lr`).
+    For logits W h the Hessian is the mean over samples of (diag(p) - p p') x (h h'), with p the softmax (x: Kronecker);
+    the power method finds its eigenvalue. Gradient descent with momentum m on a quadratic is stable only if lr times
+    the curvature is below 2 (1 + m) (Polyak 1964; `stable_lr`).
 
     Args:
         features: h, float [n, units]; logits: float [n, outputs].
     """
     p = logits.softmax(1)
     vector = torch.ones(p.shape[1], features.shape[1], device=p.device) * features.mean(0)
-    vector[1::2] *= -1  # a shift of all logits alike changes nothing: begin with one that does
+    vector[1::2] *= -1  # shifting all logits alike changes nothing: start with a vector that does
     vector /= vector.norm()
     value = 0.0
     for _ in range(ITERATIONS):
@@ -100,5 +100,5 @@ def curvature(features: Tensor, logits: Tensor) -> float:
 
 
 def stable_lr(curvature: float, momentum: float) -> float:
-    """The learning rate above which gradient descent with that momentum leaves a quadratic of that curvature."""
+    """Learning rate above which gradient descent with this momentum diverges on a quadratic of this curvature."""
     return 2 * (1 + momentum) / curvature if curvature > 0 else float("inf")

@@ -1,4 +1,4 @@
-"""What is settled once in a process that computes: compiling, determinism, and what becomes of freed memory."""
+"""Settings made once per training process: compilation, determinism, and the handling of freed memory."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from dist_train import code, machine, models
 from dist_train.config import Config
 from dist_train.ranks.world import World
 
-# Raised when the same settings give other bits than before. 2: the gradient of LRN is computed by its formula; on the
-# CPU nothing is compiled unless it is asked for.
+# Raised whenever the same settings give other bits than before. 2: the gradient of LRN is computed by its formula; on
+# the CPU nothing is compiled unless asked for.
 NUMERICS = 2
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 THRESHOLDS = (1 << 30, 32 << 20)  # bytes; glibc 2.34 (RHEL 9) and older refuse more than 32 MiB
-MALLOC_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES")  # how the variables begin by which a user sets glibc's malloc
+MALLOC_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES")  # prefixes of the variables that configure glibc's malloc
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What is in force, for the record.
+    """Settings in force, for the record.
 
     Attributes:
-        compiled: whether the model is.
-        deterministic: how the same bits come again, in words.
-        freed_memory: what becomes of it, in words.
-        accelerator: the GPUs of all ranks, with driver and libraries, in words; nothing on the CPU.
+        compiled: whether the model is compiled.
+        deterministic: how bits are made reproducible, in words.
+        freed_memory: how freed memory is handled, in words.
+        accelerator: the GPUs of all ranks, with driver and libraries, in words; empty on the CPU.
         numerics: see NUMERICS.
-        precision: off, bf16 or fp16: what `train.precision` comes to on this device.
+        precision: off, bf16 or fp16: `train.precision` as resolved on this device.
     """
 
     compiled: bool
@@ -52,8 +52,8 @@ class Settled:
 
 
 def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled:
-    """Settle them, before the model is built."""
-    # On the CPU our own nets give the same bits without torch's flag; of nets that are not ours nobody knows it.
+    """Makes these settings, before the model is built, and returns them."""
+    # On the CPU our own nets are deterministic without torch's flag; of other nets nobody knows.
     flag = config.train.deterministic and not (world.device.type == "cpu" and config.model.name in models.OURS)
     prepare_compiler(world, deterministic=flag)
     _set_deterministic(flag, benchmark=not config.train.deterministic)
@@ -62,7 +62,7 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled
 
 
 def described(world: World, settled: Settled) -> dict[str, Any]:
-    """Who computes, with what, and which program, as the story of a run says it of a start; see `rundir.events`."""
+    """Machines, devices, versions and process of a start, for its line in events.jsonl; see `rundir.events`."""
     return {
         "nodes": list(dict.fromkeys(world.nodes)),
         "world_size": world.size,
@@ -74,11 +74,11 @@ def described(world: World, settled: Settled) -> dict[str, Any]:
 
 
 def _compiled(config: Config, world: World, say: Callable[[str], None]) -> bool:
-    """Whether to compile the model, the same on all ranks. auto: on a GPU, if a compiler works on every rank; on the
-    CPU nothing is gained."""
+    """Whether to compile the model, the same on all ranks. auto: on a GPU if a compiler works on every rank; on the CPU
+    it gains nothing."""
     if config.train.compile != "auto":
         return config.train.compile == "on"
-    if world.device.type == "cpu" or world.mesh is not None:  # towers exchange activations in the midst of the net
+    if world.device.type == "cpu" or world.mesh is not None:  # towers exchange activations in the middle of the net
         return False
     try:
         world.together(lambda: try_compiler(world.device), failure=NoCompiler, catch=(NoCompiler,))
@@ -93,7 +93,7 @@ class NoCompiler(Exception):
 
 
 def try_compiler(device: torch.device) -> None:
-    """Raises NoCompiler. That one is missing shows only at the first call."""
+    """Raises NoCompiler if compiling fails; a missing compiler shows only at the first call."""
     try:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(8, device=device))
     except Exception as error:
@@ -102,19 +102,19 @@ def try_compiler(device: torch.device) -> None:
 
 
 def prepare_compiler(world: World, *, deterministic: bool) -> None:
-    """Settle what torch's compiler, Inductor, reads when it is imported or used; places and threads that the user has
-    set stay.
+    """Sets the variables that torch's compiler, Inductor, reads when imported or used; directories and threads that the
+    user has set stay.
 
-    What it compiled is kept in the user's cache directory, where a run that is put on another node finds it again, and
-    not in the run's: it is code, which the next start loads and runs. Triton's own files, which it renames and removes
-    as if nobody else did, are there by node and rank (pytorch issue 173679); Inductor's bring its kernels along.
+    Compiled kernels are kept in the user's cache directory, where a run that moves to another node finds them, not in
+    the run's: they are code, which the next start loads and runs. Triton renames and removes its files as if it were
+    alone, so it has a directory per node and rank (pytorch issue 173679); Inductor's files include the kernels.
     """
-    if deterministic:  # it chooses without measuring (newer torch does by its flag for deterministic operators)
+    if deterministic:  # choose without measuring (newer torch follows its flag for deterministic operators)
         os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(world.threads))
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
-    with suppress(OSError, RuntimeError):  # no home, or none that can be written: torch's own place, in /tmp
+    with suppress(OSError, RuntimeError):  # no writable home: torch's default, in /tmp
         cache = compiler_cache()
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
@@ -124,7 +124,7 @@ def prepare_compiler(world: World, *, deterministic: bool) -> None:
 
 
 def compiler_cache() -> Path:
-    """A folder of the user for each kind of CPU: what is compiled for one need not run on another."""
+    """The user's cache directory for this kind of CPU: code compiled for one need not run on another."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
     kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
@@ -134,7 +134,7 @@ def compiler_cache() -> Path:
 
 
 def _accelerator(world: World) -> str:
-    """The different ones among the ranks."""
+    """Distinct accelerators among the ranks, in words; empty on the CPU."""
     if world.device.type == "cpu":
         return ""
     found = [""] * world.size
@@ -147,16 +147,16 @@ def _set_deterministic(flag: bool, *, benchmark: bool) -> None:
     if flag:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(flag, warn_only=True)
-    # It costs time and changes no bit.
+    # It costs time and does not change results.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory(device: torch.device) -> str:
-    """On the CPU, let glibc keep the memory that a step frees instead of giving it back to the kernel, from which the
-    next step would get it again, zeroed, page by page (`make bench ARGS=settings`).
+    """On the CPU, makes glibc keep the memory that a step frees instead of returning it to the kernel, from which the
+    next step would get it again, zeroed, page by page (`make bench ARGS=settings`). Returns how memory is handled, in
+    words.
 
-    It holds for the whole process. Does nothing without glibc, nor where the user has set malloc's variables. See
-    mallopt(3).
+    Applies to the whole process. Does nothing without glibc, or if the user has set malloc's variables. See mallopt(3).
     """
     if device.type != "cpu":
         return "as usual: the model is not on the CPU"

@@ -1,4 +1,4 @@
-"""One start of a run, from its configuration to its end."""
+"""One start of a run, from configuration to end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.errors import Failure
 from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.resume import Resumed
-from dist_train.rundir.state import Progress
+from dist_train.rundir.state import Progress, TrainState
 from dist_train.summary import summary
 from dist_train.train import Trainer
 from pipelines.errors import UserError
@@ -33,18 +33,18 @@ from pipelines.shards import ShardSet
 from pipelines.speech import say, show
 
 LAST = 1.5  # seconds for the readers of a run that cannot go on
-SHOWING, MARGIN = 20.0, 5.0  # seconds that they have after a stop, and that are left then
-TOLD_BEFORE = ("numerics", "accelerator")  # whose change `restore` has told
+SHOWING, MARGIN = 20.0, 5.0  # seconds for them after a stop, and seconds to leave unused then
+TOLD_BEFORE = ("numerics", "accelerator")  # whose change `restore` has reported
 
 
 def start(config: Config, name: str, watch: Watch, words: LastWords, announcement: Announcement) -> int:
-    """Train, from the beginning or from where the run stands, and show how it ended.
+    """Trains, from the beginning or from where the run stands, and shows how it ended.
 
     Args:
-        name: of the run, if the configuration gives none.
-        announcement: of this start, which is waited for.
+        name: name of the run if the configuration gives none.
+        announcement: this start's entry in status.json until it has claimed the run.
 
-    Returns the exit code, see `outcomes` and `launcher.end`. An error that nobody foresaw ends the process.
+    Returns the exit code; see `outcomes` and `launcher.end`. An unforeseen error ends the process.
     """
     try:
         size = launcher.size()
@@ -64,8 +64,8 @@ def start(config: Config, name: str, watch: Watch, words: LastWords, announcemen
 
 
 def _missing(error: UserError, words: LastWords, announcement: Announcement) -> Ended:
-    """How a start ends whose rank has no device, or no launcher. By hand that is refused. What has run before can run
-    on another node, so it is a failure there, which brings the job back."""
+    """The end of a start whose rank has no device, or no launcher. Started by hand, it is refused. A restarted run can
+    run on another node, so for it this is a failure, which brings the job back."""
     end = NotHere(str(error)) if launcher.restarted() else Refused(str(error))
     if launcher.rank() == 0 or not launcher.attended():
         _tell(end, words, announcement)
@@ -73,7 +73,7 @@ def _missing(error: UserError, words: LastWords, announcement: Announcement) -> 
 
 
 def _tell(end: Ended, words: LastWords, announcement: Announcement) -> None:
-    """Say why the run does not begin, in status.json too where nobody is there to read it, or the run has suffered."""
+    """Says why the run does not begin; also in status.json, if nobody is there to read it or the run has suffered."""
     say(f"error: {end}")
     if end.state or not launcher.attended():
         first = Failure(launcher.rank(), socket.gethostname(), type(end).__name__, str(end))
@@ -84,7 +84,7 @@ def _tell(end: Ended, words: LastWords, announcement: Announcement) -> None:
 
 
 def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords, announcement: Announcement) -> Ended:
-    """How the run ended, after saying so."""
+    """Runs, reports how that ended, and returns it."""
     try:
         sets = _open_sets(config, world, watch, announcement)
         if config.train.tower_parallel:
@@ -124,7 +124,7 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
     _announce(run, trainer.progress, resumed, asdict(trainer.settled), size)
     if advice := data.small_share(config, world.size, world.device.type):
         run.say(advice)
-    end = _end_of(trainer.fit)
+    end = _end_of(trainer.fit, trainer.state, config, resumed=resumed.found)
     words.ended(end)
     terminal.end_epoch()
     # The other ranks wait for rank 0, and that for the readers.
@@ -134,15 +134,15 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
 
 
 def _open_sets(config: Config, world: World, watch: Watch, announcement: Announcement) -> tuple[ShardSet, ShardSet]:
-    """The training and the validation set; rank 0 packs them first if they are not there and the configuration names a
-    source. Raises Refused on all ranks."""
+    """Training and validation set; rank 0 packs them first if they do not exist and the configuration names a source.
+    Raises Refused on all ranks."""
     world.together(lambda: data.check_batch(config, world.size))
     if world.share(data.to_pack(config)):
         _pack(config, world, watch, announcement)
-    # A file system that fails for a moment is no refusal: that may be mended by a restart.
+    # A file system that fails for a moment is no reason to refuse: a restart may help.
     sets = world.together(lambda: data.open_sets(config), catch=(UserError,))
     assert sets is not None
-    # A list that is just being written is the same to all.
+    # All ranks see the same list, even one that is just being written.
     for shards, rows in zip(sets, world.share([shards.quarantined for shards in sets]), strict=True):
         shards.quarantined = rows
     world.together(lambda: data.check_tars(sets), on=[0])
@@ -151,8 +151,8 @@ def _open_sets(config: Config, world: World, watch: Watch, announcement: Announc
 
 
 def _pack(config: Config, world: World, watch: Watch, announcement: Announcement) -> None:
-    """Let rank 0 pack the source, however long that takes: as long as it goes on, all ranks are alive. Raises Refused
-    on all ranks."""
+    """Lets rank 0 pack the source, however long it takes: while it makes progress, no rank counts as silent. Raises
+    Refused on all ranks."""
     announcement.say(f"{config.data.source} is packed")
     packing = data.Packing(config) if world.rank == 0 else None
     before = 0
@@ -165,14 +165,14 @@ def _pack(config: Config, world: World, watch: Watch, announcement: Announcement
 
 
 def _placed(config: Config, name: str, world: World) -> Config:
-    """The configuration with the name and the directory of the run, the same on all ranks."""
+    """The configuration with name and directory of the run filled in, the same on all ranks."""
     name = world.share(config.run.name or Path(config.run.dir).name or name)
     path = config.run.path(name)
     return replace(config, run=replace(config.run, name=name, dir=str(path)))
 
 
 def _claim(config: Config, world: World, run: RunDirectory, resumed: Resumed) -> None:
-    """Take the run directory over, for all ranks. Raises NotBegun on all ranks."""
+    """Takes over the run directory, for all ranks. Raises NotBegun on all ranks."""
     world.together(lambda: None)  # a rank that has refused is not here
 
     def claim() -> str:
@@ -183,7 +183,7 @@ def _claim(config: Config, world: World, run: RunDirectory, resumed: Resumed) ->
 
 
 def _begin(config: Config, world: World, run: RunDirectory, words: LastWords, readers: Readers) -> None:
-    """The run is this start's: from here on it is shown, and said to be so whatever ends it."""
+    """Starts showing the run, which this start now owns; whatever ends it is reported as its end."""
     words.claimed(run.path, run.status, world.size)
     if world.device.type == "cuda":
         words.record = flight_record
@@ -195,7 +195,7 @@ def _begin(config: Config, world: World, run: RunDirectory, words: LastWords, re
 
 
 def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: dict[str, Any], size: str) -> None:
-    """Say, and record, that training begins or goes on."""
+    """Says and records that training begins or continues."""
     if not resumed.found:
         run.record.append("begun", step=progress.step, **settled)
     if told := [f"{k} = {v}" for k, v in resumed.changed.items() if k not in TOLD_BEFORE]:
@@ -208,17 +208,31 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: 
     run.say(f"{run.path}: {size}, {deterministic}, epoch {progress.epoch + 1}")
 
 
-def _end_of(training: Callable[[], None]) -> Ended:
+def _end_of(training: Callable[[], None], state: TrainState, config: Config, *, resumed: bool) -> Ended:
+    began = replace(state.progress)
     try:
         training()
     except Ended as end:
         return end
-    return Done()
+    return Done(_nothing_left(state, config) if resumed and state.progress == began else "")
+
+
+def _nothing_left(state: TrainState, config: Config) -> str:
+    """The reason of a start that found a finished run, and the option that continues it."""
+    progress = state.progress
+    if progress.epoch >= config.train.epochs:
+        return (
+            f"epoch {progress.epoch} was its last and is trained already; --train.epochs {2 * progress.epoch} goes on"
+        )
+    if 0 < config.train.max_steps <= progress.step:
+        return f"step {progress.step} was its last and is trained already; --train.max_steps 0 goes on"
+    rule = "--schedule.stop_early false" if state.schedule.exhausted else "--train.until_error 0"
+    return f"it had ended early before this start; {rule} goes on"
 
 
 def _conclude(end: Ended, run: RunDirectory, progress: Progress, readers: Readers, watch: Watch) -> None:
-    """Write and say how the run ended."""
-    if not end.state:  # the run is another start's now
+    """Writes and says how the run ended."""
+    if not end.state:  # the run belongs to another start now
         run.say(str(end))
         readers.abandon()
         return
@@ -240,7 +254,7 @@ def _conclude(end: Ended, run: RunDirectory, progress: Progress, readers: Reader
 
 
 def _attempt(run: RunDirectory, *works: Callable[[], None]) -> None:
-    """Do what is not worth a run: it goes on, or has ended, whether or not that can be done."""
+    """Calls these, and only reports what they raise: no failure here is worth losing a run."""
     for work in works:
         try:
             work()
@@ -249,8 +263,8 @@ def _attempt(run: RunDirectory, *works: Callable[[], None]) -> None:
 
 
 def _for_readers(end: Ended, watch: Watch) -> float:
-    """Seconds that the readers have at an end: as long as a stop may take; after one what it leaves, but not all of
-    that, since whoever stops a run may be less patient than `run.stop_timeout` says."""
+    """Seconds for the readers at the end: as long as a stop may take; after a stop, the time it leaves, but not all
+    of it, since whoever stops a run may be less patient than `run.stop_timeout` says."""
     left, stopped = watch.left(), isinstance(end, Stopped)
     if stopped or watch.stop:
         left -= min(MARGIN, watch.grace / 4)

@@ -1,21 +1,22 @@
-"""What is shown of a run at its end."""
+"""The summary of a run, printed at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dist_train.outcomes import Ended
 from dist_train.pictures.curves import draw_curves
-from dist_train.rundir import record
+from dist_train.rundir import confusion, record
 from dist_train.rundir.ledger import accounted
 from dist_train.rundir.state import Progress
 from pipelines.files import readable_jsonl
 
 
 def summary(path: Path, end: Ended, progress: Progress, seconds: Mapping[str, float]) -> str:
-    """What is shown at the end of a run, as far as it can be: that it has come to its end is not in doubt."""
+    """The lines printed at the end of a run. What cannot be shown gives way to the reason."""
     reason = f": {end}" if str(end) else ""
     rows = [("outcome", end.state + reason), ("epochs", f"{progress.epoch} ({progress.step} steps)")]
     lines: list[dict[str, Any]] = []
@@ -27,7 +28,7 @@ def summary(path: Path, end: Ended, progress: Progress, seconds: Mapping[str, fl
         return [("record", f"damaged in line {numbers} of {path / record.FILE}, left out here")] if damaged else []
 
     def curves() -> list[tuple[str, str]]:
-        picture = draw_curves(path, lines)
+        picture = draw_curves(path, lines, _chance(path))
         return [("curves", str(picture))] if picture else []
 
     for label, work in (
@@ -47,13 +48,23 @@ def summary(path: Path, end: Ended, progress: Progress, seconds: Mapping[str, fl
 
 def _accuracies(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     checks = [line for line in lines if line.get("kind") == "validation"]
-    rows = []
-    if checks:
-        best = min(checks, key=lambda line: float(line["top1_error"]))
-        for label, line in (("best", best), ("last", checks[-1])):
-            top1, top5 = 1 - line["top1_error"], 1 - line["top5_error"]
-            rows.append((f"{label} accuracy", f"top-1 {top1:.2%}, top-5 {top5:.2%} (epoch {line['epoch'] + 1})"))
-    return rows
+    if not checks:
+        return []
+    best, last = min(checks, key=lambda line: float(line["top1_error"])), checks[-1]
+    chosen = [("accuracy", last)] if best is last else [("best accuracy", best), ("last accuracy", last)]
+    return [(label, _accuracy(line)) for label, line in chosen]
+
+
+def _accuracy(line: dict[str, Any]) -> str:
+    return f"top-1 {1 - line['top1_error']:.2%}, top-5 {1 - line['top5_error']:.2%} (epoch {line['epoch'] + 1})"
+
+
+def _chance(path: Path) -> float | None:
+    """Error of always naming the most common class of the validation set; None if the run was never validated."""
+    with suppress(confusion.ConfusionError):
+        samples = confusion.read(path)[0].samples
+        return 1 - int(samples.max()) / max(1, int(samples.sum()))
+    return None
 
 
 def _rate(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -34,14 +34,14 @@ from pipelines.shards import ShardSet
 
 
 class Pending(NamedTuple):
-    """A step whose vote is under way."""
+    """A step and its vote, which is still under way."""
 
     step: Step
     vote: PendingVote
 
 
 class Trainer:
-    """One rank of a run. `fit` is the loop, `train_step` the step; the other methods say what follows one."""
+    """One rank of a run. `fit` is the loop, `train_step` the step; the other methods follow one of these."""
 
     # What is trained, and on what
     config: Config
@@ -51,13 +51,13 @@ class Trainer:
     net: nn.Module  # the model, in DDP if there are several data-parallel ranks
     autocast: torch.autocast
     settled: process.Settled
-    state: TrainState  # all that a checkpoint holds; model and progress are of it
+    state: TrainState  # all that a checkpoint holds, model and progress among it
     progress: Progress
     # The ranks
     world: World
     watch: Watch
     pending: Pending | None  # the last step, until the next one is under way
-    unread: list[ReadError]  # why this rank cannot read its samples any more
+    unread: list[ReadError]  # why this rank can no longer read its samples
     # What is written and shown
     run: RunDirectory
     saver: Saver
@@ -98,10 +98,10 @@ class Trainer:
         self.report = Reporter(config, world, run, terminal, self.train_loader)
 
     def fit(self) -> None:
-        """Train from the state that is there to the last epoch. Raises Ended if it ends before."""
+        """Trains from the current state to the last epoch. Raises Ended if the run ends earlier."""
         progress, schedule, steps = self.progress, self.state.schedule, self.train_loader.steps
         ledger, stepping = self.run.ledger, "compiling" if self.settled.compiled else "training"
-        # Section 5: "roughly 90 cycles". An epoch that was begun is validated, whatever has ended it.
+        # Section 5: "roughly 90 cycles". An epoch that was begun is validated, whatever ended it.
         while progress.epoch < self.config.train.epochs and (progress.step_in_epoch or not self.enough()):
             ledger.enter("training")
             self.report.begin_epoch(progress)
@@ -111,7 +111,7 @@ class Trainer:
                 lr = schedule.lr(progress.epoch, progress.step_in_epoch, steps)
                 if progress.step in self.config.monitor.probes and not self.unread:
                     self.probe(batch, lr)
-                # The step before is finished while this one is under way, so that the device is never waited for.
+                # Finish the previous step while this one is under way, so that nothing waits for the device.
                 before = self.pending
                 ledger.enter(stepping)  # the first step compiles
                 self.pending, stepping = self.train_step(batch, lr), "training"
@@ -124,17 +124,18 @@ class Trainer:
             self.finish_step(last)
             error = self.validate()
             # "divide the learning rate by 10 when the validation error rate stopped improving"
-            if schedule.step(error, progress.epoch):
+            if schedule.step(error, progress.epoch, steps):
                 chance = chance_error(self.val_loader.shards.labels(self.val_loader.shards.good))
-                self.report.division(error, chance, schedule.lr(progress.epoch + 1, 0, steps), progress)
+                lr = schedule.lr(progress.epoch + 1, 0, steps)
+                self.report.division(error, chance, lr, progress, optim.remedy(self.config, steps))
             self.state.window.clear_epoch()
             progress.next_epoch(error)  # before the save: a restart must not repeat the epoch
             self.saver.save()
         self.saver.finish()
 
     def enough(self) -> bool:
-        """Whether the run is to end before its last epoch: the learning rate is used up, the training error is as low,
-        or the steps are as many, as was asked for."""
+        """Whether the run is to end before its last epoch: the learning rate is exhausted, or the training error or the
+        number of steps is what was asked for."""
         progress, config = self.progress, self.config
         return (
             (config.schedule.stop_early and self.state.schedule.exhausted)
@@ -143,14 +144,14 @@ class Trainer:
         )
 
     def train_step(self, batch: Batch, lr: float) -> Pending:
-        """Forward, backward, update; then ask the other ranks, without waiting for the answer."""
+        """Forward, backward, update; then asks the other ranks, without waiting for their answers."""
         config, world, progress, scaler = self.config, self.world, self.progress, self.state.scaler
         optimizer = self.state.optimizer
         self.watch.step = progress.step + 1
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        if models.draws_numbers(self.model):  # torch's own, which takes its time to be seeded
+        if models.draws_numbers(self.model):  # from torch's generators, which are slow to seed
             torch.manual_seed(rank_seed(config.train.seed, progress.step, world.dp_rank))
         inputs, labels, keys = batch.inputs, batch.labels, batch.keys
         total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -158,14 +159,14 @@ class Trainer:
         pieces = config.train.accumulate
         for i in range(pieces):
             low, high = even_split(len(labels), i, pieces)
-            # DDP averages the gradients after the last piece; before it, each rank only adds up its own.
+            # DDP averages the gradients after the last piece; until then, each rank accumulates its own.
             sync_now = i == pieces - 1 or self.net is self.model
             with nullcontext() if sync_now else self.net.no_sync():  # type: ignore[operator]
                 with self.autocast:
                     logits = self.net(inputs[low:high], keys[low:high])
                 loss = F.cross_entropy(logits.float(), labels[low:high], reduction="sum")
-                # DDP averages over the ranks: of (sum x ranks / global batch) that is the mean over the global batch,
-                # however many samples each of them has.
+                # DDP's average over ranks of (sum x ranks / global batch) is the mean over the global batch, however
+                # many samples each rank has.
                 scaled = scaler.scale(loss * (world.dp_size / config.train.global_batch))
                 scaled.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -181,12 +182,12 @@ class Trainer:
         return Pending(step, Vote.cast(world, self.report.row(step), **said))
 
     def finish_step(self, pending: Pending | None) -> None:
-        """Record a step, save where due, and stop if a rank was asked to. Raises Ended."""
+        """Records a step, saves if due, and stops if any rank was asked to. Raises Ended."""
         vote = self.observe(pending)
         stop = vote.stop > 0
         if stop or vote.save or self.saver.due(self.progress.step):
-            # The step that is under way is in the weights already, and in `progress.step`: it must be known to be good
-            # before the state is saved.
+            # The step under way is already in the weights and in `progress.step`: it must be known to be good before
+            # the state is saved.
             last, self.pending = self.pending, None
             stop = self.observe(last).stop > 0 or stop
             self.saver.save(unless=lambda: self.watch.stop and not stop)  # then the next step stops, and saves
@@ -195,7 +196,7 @@ class Trainer:
             raise Stopped
 
     def observe(self, pending: Pending | None) -> Vote:
-        """Wait for the vote of a step and record it. Raises LeaseLost, Unread, Diverged, BadData on all ranks alike."""
+        """Waits for a step's vote and records it. Raises LeaseLost, Unread, Diverged or BadData on all ranks alike."""
         self.watch.heartbeat(self.config.run.step_timeout)
         if pending is None:
             return Vote()
@@ -205,19 +206,19 @@ class Trainer:
         loss = vote.loss / batch
         if vote.lost:
             raise self.run.lease.loss(int(vote.lost))
-        if vote.unread:  # NaN on one rank: none has taken this step, nor the one that is under way
+        if vote.unread:  # NaN on one rank: no rank has taken this step, nor the one under way
             if self.pending:
                 self.pending.vote.read()
             progress.go_back(step)
-            # But two such steps have lowered the scale of fp16, and have gone into the running means of a net that has
-            # some: then the checkpoint that is there is what the run goes on from.
+            # But both have lowered the scale of fp16, and have entered the running means of a net that has some: such a
+            # run continues from its last checkpoint.
             as_before = not self.state.scaler.is_enabled() and not list(self.model.buffers())
             self.saver.give_up(self.unread, saves=as_before, stop=vote.stop > 0)
         if vote.refused or not math.isfinite(loss):
             keys = self.train_loader.names(step.epoch, step.step_in_epoch)
             raise Diverged(postmortem.diverged(self.run.path, step, loss, keys, writes=self.world.rank == 0))
         progress.bad_samples += int(vote.bad)
-        if vote.bad and progress.bad_samples > self.config.data.max_bad:  # not for those that are in quarantine by now
+        if vote.bad and progress.bad_samples > self.config.data.max_bad:  # not for those in quarantine by now
             raise BadData(
                 f"{progress.bad_samples} samples could not be decoded, more than data.max_bad: run "
                 f"`python -m pipelines verify {self.config.data.train}`, or raise it; the same command continues"
@@ -228,12 +229,12 @@ class Trainer:
         return vote
 
     def validate(self) -> float:
-        """The top-1 validation error of the epoch, exact. The ranks agree on a stop at each batch. Raises Ended."""
+        """Exact top-1 validation error of the epoch. The ranks agree on a stop after each batch. Raises Ended."""
         progress, config = self.progress, self.config
 
         def after_batch() -> None:
             self.watch.heartbeat(config.run.step_timeout)
-            self.run.status.heartbeat()
+            self.report.validated()
             said = {"stop": self.watch.stop, "lost": self.run.lease.lost, "unread": len(self.unread)}
             vote = Vote.cast(self.world, **said).read()
             if vote.lost:
@@ -245,6 +246,7 @@ class Trainer:
                 self.saver.finish()
                 raise Stopped
 
+        self.report.begin_validation(progress, self.val_loader.steps)
         with self.run.ledger.during("validation"):
             scores, taken = validate(self.model, self.val_loader, self.world, self.autocast, after_batch, self.unread)
         self.run.confusion.put(taken, self.val_loader.shards.classes, progress.step, progress.epoch)
@@ -253,6 +255,6 @@ class Trainer:
         return scores.top1_error
 
     def probe(self, batch: Batch, lr: float) -> None:
-        """Record what `dist_train.probe` measures on a batch, and leave the state of training as it is."""
+        """Records what `dist_train.probe` measures on a batch, without changing the state of training."""
         values = probe.measure(self.model, batch.inputs, batch.labels, batch.keys)
         self.report.probe(values, self.progress, lr)

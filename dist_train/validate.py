@@ -21,7 +21,7 @@ from pipelines.opened import ReadError
 
 @dataclass(frozen=True)
 class Scores:
-    """Errors as fractions of 1, mean cross-entropy in nats, and of how many samples."""
+    """Errors as fractions of 1, mean cross-entropy in nats, and the number of samples."""
 
     top1_error: float
     top5_error: float
@@ -37,10 +37,10 @@ def validate(
     after_batch: Callable[[], None],
     unread: list[ReadError],
 ) -> tuple[Scores, Confusion]:
-    """Top-1 and top-5 error of `model` over all images of `loader`, and what it takes for what, the same on all ranks.
+    """Scores of `model` over all images of `loader`, and its confusion matrix, the same on all ranks.
 
-    Counts are integers and are summed once; where the towers are on two ranks, one of these counts. `after_batch` is
-    called after every batch, on all ranks alike; `unread` is as for `Loader.epoch`.
+    Counts are integers and are summed once; if the two towers are on two ranks, only one of them counts. `after_batch`
+    is called after every batch, on all ranks alike; `unread` is as for `Loader.epoch`.
     """
     tally = Tally(len(loader.shards.classes), world.device)
     total = torch.zeros(1, dtype=torch.float64, device=world.device)
@@ -65,12 +65,12 @@ def validate(
 
 
 class Tally:
-    """What the validation counts, in one tensor on the device, which is not waited for.
+    """Counts of a validation, in one tensor on the device, for which nothing waits.
 
     Attributes:
-        counts: a row for each class, flat, int64. Its first columns have the images by what is the most probable: a
-            class, or in the last of them an output that stands for none; above MOST classes, the class itself or
-            another. The column behind them has the images whose label is among the five most probable.
+        counts: one row per class, flat, int64. The first columns count its images by the most probable output: one
+            column per class and one for outputs that are no class; above MOST classes, only right and wrong. The last
+            column counts the images whose label is among the five most probable.
     """
 
     def __init__(self, classes: int, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class Tally:
         self.counts = torch.zeros(classes * self._columns, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits [n, outputs], labels int64 [n]."""
+        """Counts a batch: logits [n, outputs], labels int64 [n]."""
         top = logits.topk(min(5, logits.shape[1])).indices
         first, among = top[:, 0], (top == labels[:, None]).any(1).long()
         column = first.clamp(max=self._classes) if self._pairs else (first != labels).long()
@@ -88,7 +88,7 @@ class Tally:
         self.counts.index_add_(0, places, torch.cat([torch.ones_like(among), among]))
 
     def found(self) -> Confusion:
-        """What was counted; waits for the device."""
+        """The counts so far; waits for the device."""
         table = self.counts.view(self._classes, self._columns).cpu().numpy()
         taken, top5 = table[:, :-1], table[:, -1]
         top1 = taken.diagonal() if self._pairs else taken[:, 0]
@@ -97,12 +97,12 @@ class Tally:
 
 
 def padded(inputs: Tensor, n: int) -> Tensor:
-    """The inputs [m, ...] and zeros behind them, [n, ...]: all batches have one shape, so that a net is compiled once
-    and a sample's result does not hang on the size of its batch."""
+    """The inputs [m, ...] padded with zeros to [n, ...]: all batches have one shape, so that a net is compiled once and
+    a sample's result does not depend on the size of its batch."""
     missing = n - len(inputs)
     return F.pad(inputs, (0, 0, 0, 0, 0, 0, 0, missing))  # of the last dimension first
 
 
 def chance_error(labels: NDArray[Any]) -> float:
-    """The error of a net that always names the most common class."""
+    """Error of a net that always names the most common class."""
     return 1 - int(np.bincount(labels).max()) / len(labels)

@@ -30,7 +30,7 @@ class Layers(nn.Module):
         self.activation = torch.tanh if options.activation == "tanh" else F.relu
 
     def normalise(self, x: Tensor, layer: str, groups: int) -> Tensor:
-        """Section 3.3: after "the ReLU nonlinearity in certain layers", the first and second (3.5)."""
+        """Section 3.3, after "the ReLU nonlinearity in certain layers": the first and the second (3.5)."""
         where = {"paper": ("conv1", "conv2"), "every": tuple(KERNELS), "none": ()}[self.options.lrn]
         return local_response_norm(x, groups, alpha=self.options.lrn_alpha) if layer in where else x
 
@@ -39,13 +39,13 @@ class Layers(nn.Module):
         return F.max_pool2d(x, 3 if self.options.pooling == "overlapping" else 2, 2)
 
     def dropout(self, layer: int) -> Dropout:
-        """Of the outputs "in the first two fully-connected layers" (section 4.2)."""
+        """Dropout for the outputs "in the first two fully-connected layers" (section 4.2)."""
         return Dropout(self.options.dropout, layer, self.options.dropout_scaling)
 
     def reset(self, name: str, layer: nn.Conv2d | nn.Linear) -> None:
-        """Section 5: weights from "a zero-mean Gaussian distribution with standard deviation 0.01"; "the neuron biases
-        in the second, fourth, and fifth convolutional layers, as well as in the fully-connected hidden layers, with the
-        constant 1"; the remaining ones 0."""
+        """Initialises a layer as in section 5: weights from "a zero-mean Gaussian distribution with standard deviation
+        0.01"; "the neuron biases in the second, fourth, and fifth convolutional layers, as well as in the
+        fully-connected hidden layers, with the constant 1"; the remaining ones 0."""
         nn.init.normal_(layer.weight, std=0.01)
         if layer.bias is not None:
             nn.init.constant_(layer.bias, float(self.options.biases == "ones" or name in ONES))
@@ -59,9 +59,9 @@ class AlexNet(Layers):
 
     Args:
         outputs: units of the last layer.
-        crop: side of the input in pixels; one for which every layer's stride divides its way (227, 67, ...).
-        options: hidden units, dropout and the paper's own comparisons.
-        towers: 2 as the paper, or 1.
+        crop: side of the input in pixels, such that the windows of every layer fit exactly (227, 67, ...).
+        options: hidden units, dropout, and the variants that the paper compares.
+        towers: 2 as in the paper, or 1.
     """
 
     def __init__(self, outputs: int, crop: int = 227, options: ModelConfig = PAPER, towers: int = TOWERS) -> None:
@@ -85,7 +85,7 @@ class AlexNet(Layers):
             self.reset(name, self.get_submodule(name))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """keys: of `mask_keys`, int64 [n]; needed in training."""
+        """Logits [n, outputs]. keys: from `mask_keys`, int64 [n]; needed in training."""
         for name in self.convolutions:
             x = self.activation(self.get_submodule(name)(x))
             x = self.normalise(x, name, self.towers)
@@ -98,7 +98,7 @@ class AlexNet(Layers):
 
 
 def feature_side(crop: int) -> int:
-    """Side of the maps after the last pooling. Raises ConfigError if a stride does not divide its way."""
+    """Side of the maps after the last pooling. Raises ConfigError if the windows of a layer do not fit exactly."""
     side = crop
     for kernel, stride in _strides():
         if side < kernel or (side - kernel) % stride:
@@ -112,7 +112,7 @@ def feature_side(crop: int) -> int:
 
 
 def _strides() -> Iterator[tuple[int, int]]:
-    """Kernel and stride of all layers that shrink the maps, in their order."""
+    """Kernel and stride of every layer that shrinks the maps, in order."""
     yield 11, 4  # conv1; the other convolutions keep their size
     for _ in range(3):
         yield 3, 2  # pooling; windows of 2 give the same sizes at the crops that fit

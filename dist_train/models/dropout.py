@@ -1,4 +1,4 @@
-"""Dropout whose masks follow from (seed, step, position, unit)."""
+"""Dropout with masks that are functions of (seed, step, position, unit)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOW = 0xFFFFFFFF
 
 
 def mask_keys(seed: int, step: int, positions: NDArray[np.int64]) -> Tensor:
-    """A 32-bit key for each sample of a batch, int64 [n], hashed from (seed, step, position) by SplitMix64."""
+    """One 32-bit key per sample of a batch, int64 [n], hashed from (seed, step, position) by SplitMix64."""
     with np.errstate(over="ignore"):
         key = _splitmix(_splitmix(np.uint64(seed)) ^ np.uint64(step))
         keys = _splitmix(key ^ positions.astype(np.uint64)) >> np.uint64(32)
@@ -22,12 +22,12 @@ def mask_keys(seed: int, step: int, positions: NDArray[np.int64]) -> Tensor:
 
 
 def keys_of_epoch(seed: int, first: int) -> Callable[[int, NDArray[np.int64]], NDArray[np.int64]]:
-    """For `Loader.epoch`: the keys of an epoch whose first step is step `first` of the run."""
+    """Key function for `Loader.epoch`, for an epoch whose first step is step `first` of the run."""
     return lambda step, positions: mask_keys(seed, first + step, positions).numpy()
 
 
 def rank_seed(seed: int, step: int, dp_rank: int) -> int:
-    """A seed for torch's own generator on a data-parallel rank at a step, for nets that bring their own dropout."""
+    """Seed for torch's own generator on a data-parallel rank at a step, for nets that bring their own dropout."""
     return int(mask_keys(seed, step, np.array([dp_rank]))[0])
 
 
@@ -49,14 +49,14 @@ def mix(h: Tensor) -> Tensor:
 
 class Dropout(nn.Module):
     """ "setting to zero the output of each hidden neuron with probability 0.5" (section 4.2), by hashed masks: a sample
-    meets the same mask at any world size and after any restart.
+    gets the same mask at any world size and after any restart.
 
     Args:
-        p: probability of zero.
+        p: probability of a zero.
         layer: number of this layer, so that layers have independent masks.
-        scaling: test: "at test time, we use all the neurons but multiply their outputs by 0.5" (1 - p), as the paper;
-            training: kept outputs are divided by 1 - p in training, as is usual now. Each net of one form is one of the
-            other with other weights, but the two begin, and learn, differently.
+        scaling: test: "at test time, we use all the neurons but multiply their outputs by 0.5" (1 - p), as in the
+            paper; training: kept outputs are divided by 1 - p in training, as is usual today. Either form can express
+            the other with different weights, but the two start, and learn, differently.
     """
 
     def __init__(self, p: float, layer: int, scaling: Literal["test", "training"] = "test") -> None:
@@ -64,7 +64,8 @@ class Dropout(nn.Module):
         self.p, self.layer, self.scaling = p, layer, scaling
 
     def forward(self, x: Tensor, keys: Tensor | None, first: int = 0) -> Tensor:
-        """x: [n, units], or those from unit `first` on; keys: of `mask_keys`, int64 [n], needed in training."""
+        """Masked x. x: [n, units], whose first unit is number `first` of the layer; keys: from `mask_keys`, int64 [n],
+        needed in training."""
         if self.p == 0:
             return x
         if not self.training:

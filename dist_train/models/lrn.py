@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PIECE = 1 << 18  # numbers that a thread computes together
+PIECE = 1 << 18  # numbers per thread and piece
 
 
 def local_response_norm(
@@ -17,8 +17,8 @@ def local_response_norm(
 ) -> Tensor:
     """b_i = a_i / (k + alpha * sum of a_j^2 over the n neighbouring channels j of i)^beta, section 3.3.
 
-    The sum is not divided by n (`torch.nn.LocalResponseNorm` divides alpha by n). With `groups` the window stays inside
-    each group of channels, as it did on each of the paper's two GPUs. Half precision is computed in float32: squares of
+    The sum is not divided by n (`torch.nn.LocalResponseNorm` divides alpha by n). With `groups` the window stays within
+    a group of channels, as it did on each of the paper's two GPUs. Half precision is computed in float32: squares of
     activations in levels overflow float16.
 
     Args:
@@ -36,7 +36,7 @@ def local_response_norm(
 
 
 def traceable(a: Tensor, groups: int, n: int, k: float, alpha: float, beta: float) -> Tensor:
-    """The formula in operators that autograd, compilers and exporters know; arguments as `local_response_norm`."""
+    """The formula in operators that autograd, compilers and exporters know; arguments as for `local_response_norm`."""
     squares = torch.unflatten(a * a, 1, (groups, -1))
     channels = squares.shape[2]
     padded = F.pad(squares, (0, 0, 0, 0, n // 2, n // 2))
@@ -65,7 +65,7 @@ class _Analytic(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         groups, n, k, alpha, beta = ctx.constants
-        if torch.is_grad_enabled():  # the gradient of this gradient is wanted
+        if torch.is_grad_enabled():  # somebody wants the gradient of this gradient
             a = ctx.saved_tensors[0]
             b = traceable(a, groups, n, k, alpha, beta)
             return *torch.autograd.grad(b, a, gradient, create_graph=True), None, None, None, None, None
@@ -92,8 +92,8 @@ class _Window:
         self.values = self.padded[..., n // 2 : n // 2 + self.channels]
 
     def sums(self) -> Tensor:
-        """Of what was written, in its shape. All is added as one row of numbers, and what crosses a group is left out:
-        many short rows take longer."""
+        """Window sums of `values`, in its shape. Everything is added as one row of numbers, and sums across groups are
+        dropped: many short rows take longer."""
         row = self.padded.view(-1)
         sums = torch.empty_like(row)
         total = sums[: len(row) - self.n + 1]
@@ -104,8 +104,8 @@ class _Window:
 
 
 def _pieces(groups: int, n: int, *tensors: Tensor) -> Iterator[tuple[_Window, tuple[Tensor, ...]]]:
-    """These, of equal shapes, with the channels last and in groups, a few samples at a time: what is computed of a
-    piece stays in the cache."""
+    """Pieces of `tensors`, all of one shape, a few samples at a time, channels last and in groups, with the window for
+    them: a piece stays in the cache while it is computed."""
     samples = max(1, PIECE * torch.get_num_threads() * len(tensors[0]) // max(1, tensors[0].numel()))
     views = [torch.unflatten(tensor.permute(0, 2, 3, 1), 3, (groups, -1)) for tensor in tensors]
     window = None

@@ -1,4 +1,4 @@
-"""The net as the paper ran it: two towers, each on its own GPU, that "communicate only in certain layers" (3.2)."""
+"""The net as the paper ran it: two towers, one per GPU, that "communicate only in certain layers" (3.2)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ StateDict = dict[str, Tensor]
 
 
 class Exchange(Protocol):
-    """The crossing lines of figure 2. Each method takes the tensors of the towers in this process: both halves, or
-    one."""
+    """The crossing lines of figure 2. Methods take the tensors of the towers in this process: both halves, or one."""
 
     def join(self, halves: list[Tensor], /) -> Tensor:
         """The maps [n, maps, ...] of both towers, from halves [n, maps / 2, ...]."""
@@ -25,7 +24,7 @@ class Exchange(Protocol):
 
 
 class InOneProcess:
-    """The exchange if this process has both towers."""
+    """Exchange between two towers in one process."""
 
     def join(self, halves: list[Tensor], /) -> Tensor:
         return torch.cat(halves, 1)
@@ -57,10 +56,10 @@ class Tower(nn.Module):
 class TwoTowers(Layers):
     """Two explicit towers that exchange their maps before conv 3, fc 6, fc 7 and the classifier, as in figure 2.
 
-    The same function as `AlexNet` with the same weights (`grouped_state`): 60,965,224 parameters at 1000 outputs. With
-    `keep` one of them moves to another process, where it has the same names.
+    The same function as `AlexNet` with the same weights (`grouped_state`): 60,965,224 parameters at 1000 outputs.
+    `keep` leaves the other tower to another process, where its parameters have the same names.
 
-    Args: as `AlexNet`. Raises ConfigError if hidden units or kernels cannot be halved.
+    Args: as for `AlexNet`. Raises ConfigError if hidden units or kernels cannot be halved.
     """
 
     def __init__(self, outputs: int, crop: int = 227, options: ModelConfig = PAPER) -> None:
@@ -81,12 +80,12 @@ class TwoTowers(Layers):
         return list(self.towers.values())  # type: ignore[arg-type]
 
     def keep(self, tower: int, exchange: Exchange) -> None:
-        """Drop the other tower: it is in another process, which `exchange` reaches."""
+        """Drops the other tower, which is in another process; `exchange` reaches it."""
         del self.towers[str(1 - tower)]
         self.exchange = exchange
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """As `AlexNet.forward`."""
+        """As for `AlexNet.forward`."""
         towers, join = self.own(), self.exchange.join
         convolutions = [name for name in KERNELS if name != self.options.left_out]
         xs = [x for _ in towers]  # figure 2: both towers see the whole image
@@ -100,7 +99,7 @@ class TwoTowers(Layers):
         x = torch.flatten(join(xs), 1)
         x = self.drop6(join([self.activation(tower.fc6(x)) for tower in towers]), keys)
         half = self.options.hidden // TOWERS
-        firsts = [int(name) * half for name in self.towers]  # a tower drops its own of the hidden units
+        firsts = [int(name) * half for name in self.towers]  # each tower masks its own hidden units
         xs = [
             self.drop7(self.activation(tower.fc7(x)), keys, first) for tower, first in zip(towers, firsts, strict=True)
         ]
@@ -108,7 +107,7 @@ class TwoTowers(Layers):
 
 
 def grouped_state(state: StateDict) -> StateDict:
-    """The weights of `AlexNet` that make it the same function as the two towers with these weights."""
+    """Weights with which `AlexNet` is the same function as the two towers with the weights `state`."""
     grouped = {"fc8.bias": state["bias"]}
     for name in (key.removeprefix("towers.0.") for key in state if key.startswith("towers.0.")):
         halves = [state[f"towers.{t}.{name}"] for t in range(TOWERS)]

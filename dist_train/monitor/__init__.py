@@ -1,1 +1,1 @@
-"""Who reads the record of a run while it grows: the terminal, wandb, TensorBoard, messages."""
+"""Readers of the record of a run while it grows: terminal, wandb, TensorBoard, messages."""

@@ -1,4 +1,4 @@
-"""What a GPU does while it trains, as NVIDIA's NVML says it (extra `gpu-stats`), asked beside training."""
+"""GPU statistics during training, from NVIDIA's NVML (extra `gpu-stats`), sampled beside it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-HANGS = 10.0  # seconds after which a driver that has not answered is told, and its last answer counts no more
-# Why a clock is lower than it could be: nvmlClocksEventReasons, without that of a GPU that has nothing to do.
+HANGS = 10.0  # seconds after which a driver that has not answered is reported, and its last answer dropped
+# Why the clock is throttled: nvmlClocksEventReasons without that of an idle GPU.
 REASONS = {
     0x2: "applications_clocks",
     0x4: "sw_power_cap",
@@ -28,14 +28,14 @@ REASONS = {
 
 
 class GpuSample(NamedTuple):
-    """What one GPU did at one moment; all zero: it is not known.
+    """Statistics of one GPU at one moment; all zero if they are unknown.
 
     Attributes:
-        use: share of the last second, or a part of it, in which a kernel ran.
-        memory_mb: in use, by whomever.
-        watts: that it draws; 0 if it does not say.
-        celsius: its temperature; 0 if it does not say.
-        reasons: why it is slowed down, the sum of the bits of REASONS.
+        use: share of the last second, or of a part of it, in which a kernel ran.
+        memory_mb: memory in use, by all processes.
+        watts: power draw; 0 if unknown.
+        celsius: temperature; 0 if unknown.
+        reasons: why it is throttled, the sum of bits of REASONS.
     """
 
     use: float = 0.0
@@ -46,34 +46,34 @@ class GpuSample(NamedTuple):
 
 
 class GpuSampler:
-    """Samples one GPU in a thread of its own. A driver that fails, or hangs, is told once, and costs nothing else.
+    """Samples one GPU in its own thread. A driver that fails or hangs is reported once and costs nothing else.
 
     Args:
         nvml: the module `pynvml`.
         uuid: of the GPU, as torch has it. NVML counts in another order, and knows no CUDA_VISIBLE_DEVICES.
-        say: shows the user a line.
+        say: prints a line for the user.
     """
 
     def __init__(self, nvml: Any, uuid: str, say: Callable[[str], None]) -> None:
         self._nvml, self._uuid, self._say = nvml, uuid, say
         self._asked, self._told = Event(), False
-        self._since = 0.0  # when it was asked for the sample under way
+        self._since = 0.0  # when the current sample was asked for
         self._latest: GpuSample | None = None
         Thread(target=self._run, name="gpu sampler", daemon=True).start()
 
     @classmethod
     def of(cls, device: torch.device, say: Callable[[str], None]) -> GpuSampler | None:
-        """For a rank on that device; None on the CPU, and without nvidia-ml-py."""
+        """Sampler of a rank's device; None on the CPU, or without nvidia-ml-py."""
         if device.type != "cuda":
             return None
         try:
-            import pynvml  # torch has tried it, too
+            import pynvml  # torch has tried it too
         except ImportError:
             return None
         return cls(pynvml, str(torch.cuda.get_device_properties(device).uuid), say)
 
     def sample(self) -> None:
-        """Ask for a sample. Never waits; while one is under way, for no other."""
+        """Asks for a sample, unless one is under way. Never waits."""
         if not self._asked.is_set():
             self._since = time.monotonic()
             self._asked.set()
@@ -81,7 +81,7 @@ class GpuSampler:
             self._fail(f"NVIDIA's driver has not answered for {HANGS:.0f} s")
 
     def latest(self) -> GpuSample | None:
-        """The last one that is finished."""
+        """The last finished sample."""
         return self._latest
 
     def _run(self) -> None:
@@ -98,14 +98,14 @@ class GpuSampler:
         self._latest = None
         if not self._told:
             self._told = True
-            self._say(f"what the GPUs do is not recorded ({why}): training goes on")
+            self._say(f"GPU statistics are not recorded ({why}): training goes on")
 
 
 def by_node(rows: Sequence[GpuSample], nodes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What the GPUs of each node do, as it is recorded; a node of which nothing is known is left out.
+    """GPU statistics per node, as recorded; nodes without any are left out.
 
     Args:
-        rows: of each rank.
+        rows: one sample per rank.
         nodes: the node of each rank.
     """
     known: dict[str, list[GpuSample]] = {}
@@ -127,7 +127,7 @@ def by_node(rows: Sequence[GpuSample], nodes: Sequence[str]) -> dict[str, dict[s
 
 
 def _handle(nvml: Any, uuid: str) -> Any:
-    """NVML's of the GPU, or of the slice of one (MIG), which says little of itself."""
+    """NVML's handle of the GPU, or of a slice of one (MIG), which reports little."""
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except nvml.NVMLError:
@@ -135,12 +135,12 @@ def _handle(nvml: Any, uuid: str) -> Any:
 
 
 def _read(nvml: Any, handle: Any) -> GpuSample:
-    """Raises NVMLError for a GPU that does not say how much it is used."""
+    """A sample. Raises NVMLError if the GPU does not report its use."""
 
     def known(what: Callable[..., Any], *about: Any) -> float:
         try:
             return float(what(handle, *about))
-        except nvml.NVMLError:  # cards for the desk do not say all
+        except nvml.NVMLError:  # consumer cards do not report everything
             return 0.0
 
     return GpuSample(

@@ -1,4 +1,4 @@
-"""What wandb and TensorBoard call the numbers of a line of the record."""
+"""Names of the record's numbers in wandb and TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_train.rundir.record import MACHINE
 
-# By kind of line. A group, before the slash, is a section of either's page.
+# By kind of line. The group before the slash is a section of the page in both.
 NAMES = {
     "step": {
         "loss": "loss/training",
@@ -25,15 +25,15 @@ NAMES = {
         "train_loss": "loss/training_epoch",
     },
 }
-RATES = ("images_per_s", "data_wait")  # earlier programs have them beside the loss
-HIDDEN = ("worst_rank",)  # a number that measures nothing
+RATES = ("images_per_s", "data_wait")  # earlier versions recorded them beside the loss
+HIDDEN = ("worst_rank",)  # a number, but no measurement
 
 
 def named(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line by the names under which they are shown: loss/training, error/validation_top1, lr,
-    machine/images_per_s, machine/gpu-07/watts, probe/conv1/dead, ... What only says where the line stands (step, epoch,
-    images, progress, samples) is left out; of a list the length counts, as that of the reasons why a GPU is slowed
-    down. Lines of other kinds have none."""
+    """The numbers of a line, by the names under which they are shown: loss/training, error/validation_top1, lr,
+    machine/images_per_s, machine/gpu-07/watts, probe/conv1/dead, ... The line's position (step, epoch, images,
+    progress, samples) is left out; a list, such as the reasons for throttling, counts by its length. Empty for other
+    kinds of lines."""
     kind = line.get("kind", "")
     if kind == "probe":
         layers = line.get("layers", {})

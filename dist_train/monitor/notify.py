@@ -1,5 +1,5 @@
-"""Messages about a run, to the address in DIST_TRAIN_NOTIFY: a reader of its story, and a way to tell one event at
-once. Imports no torch."""
+"""Messages about a run, sent to the address in DIST_TRAIN_NOTIFY: by a reader of its events, or one event at once.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from pipelines.errors import UserError
 from pipelines.files import read_json, write_atomically
 from pipelines.speech import say
 
-EVERY, GATHERING = 60.0, 1.0  # seconds between two messages; in which events are told as one
-AT_ONCE, LOOKING = TELLING, 1.0  # seconds that a message may take which somebody waits for, and to look at the record
+EVERY, GATHERING = 60.0, 1.0  # seconds between two messages; seconds of events that one message gathers
+AT_ONCE, LOOKING = TELLING, 1.0  # seconds for a message that is waited for, and of them for reading the record
 ENDS = ("stopped", "done", "failed", "diverged", "given_up")
-KINDS = ("started", "silent", *ENDS)  # the last one matters most
-FILE = "message.json"  # in the directory of a run: when the last message about it was sent, and of which kind
+KINDS = ("started", "silent", *ENDS)  # by rising importance
+FILE = "message.json"  # in the run directory: time and kind of the last message sent about it
 BACK = "Slurm brings it back"
 
 
 class Notifier:
-    """Tells that a run goes on, that the start before was killed, and how the run ends."""
+    """Sends a message when a run starts or resumes, when its previous start was killed, and when it ends."""
 
     def __init__(self, shown: Shown, webhook: Webhook) -> None:
         self._shown, self._begun = shown, False
@@ -39,7 +39,7 @@ class Notifier:
 
     @classmethod
     def wanted(cls, shown: Shown) -> Notifier | None:
-        """None without an address. Raises UserError for one that is none."""
+        """None without an address. Raises UserError if the address is invalid."""
         webhook = Webhook.wanted()
         return None if webhook is None else cls(shown, webhook)
 
@@ -49,7 +49,7 @@ class Notifier:
     def take(self, line: dict[str, Any]) -> None:
         kind = line.get("event")
         self._begun = self._begun or kind == "start"
-        # An end before that is of another start, and of an end in haste the rank that was first has told.
+        # An end before that belongs to another start; a hasty end was reported by the rank that failed first.
         told = kind != "end" or (self._begun and "error" not in line)
         if told and (message := message_of(self._shown.config.run.name, self._shown.run, line)):
             self._outbox.put(message)
@@ -59,14 +59,14 @@ class Notifier:
 
 
 class Outbox(Thread):
-    """Sends messages one after the other, at most one a minute: those that come meanwhile are one then. Only how a run
-    ends does not wait for that. It says once if that does not work, and tries again a minute later, with what has come
-    meanwhile, and when it is closed.
+    """Sends messages one by one, at most one per minute; those that come meanwhile are merged into the next. Only the
+    end of a run does not wait. A failure is reported once; the message is sent again a minute later, with those that
+    came meanwhile, and on closing.
 
     Args:
-        say: shows the user a line.
-        run: the directory of the one run that the messages are of: what other starts of it, or ranks, have sent counts,
-            too. Where that is still less than a minute ago when it is closed, what is no end is left out.
+        say: prints a line for the user.
+        run: the run directory, if all messages are of one run: those sent by its other starts and ranks count too. If
+            the last one is less than a minute old on closing, messages that are no end are dropped.
     """
 
     def __init__(self, webhook: Webhook, say: Callable[[str], None], run: Path | None = None) -> None:
@@ -83,7 +83,7 @@ class Outbox(Thread):
             self._changed.notify()
 
     def close(self) -> None:
-        """Returns when all is sent, or could not be."""
+        """Returns when all messages are sent or have failed."""
         with self._changed:
             self._over = True
             self._changed.notify()
@@ -95,7 +95,7 @@ class Outbox(Thread):
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._waiting) or self._over)
                 self._changed.wait_for(lambda: self._over, GATHERING)
-            while not self._over and (pause := self._pause()) > 0:  # another rank, too, may tell something meanwhile
+            while not self._over and (pause := self._pause()) > 0:  # meanwhile another rank may send one too
                 with self._changed:
                     self._changed.wait_for(lambda: self._over, pause)
             with self._changed:
@@ -108,7 +108,7 @@ class Outbox(Thread):
                     self._waiting = [*messages, *self._waiting]
 
     def _pause(self) -> float:
-        """Seconds until a message that is no end may be sent."""
+        """Seconds until a message other than an end may be sent."""
         ago = min(time.monotonic() - self._sent, last_sent(self._run) if self._run else float("inf"))
         return EVERY - ago
 
@@ -127,7 +127,7 @@ class Outbox(Thread):
 
 
 def tell_now(name: str, run: Path, event: str, **values: Any) -> None:
-    """Send the message of one event, if there is an address; whoever calls waits AT_ONCE at most. Never raises.
+    """Sends the message of one event, if there is an address; takes AT_ONCE seconds at most. Never raises.
 
     Args:
         name: of the run.
@@ -154,15 +154,14 @@ def tell_now(name: str, run: Path, event: str, **values: Any) -> None:
 
 
 def _try(work: Callable[[], None], seconds: float) -> None:
-    """Wait so long for it at most: a file system, or a server, may hang."""
+    """Does `work`, waiting so many seconds at most: a file system or a server may hang."""
     thread = Thread(target=work, name="message", daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def last_sent(run: Path) -> float:
-    """How many seconds ago the last message about a run was sent, by whichever start or rank; infinite if that is not
-    known."""
+    """Seconds since the last message about a run, by any start or rank; infinite if unknown."""
     try:
         ago = time.time() - float(read_json(run / FILE)["time"])
     except (OSError, UserError, KeyError, TypeError, ValueError):
@@ -171,14 +170,14 @@ def last_sent(run: Path) -> float:
 
 
 def keep_sent(run: Path, message: Message) -> None:
-    """Keep that a message was sent just now. Where that cannot be written, another start may send one too soon."""
+    """Records that a message was sent just now. If that cannot be written, another start may send one too soon."""
     with suppress(OSError):
         body = {"time": time.time(), "kind": message.kind}
         write_atomically(run / FILE, json.dumps(body).encode(), by=f".{launcher.rank()}", durable=False)
 
 
 def merged(messages: list[Message]) -> Message:
-    """Several as one: what matters most, the newest of it, and below it the others."""
+    """One message of several: the newest of the most important kind, with the others below it."""
     first = max(reversed(messages), key=lambda message: KINDS.index(message.kind))
     others = [
         message.title + (f": {message.sentence}" if message.sentence else "")
@@ -189,15 +188,14 @@ def merged(messages: list[Message]) -> Message:
 
 
 def silence(name: str, heartbeat: float, **where: Any) -> Message:
-    """A run whose last sign of life was at that Unix time; `where`: step, node, reason, as far as they are known."""
+    """Message about a run whose last heartbeat was at that Unix time; `where`: step, node, reason, if known."""
     when = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(heartbeat))}, {clock(time.time() - heartbeat)} ago"
     rows = [(label, str(value)) for label, value in where.items() if value not in (None, "")]
     return Message(name, "silent", f"{name} fell silent", f"its last sign of life was at {when}", rows)
 
 
 def message_of(name: str, run: Path | None, event: Mapping[str, Any]) -> Message | None:
-    """The message that tells of an event, or None if it is of those that nobody is told of; `run`: None if its record
-    is not to be looked at."""
+    """The message about an event, or None if it is of no interest; `run`: None if its record is not to be read."""
     kind = event.get("event")
     if kind == "start":
         step, nodes = event.get("step", 0), event.get("nodes", [])
@@ -230,12 +228,12 @@ def _end(name: str, run: Path | None, event: Mapping[str, Any]) -> Message:
 
 
 def _errors(run: Path) -> list[tuple[str, str]]:
-    """The best and the last validation errors of the record; a damaged line has none."""
+    """Best and last validation errors of the record; empty if a line is damaged."""
     best, last = None, None
     try:
         with open(run / record.FILE, "rb") as file:
             for line in file:
-                if b'"validation"' in line[:40]:  # not all steps of a long run are parsed for it
+                if b'"validation"' in line[:40]:  # skips the steps, of which a long run has many
                     last = json.loads(line)
                     best = last if best is None or last["top1_error"] < best["top1_error"] else best
         return [(label, _shown(line)) for label, line in (("best", best), ("last", last)) if line is not None]

@@ -1,8 +1,8 @@
-"""Who reads the record of a run while it grows, and the one way in which they do.
+"""The readers of the record of a run while it grows, and the one way in which they are called.
 
 A reader is a class and an entry in READERS. It is given the lines of metrics.jsonl (they have a "kind") and of
-events.jsonl (they have an "event") as they come, in a thread of its own: whatever it waits for, and whatever it raises,
-training goes on. What it could not take is given to it again at the next line.
+events.jsonl (they have an "event") as they come, in its own thread: whatever it waits for or raises, training goes on.
+A line that it could not take is given to it again with the next one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dist_train.monitor.tensorboard import TensorBoardRun
 from dist_train.monitor.wandb import WandbRun
 from dist_train.rundir import events, record
 
-SHORT = 3.0  # seconds of which the half is not worth anything
-HURRIED = 1.5  # seconds that are left when there is no patience any more
+SHORT = 3.0  # seconds; a wait so short is not halved
+HURRIED = 1.5  # seconds left to the readers once the user is impatient
 LOOK = 0.2  # seconds between two looks at readers that are waited for
 
 
-# By name: makes the reader, or None where it is not wanted. What it raises is told, once.
+# By name: makes the reader, or None if it is not wanted. What it raises is reported, once.
 READERS: dict[str, Callable[[Shown], RecordReader | None]] = {
     "wandb": WandbRun.wanted,
     "tensorboard": TensorBoardRun.wanted,
@@ -34,26 +34,26 @@ READERS: dict[str, Callable[[Shown], RecordReader | None]] = {
 
 
 class Readers:
-    """The readers of one start, each followed in a thread of its own. Only on rank 0."""
+    """The readers of one start, each in its own thread. Only on rank 0."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown = shown
         self._followers: list[_Follower] = []
 
     def open(self) -> None:
-        """Begin to show the run. Never raises."""
+        """Starts all readers. Never raises."""
         self._followers = [_Follower(name, make, self._shown) for name, make in READERS.items()]
 
     def wake(self) -> None:
-        """There are new lines on the disk."""
+        """Tells the readers that there are new lines on disk."""
         for follower in self._followers:
             follower.wake()
 
     def close(self, seconds: float, patient: Callable[[], bool] = lambda: True) -> None:
-        """Let them show what is there, and end. Returns after so many seconds at most, whatever they wait for.
+        """Lets the readers show the remaining lines and end. Returns after so many seconds at most.
 
         Args:
-            patient: asked now and then meanwhile; once it says no, little time is left.
+            patient: polled meanwhile; once it returns False, HURRIED seconds are left.
         """
         for follower in self._followers:
             follower.end()
@@ -76,7 +76,7 @@ class Readers:
         self._hurry(last=True)
 
     def abandon(self) -> None:
-        """The run is another start's now, which shows it."""
+        """Ends the readers at once: another start has taken over the run, and shows it."""
         self._hurry(last=True)
 
     def _hurry(self, *, last: bool) -> None:
@@ -88,7 +88,7 @@ class Readers:
 
 
 class _Follower(Thread):
-    """The thread of one reader, which reads behind what writes."""
+    """The thread of one reader, which follows the files as they grow."""
 
     def __init__(self, name: str, make: Callable[[Shown], RecordReader | None], shown: Shown) -> None:
         super().__init__(name=name, daemon=True)
@@ -114,7 +114,7 @@ class _Follower(Thread):
         if isinstance(reader, Hurried):
             try:
                 reader.hurry(last=last)
-            except Exception as error:  # others are hurried, too
+            except Exception as error:  # the others are still to be hurried
                 self._tell(error)
 
     def run(self) -> None:
@@ -135,7 +135,7 @@ class _Follower(Thread):
                 self._changed.wait_for(lambda: self._news or self._over)
                 self._news, over = False, self._over
             self._catch_up(reader)
-        self._catch_up(reader)  # there is no next line at which what could not be taken would come again
+        self._catch_up(reader)  # no next line will bring again what could not be taken
         self._try(reader, reader.close)
 
     def _catch_up(self, reader: RecordReader) -> None:
@@ -143,13 +143,13 @@ class _Follower(Thread):
             pass
 
     def _follow(self, reader: RecordReader) -> bool:
-        """Pass on what is new. Returns whether to do it again at once: something could not be taken, but some could."""
+        """Passes on what is new. Returns whether to try again at once: some lines were taken, but not all."""
         before = [source.place for source in self._sources]
         well = [self._try(reader, partial(source.pass_on, reader.take)) for source in self._sources]
         return not all(well) and any(source.place > place for source, place in zip(self._sources, before, strict=True))
 
     def _try(self, reader: RecordReader, work: Callable[[], None]) -> bool:
-        """Returns whether it went well."""
+        """Does `work`. Returns False after an error."""
         try:
             try:
                 work()
@@ -169,13 +169,13 @@ class _Follower(Thread):
 
 
 class _Source:
-    """A file of lines, from a byte on."""
+    """A file of lines, read from a byte on."""
 
     def __init__(self, path: Path, place: int) -> None:
         self._path, self.place = path, place
 
     def pass_on(self, take: Callable[[dict[str, Any]], None]) -> None:
-        """Pass on the lines that are whole and new; the place moves behind those that were taken."""
+        """Passes on the new whole lines; the place moves behind those that were taken."""
         for end, values in lines(self._path, self.place):
             if values is not None:
                 take(values)

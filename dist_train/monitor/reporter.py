@@ -1,4 +1,4 @@
-"""What is recorded of a step and of a validation."""
+"""The record of steps and validations."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ from pipelines.loader import Loader
 
 
 class Reporter:
-    """Turns steps and validations into records.
+    """Turns steps and validations into lines of the record.
 
-    A record is of the steps since the one before: its window. What depends on the machine is of those of them that this
-    start has taken.
+    A line covers the steps since the previous one: its window. What depends on the machine covers those of them that
+    this start has taken.
 
     Args:
-        loader: of the training set, for the seconds that this rank waited for data.
+        loader: of the training set, for this rank's wait for data.
     """
 
     def __init__(self, config: Config, world: World, run: RunDirectory, terminal: Terminal, loader: Loader) -> None:
         self._config, self._world, self._run, self._terminal, self._loader = config, world, run, terminal, loader
         self._sampler = GpuSampler.of(world.device, run.say)
-        self._told = 0.0  # seconds of waiting of this rank that the votes know
+        self._told = 0.0  # this rank's seconds of waiting that were told with votes
         self._epoch_began = time.monotonic()
-        self._bad: int | None = None  # bad samples that were told
-        # Of the window, as far as this start has taken it:
-        self._stepping, self._saving = 0.0, 0.0  # seconds of the ledger when it began
-        self._ends = deque[float]()  # the same, at the end of each step whose sums are not known yet
+        self._bad: int | None = None  # bad samples already reported
+        # Of those steps of the window that this start has taken:
+        self._stepping, self._saving = 0.0, 0.0  # seconds in the ledger when the window began
+        self._ends = deque[float]()  # the same, at the end of each step whose vote is not read yet
         self._steps = 0
         self._waited = [0.0] * world.size
         self._memory = 0.0
         self._samples: list[GpuSample] = []
 
     def begin_epoch(self, progress: Progress) -> None:
-        self._terminal.begin_epoch(progress, self._config.train.epochs, self._loader.steps)
+        self._terminal.begin_epoch(progress, self._config.train, self._loader.steps)
         self._epoch_began = time.monotonic()
         if self._bad is None:
             self._bad = progress.bad_samples
 
     def row(self, step: Step) -> tuple[float, ...]:
-        """What this rank tells of itself with the vote of a step: the seconds that it has waited for data since the
-        last one, and at a step that is recorded its largest memory so far in MB; on a GPU also a `GpuSample`."""
+        """This rank's own numbers in the vote of a step: seconds waited for data since the last one, and at a recorded
+        step its peak memory so far in MB; on a GPU also a `GpuSample`."""
         self._ends.append(self._run.ledger.stepping)
         waited, self._told = self._loader.waited - self._told, self._loader.waited
         memory, due = 0.0, self._due(step)
@@ -67,12 +67,13 @@ class Reporter:
         return waited, memory, *(sample or GpuSample())
 
     def step(self, step: Step, rows: Sequence[tuple[float, ...]], state: TrainState, *, last: bool) -> None:
-        """A step whose sums are known, and are in `state.window`.
+        """Takes a step whose sums are in `state.window`.
 
         Args:
-            rows: what each rank has told of itself; see `row`.
-            last: the run ends with it, so it is recorded whether or not it is one of every `log_every`.
+            rows: each rank's own numbers; see `row`.
+            last: the run ends with this step, so it is recorded whatever `log_every` is.
         """
+        self._terminal.tick()
         self._run.ledger.waited(max(waited for waited, *_ in rows))
         self._steps, end = self._steps + 1, self._ends.popleft()
         self._waited = [sum(pair) for pair in zip(self._waited, (row[0] for row in rows), strict=True)]
@@ -80,31 +81,37 @@ class Reporter:
         if self._due(step) or last:
             self._samples = [GpuSample(*row[2:]) for row in rows]
             self._record(step, state, end)
-        self._terminal.tick()
         self._run.status.heartbeat(step=step.number, epoch=step.epoch)
 
+    def begin_validation(self, progress: Progress, batches: int) -> None:
+        self._terminal.begin_validation(progress, batches)
+
+    def validated(self) -> None:
+        """One batch of the validation is done."""
+        self._terminal.validated()
+        self._run.status.heartbeat()
+
     def validation(self, scores: Scores, state: TrainState, lr: float) -> None:
-        """The validation of an epoch; `lr`: of its last step."""
+        """Records the validation of an epoch; `lr`: of its last step."""
         values = asdict(scores) | state.window.epoch_means(self._config.train.global_batch)
         seconds = {"seconds": self._run.ledger.last, "epoch_seconds": time.monotonic() - self._epoch_began}
         self._append("validation", state.progress, lr=lr, **values, machine=_rounded(seconds))
 
-    def division(self, error: float, chance: float, lr: float, progress: Progress) -> None:
-        """The learning rate is divided after a validation error of `error`, to `lr`; `chance`: the error of a net that
-        always names the most common class."""
+    def division(self, error: float, chance: float, lr: float, progress: Progress, remedy: str) -> None:
+        """Reports that the learning rate was divided, to `lr`, after a validation error of `error`; `chance`: the error
+        of always predicting the most common class; `remedy`: what to do if the net is no better than that."""
         where = {"step": progress.step, "epoch": progress.epoch}
         self._run.events.append("division", **where, lr=lr, error=error)
-        text = f"learning rate divided by {self._config.schedule.factor:g}"
+        text = f"learning rate divided by {self._config.schedule.factor:g}, to {lr:g}"
         if error >= chance:
             text += (
-                f", but the net is still no better than always naming the most common class ({chance:.2%}): raise "
-                f"schedule.patience, or move schedule.milestones"
+                f", but the net is still no better than always naming the most common class ({chance:.2%}): {remedy}"
             )
             self._run.events.append("alert", **where, sentence=text)
         self._run.say(text)
 
     def probe(self, values: dict[str, Any], progress: Progress, lr: float) -> None:
-        """What `dist_train.probe` measured before a step."""
+        """Records what `dist_train.probe` measured before a step."""
         self._append("probe", progress, lr=lr, **values)
 
     def _due(self, step: Step) -> bool:
@@ -124,7 +131,7 @@ class Reporter:
         state.window.clear()
 
     def _machine(self, batch: int, end: float) -> dict[str, Any]:
-        """Of the window, which the step ended that the ledger had so many seconds after; the next one begins."""
+        """The machine's numbers of the window, whose last step ended at `end` seconds of the ledger; begins another."""
         ledger, size = self._run.ledger, self._world.size
         seconds = max(1e-9, end - self._stepping)
         worst = max(range(size), key=self._waited.__getitem__)
@@ -147,7 +154,7 @@ class Reporter:
         return _rounded(numbers)
 
     def _peak(self) -> float:
-        """The largest memory of this rank so far, of the device or on the CPU of the process, in MB (10^6 bytes)."""
+        """Peak memory of this rank so far in MB (10^6 bytes): of the GPU, or of the process on the CPU."""
         if self._world.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._world.device) / 1e6
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
@@ -158,5 +165,5 @@ class Reporter:
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    """To a thousandth: what clocks measure is no more certain than that."""
+    """Rounded to thousandths, the precision of the clocks."""
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}

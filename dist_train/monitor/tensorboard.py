@@ -1,5 +1,5 @@
-"""The run in TensorBoard: a reader of the same records. Written anew at each start, so that it is the record, whatever
-became of the start before, and also where it was not wanted then."""
+"""The run in TensorBoard: a reader of the record. Its files are rewritten at each start, so that they match the record
+whatever became of the previous start, even one without TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FOLDER, FILES = "tensorboard", "events.out.tfevents.*"
 
 
 class TensorBoardRun:
-    """Event files in <run>/tensorboard, one event a line of the record; x is the step. Raises ImportError."""
+    """Event files in <run>/tensorboard, one event per line of the record; x is the step. Raises ImportError."""
 
     def __init__(self, folder: Path) -> None:
-        # Here, that is in the reader's own thread, since it takes a second or two.
+        # Imported here, in the reader's own thread, since it takes a second or two.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import FileWriter
@@ -49,9 +49,9 @@ class TensorBoardRun:
             if old.is_symlink() or not old.stat().st_size:
                 old.unlink()
             else:
-                os.truncate(old, 0)  # a TensorBoard that looks on would stand still at a file that is gone
+                os.truncate(old, 0)  # a running TensorBoard would wait for a deleted file
         self._writer = self._open(self._folder)
-        self._writer.add_event(self._begun)  # who has read the old files drops what they said
+        self._writer.add_event(self._begun)  # a running TensorBoard drops what it has read from the old files
         return 0
 
     def take(self, line: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class TensorBoardRun:
             try:
                 self._writer.add_summary(self._summary(value=values), line["step"])
                 self._writer.flush()
-            except OSError as error:  # how much of it is in the file is not known
+            except OSError as error:  # how much of it was written is unknown
                 raise Anew from error
 
     def close(self) -> None:

@@ -1,52 +1,68 @@
-"""What a run shows in the terminal: a progress bar, or plain lines where the output is not a terminal."""
+"""What a run shows in the terminal: one live line, or plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
 
+from dist_train.config import TrainConfig
 from dist_train.rundir.ledger import clock
 from dist_train.rundir.record import MACHINE
 from dist_train.rundir.state import Progress
-from pipelines.speech import bar, say, watched
+from pipelines.speech import COLUMNS, bar, say, watched
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 LINES = 30.0  # seconds between two plain lines, at least
+ROOM = 12  # columns that the bar keeps, with its borders
+DROPPED = (2, 4, 3, 1, 0)  # numbers of `_parts` left out of a narrow line, one after the other
 
 
 class Terminal:
-    """Shows a run on stderr, from its records, as they are made; on ranks other than 0 it is silent."""
+    """Shows a run on stderr, from its records, as they are made; silent on ranks other than 0."""
 
     def __init__(self, *, is_first: bool) -> None:
         self._shows = is_first
         self._bar: tqdm[Any] | None = None
         self._shown = 0.0
-        self._epochs, self._steps = 1, 1
+        self._epochs, self._steps, self._last = 1, 1, 0
+        self._done, self._total, self._of = 0, 1, ""
 
     def say(self, text: str) -> None:
-        """One line for the user."""
+        """Prints one line."""
         if self._shows:
             say(text)
 
-    def begin_epoch(self, progress: Progress, epochs: int, steps: int) -> None:
-        self._epochs, self._steps = epochs, steps
-        if self._shows and watched():
-            self._bar = bar(steps, f"epoch {progress.epoch + 1}/{epochs}", "step", initial=progress.step_in_epoch)
+    def begin_epoch(self, progress: Progress, train: TrainConfig, steps: int) -> None:
+        """Begins a live line; an epoch has so many `steps`, unless `train.max_steps` ends it before."""
+        self._epochs, self._steps, self._last = train.epochs, steps, train.max_steps
+        total = min(steps, self._last - progress.step + progress.step_in_epoch) if self._last else steps
+        self._begin(progress.step_in_epoch, total, f"steps of epoch {progress.epoch + 1}/{train.epochs}")
+
+    def begin_validation(self, progress: Progress, batches: int) -> None:
+        """Begins a live line in place of the epoch's."""
+        self._begin(0, batches, f"batches of validation {progress.epoch + 1}/{self._epochs}")
 
     def end_epoch(self) -> None:
+        """Removes the live line."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def tick(self) -> None:
-        """A step is done."""
+        """One step is done."""
+        self._done += 1
         if self._bar is not None:
             self._bar.update()
 
+    def validated(self) -> None:
+        """One batch of the validation is done."""
+        self.tick()
+        self._plain("")
+
     def take(self, line: dict[str, Any]) -> None:
-        """A line of the record."""
+        """Shows a line of the record."""
         if line["kind"] == "step":
             self._step(line)
         elif line["kind"] == "validation":
@@ -57,19 +73,49 @@ class Terminal:
                 f"{line['lr']:g}, {clock(line[MACHINE]['epoch_seconds'])}"
             )
 
+    def _begin(self, done: int, total: int, of: str) -> None:
+        self.end_epoch()
+        self._done, self._total, self._of = done, total, of
+        if self._shows and watched():
+            self._bar = bar(total, "", "", initial=done, live=self._format(""))
+
     def _step(self, line: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._text(line))
-        elif self._shows and now - self._shown > LINES:
-            self.say(f"epoch {line['epoch'] + 1} step {line['step']}: {self._text(line)}")
+        parts = self._parts(line)
+        self._draw(parts)
+        self._plain(": " + ", ".join(parts))
+
+    def _plain(self, text: str) -> None:
+        """A line without a terminal, if the last one is old enough."""
+        if self._shows and self._bar is None and (now := time.monotonic()) - self._shown > LINES:
+            self.say(f"{self._done} of {self._total} {self._of}{text}")
             self._shown = now
 
-    def _text(self, line: dict[str, Any]) -> str:
-        machine = line[MACHINE]
-        images = (self._epochs - line["progress"]) * self._steps * line["images"] / line["step"]
-        return (
-            f"loss {line['loss']:.3f}, error {line['train_error']:.0%}, lr {line['lr']:g}, "
-            f"{machine['images_per_s']:.0f} images/s, data wait {machine['data_wait']:.0%}, "
-            f"{clock(images / max(1e-9, machine['images_per_s']))} left"
-        )
+    def _draw(self, parts: list[str]) -> None:
+        """The live line with as many of the numbers as leave the bar its room."""
+        if self._bar is None:
+            return
+        width = self._bar.format_dict["ncols"] or COLUMNS  # a terminal that is gone has none
+        free = width - ROOM - len(f" {self._total} of {self._total} {self._of} ")
+        kept, dropped = dict(enumerate(parts)), iter(DROPPED)
+        while len(text := ", ".join(kept.values())) > free and (i := next(dropped, None)) is not None:
+            del kept[i]
+        self._bar.bar_format = self._format(text)
+        self._bar.refresh()
+
+    def _format(self, text: str) -> str:
+        return f"{{n_fmt}} of {{total_fmt}} {self._of} |{{bar}}| {text}"
+
+    def _parts(self, line: dict[str, Any]) -> list[str]:
+        """The numbers of a step's line, and the time to the last step."""
+        machine, steps = line[MACHINE], (self._epochs - line["progress"]) * self._steps
+        if self._last:
+            steps = min(steps, self._last - line["step"])
+        seconds = steps * line["images"] / line["step"] / max(1e-9, machine["images_per_s"])
+        return [
+            f"loss {line['loss']:.3f}",
+            f"error {line['train_error']:.0%}",
+            f"lr {line['lr']:g}",
+            f"{machine['images_per_s']:.0f} images/s",
+            f"data wait {machine['data_wait']:.0%}",
+            f"{clock(seconds)} left",
+        ]

@@ -1,4 +1,4 @@
-"""The run in wandb: a reader of the same record."""
+"""The run in wandb: a reader of the record."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from dist_train.rundir import record
 from pipelines.files import readable_jsonl
 
 FALLBACK: dict[Mode, Mode] = {"online": "offline", "offline": "disabled"}
-STARTED = ("code", "versions", "nodes", "world_size", "device")  # of the event of a start, besides the configuration
+STARTED = ("code", "versions", "nodes", "world_size", "device")  # of a start's event, beside the configuration
 FATAL = "filestream: fatal error"  # in the log of wandb's own process
-TIMEOUT = 60  # seconds that wandb may take to begin
+TIMEOUT = 60  # seconds for wandb to begin
 ALERTS = {"diverged": "ERROR", "failed": "ERROR", "stopped": "WARN"}
-UNTOLD = {"state": "failed", "reason": "the process left in haste", "code": FAILED}  # where no event tells the end
+UNTOLD = {"state": "failed", "reason": "the process left in haste", "code": FAILED}  # if no event tells the end
 
 
 class WandbRun:
-    """The run's one wandb run over all its starts: its id, and how far it was sent, are kept in the run directory.
+    """One wandb run for all starts of a run: its id, and how far it was sent, are kept in the run directory.
 
-    wandb has a row for each step, and takes none for a step below the last one. It falls back to offline, then to
+    wandb has one row per step, and accepts none below the last one. If it fails, it falls back to offline, then to
     nothing, and says so: showing a run must never end it.
     """
 
@@ -40,8 +40,8 @@ class WandbRun:
         self._kept, self._odd = Kept(shown), list[str]()
         self._run: Any = None
         self._home, self._id, self._url = Path(), "", ""  # of the run in wandb, once it has begun
-        self._first, self._row = 0, 0  # the step from which on lines are sent, and the row for the next line
-        self._had = set[str]()  # kinds of lines that have been sent of the step before
+        self._first, self._row = 0, 0  # the first step that is sent, and the row of the next line
+        self._had = set[str]()  # kinds of lines already sent of the step before it
         self._taken, self._begun, self._lost = 0, 0, False
         self._hurried, self._abandoned, self._closing, self._said_how = False, False, False, False
         self._pictures: Pictures | None = None
@@ -86,7 +86,7 @@ class WandbRun:
                 self._show(line)
             else:
                 self._hear(line)
-        except Exception as error:  # wandb's own process has died
+        except Exception as error:  # wandb-core has died
             self._fail(error)
             raise
 
@@ -122,24 +122,24 @@ class WandbRun:
             self._say_how()
 
     def _show(self, line: dict[str, Any]) -> None:
-        """A line of the record."""
+        """Sends a line of the record."""
         if values := dict[str, Any](names.named(line)):
             step, kind = int(line["step"]), line["kind"]
-            # The server has the step; but the run may have stopped between the step and its validation.
+            # The server has the step, but the run may have stopped between it and its validation.
             late = step == self._first - 1 and self._had and kind not in self._had
             if step >= self._first or late:
-                # Behind the last step of an epoch comes its validation, and behind the last one what is shown at the
-                # end of a run: a row for that would be where the next step belongs, if there are to be more epochs.
+                # The last step of an epoch shares its row with the validation, and the last validation with what is
+                # shown at the end of a run: a row of its own would be in the place of the next step, if epochs follow.
                 ends = kind == "step" and line["progress"] % 1 > 0
                 where = {X: line[X]} | ({EPOCH: line["progress"]} if kind == "step" else {})
                 self._log(where | values | self._pictured(kind), step, ends=ends)
         self._taken += 1
 
     def _hear(self, line: dict[str, Any]) -> None:
-        """An event."""
+        """Takes an event."""
         event = line.get("event")
         if event == "start":
-            self._end = UNTOLD  # that of an earlier start may have been told just now
+            self._end = UNTOLD  # the one just taken may be of an earlier start
             told = {key: line[key] for key in STARTED if key in line}
             self._run.config.update({"start": told}, allow_val_change=True)
         elif event == "end":
@@ -152,10 +152,10 @@ class WandbRun:
         self._run.alert(f"{title}: {name}"[: LONGEST - 1], f"{name}: {text}", level=level)
 
     def _log(self, values: dict[str, Any], step: int, *, ends: bool) -> None:
-        """Log them in the row of their step; in the next one, with what comes there, if that is gone.
+        """Logs values in the row of their step, or if that is gone, in the next one.
 
         Args:
-            ends: whether nothing more is to come of this step. A row goes out when it ends.
+            ends: whether this step is complete. A row is sent when it ends.
         """
         row = max(step, self._row)
         ends = ends and row == step
@@ -163,7 +163,7 @@ class WandbRun:
         self._row = row + ends
 
     def _fail(self, error: Exception) -> None:
-        """wandb has failed in the midst of the run. Raises Anew for the first time."""
+        """Takes a failure of wandb during the run. Raises Anew the first time."""
         self._lost = self._begun > 1 or self._abandoned
         if not self._lost:
             self._shown.say(f"wandb has failed ({self._why(error)}): it begins anew, offline")
@@ -171,8 +171,8 @@ class WandbRun:
             raise Anew from error
 
     def _check(self) -> None:
-        """Raises ConnectionError where the server has refused lines in the midst of the run: `finish` does not. Nor
-        does it where the disk was full, which is told."""
+        """Raises ConnectionError if the server has refused lines during the run, and reports a full disk: `finish` does
+        neither."""
         log, file = Path(self._run.settings.log_internal), Path(self._run.settings.sync_file)
         if self._mode == "offline" and not wandb_files.is_whole(file):
             self._shown.say(f"wandb has not written all to {file}: is the disk full?")
@@ -194,7 +194,7 @@ class WandbRun:
             self._run.mark_preempting()
 
     def _pictured(self, kind: str) -> dict[str, Any]:
-        """What has been drawn meanwhile, to be shown with a line of this kind."""
+        """Pictures drawn meanwhile, to be sent with a line of this kind."""
         assert self._pictures is not None
         if kind == "validation":
             self._pictures.validated()
@@ -205,7 +205,7 @@ class WandbRun:
         return wandb_extras.images(pictures)
 
     def _show_last(self) -> None:
-        """What there is to see of a run that is done; another one has no time for it."""
+        """Sends pictures, tables and checkpoint of a run that is done; after another end there is no time."""
         assert self._pictures is not None
         run, row, pictures = self._shown.run, self._row, self._pictures
         works: list[Callable[[], Any]] = []
@@ -223,7 +223,7 @@ class WandbRun:
         pictures.end()
 
     def _say_how(self) -> None:
-        """What a user can do to see the run: once, by the thread that comes first."""
+        """Prints how to see the run; once, by the thread that comes first."""
         if self._said_how:
             return
         self._said_how = True
@@ -236,10 +236,10 @@ class WandbRun:
         self._shown.say(f"wandb leet {quote(str(self._home))}")
 
     def _is_there(self) -> bool:
-        """Whether wandb can be imported, and what it refuses of its variables."""
+        """Whether wandb can be imported; also finds the variables that it refuses."""
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # wandb's, of its own dependencies
+                warnings.simplefilter("ignore")  # about wandb's own dependencies
                 import wandb  # noqa: F401
             self._odd = wandb_variables.odd()
         except (Exception, SystemExit) as error:
@@ -273,22 +273,22 @@ class WandbRun:
         return run
 
     def _bury(self) -> None:
-        """Make room for another one in this process: wandb's own process has died, or has the id in use still."""
+        """Makes room for another run in this process: wandb-core has died, or still holds the id."""
         self._run = None
-        wandb_process.kill()  # if it were stopped, it would be waited for
+        wandb_process.kill()  # otherwise one that is suspended would be waited for
         with suppress(Exception):
             wandb_process.teardown()
 
     def _why(self, error: Exception) -> str:
-        """Why wandb has failed: an end of its process that was brought about here is not the reason."""
+        """Why wandb has failed; that its process was killed here is not the reason."""
         hurried = self._hurried and self._mode == "online"
         return "the server does not answer" if hurried else one_line(error)
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The lines of the record that readers are given, each with the byte behind it."""
+        """The lines of the record, each with the byte behind it."""
         return ((end, line) for end, line in lines(self._shown.run / record.FILE) if line is not None)
 
 
 def _step(lines: list[dict[str, Any]]) -> int:
-    """The last step in lines of the record; -1 for none."""
+    """The last step in lines of the record, or -1."""
     return max((int(line["step"]) for line in lines if names.named(line)), default=-1)

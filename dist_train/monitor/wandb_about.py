@@ -1,4 +1,4 @@
-"""What wandb is told of a run besides its record: whether and where it is shown, what it is, how its numbers are."""
+"""How a run is shown in wandb: mode, project, name, tags and the definition of its metrics."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Literal
 from dist_train.config import Config
 
 Mode = Literal["disabled", "offline", "online"]
-X = "images"  # the axis of all charts, by which runs with batches of different sizes can be compared
+X = "images"  # x axis of all charts, so that runs of different batch sizes can be compared
 EPOCH = "progress/epoch"  # with its fraction; `wandb leet` shows hidden ones too, in the order of their names
 LONGEST = 64  # characters of a tag, and of the title of an alert
-# What of a metric is in the summary of the run, by its name or the beginning of it.
+# Summary of each metric, by its name or prefix.
 SUMMARIES = {
     "error/*": "min,last",
     "loss/*": "min,last",
@@ -36,7 +36,7 @@ def definitions() -> Iterator[dict[str, Any]]:
 
 
 def mode(config: Config) -> Mode:
-    """Whether, and how, wandb is to show the run: by the configuration, otherwise by wandb's own variables."""
+    """wandb's mode: from the configuration, otherwise from wandb's own variables."""
     if config.monitor.wandb is not None:
         return config.monitor.wandb
     if chosen := os.environ.get("WANDB_MODE"):
@@ -47,15 +47,15 @@ def mode(config: Config) -> Mode:
 
 
 def about(config: Config) -> dict[str, Any]:
-    """The arguments of `wandb.init` that say what run this is. None: wandb's own variable counts, if there is one."""
+    """Arguments of `wandb.init` that identify the run. None leaves the choice to wandb's own variable."""
     monitor, run = config.monitor, config.run
-    sweep, _, _ = run.name.rpartition("/")  # a member of one is named SWEEP/1-optim.lr=0.02
+    sweep, _, _ = run.name.rpartition("/")  # runs of a sweep are named SWEEP/1-optim.lr=0.02
     data = config.data.source or Path(config.data.train).absolute().parent.name
     tags = [*monitor.wandb_tags, *os.environ.get("WANDB_TAGS", "").split(","), config.model.name, data]
     return {
         "project": monitor.wandb_project or os.environ.get("WANDB_PROJECT") or "dist_train",
         "entity": monitor.wandb_entity,
-        # One name for all members would make them one another's like.
+        # WANDB_NAME would give all runs of a sweep the same name.
         "name": run.name if sweep else os.environ.get("WANDB_NAME") or run.name or Path(run.dir).name,
         "group": sweep or None,
         "job_type": os.environ.get("WANDB_JOB_TYPE") or "train",

@@ -1,4 +1,4 @@
-"""What wandb shows of a run besides its numbers: pictures, tables of its classes, its best checkpoint."""
+"""Pictures, tables of the classes and the best checkpoint of a run, for wandb."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from dist_train.monitor import portraits
 from dist_train.monitor.portraits import Drawing, What
 from dist_train.rundir.checkpoint import find
 
-EVERY = 600.0  # seconds between two pictures of what the net has learnt
-LAST, ENOUGH = 30.0, 10.0  # seconds that pictures are waited for at the end at most, and that are left then at least
-MOST = 50  # classes that a confusion matrix has room for
-PAIRS = 100  # most confused ones, of more classes
+EVERY = 600.0  # seconds between two pictures of the net
+LAST, ENOUGH = 30.0, 10.0  # seconds: longest wait for pictures at the end, and least time left after it
+MOST = 50  # classes in a confusion matrix
+PAIRS = 100  # most frequent confusions shown of more classes
 
 
 def patience(seconds: float) -> float:
-    """How long pictures are waited for at the end of a run, of the seconds that a stop may take: most of these may be
-    needed to send what there is."""
+    """Seconds to wait for pictures at the end of a run, out of those that a stop may take: most of these may be needed
+    for sending."""
     return min(LAST, max(0.0, seconds / 2 - ENOUGH))
 
 
 class Pictures:
-    """Draws a run beside its training, and hands over what is drawn: what the net is shown once, and after
-    validations, not more often than every ten minutes, what it takes for something else and its first kernels.
+    """Draws pictures of a run beside its training: the net's inputs once; its errors and first kernels after
+    validations, every ten minutes at most.
 
     Args:
-        say: told, once, why something cannot be drawn.
-        inputs: whether those are still to be drawn.
+        say: prints, once, why something cannot be drawn.
+        inputs: whether the inputs are still to be drawn.
     """
 
     def __init__(self, run: Path, say: Callable[[str], None], *, inputs: bool) -> None:
         self._run, self._say, self._told = run, say, False
-        self._drawn = -EVERY  # when it was begun
-        self._news = False  # whether the net has learnt since
+        self._drawn = -EVERY  # when the last drawing was begun
+        self._news = False  # whether there was a validation since
         self._under_way = dict[What, Drawing]()
         if inputs:
             self._begin("inputs")
 
     def validated(self) -> None:
-        """There is a validation, behind which the state is saved soon."""
+        """Notes a validation, after which the state is saved soon."""
         self._news = True
 
     def look(self, *, last: float = 0) -> dict[str, Path]:
-        """What has been drawn since the last look.
+        """Pictures drawn since the last look.
 
         Args:
-            last: nothing follows; so the newest state is drawn, if it was not yet, and waited for, so many seconds.
+            last: if not 0, this is the last look: the newest state is drawn, and waited for, so many seconds.
         """
         if self._news and (last or time.monotonic() - self._drawn > EVERY):
             self._news, self._drawn = False, time.monotonic()
@@ -67,19 +67,19 @@ class Pictures:
         return found
 
     def end(self) -> None:
-        """Nothing is drawn any more."""
-        ended, self._under_way = self._under_way, {}  # another thread may look at them
+        """Stops all drawing."""
+        ended, self._under_way = self._under_way, {}  # another thread may be reading them
         for drawing in list(ended.values()):
             drawing.end()
 
     def _begin(self, what: What) -> None:
-        if what in self._under_way:  # of a state that is gone
+        if what in self._under_way:  # it shows an older state
             self._under_way[what].end()
         self._under_way[what] = Drawing(self._run, what)
 
 
 def images(pictures: dict[str, Path]) -> dict[str, Any]:
-    """Files as wandb's images."""
+    """Picture files as wandb images."""
     if not pictures:
         return {}
     import wandb
@@ -88,8 +88,8 @@ def images(pictures: dict[str, Path]) -> dict[str, Any]:
 
 
 def tables(run: Path) -> dict[str, Any]:
-    """How the last validation went for each class, and what was taken for what: of many classes the pairs that were so
-    most often. Raises UserError where none has been counted."""
+    """Error per class and confusion matrix of the last validation; with many classes, the most frequent confusions.
+    Raises UserError if there are no counts."""
     import wandb
 
     counts = portraits.classes(run)
@@ -106,7 +106,7 @@ def tables(run: Path) -> dict[str, Any]:
 
 
 def checkpoint(run: Path, name: str) -> Any:
-    """The best checkpoint as an artifact, which is not copied first. Raises UserError where it was lost."""
+    """The best checkpoint as an artifact, without a copy. Raises UserError if it is lost."""
     import wandb
 
     found = find(run, "best")

@@ -1,4 +1,4 @@
-"""What wandb leaves on the disk, and what is kept there for the next start: the run's id, and how far it was sent."""
+"""Files of wandb: its offline logs, and what the next start needs, the run's id and how far the run was sent."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from dist_train.monitor.reader import Shown, lines
 from dist_train.rundir import record
 from pipelines.files import write_atomically
 
-BLOCK, HEADER = 32768, 7  # bytes: of a file of wandb's, and what is before each of its pieces and at its beginning
-WHOLE, LAST = 1, 4  # pieces that end a message
+BLOCK, HEADER = 32768, 7  # bytes: a block of wandb's file; the header of each piece, and of the file
+WHOLE, LAST = 1, 4  # kinds of pieces that end a message
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class Kept:
-    """A run's folder wandb, where a mark says how far it was sent: the byte of the record behind what has arrived for
-    good. It moves when a start ends well: what a killed one sent may be lost."""
+    """The folder `wandb` of a run. Its mark says how far the run was sent: the byte of the record behind the last line
+    that has certainly arrived. It moves when a start ends well: what a killed one sent may be lost."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown = shown
         self._id, self._sent, self._inputs = (shown.run / "wandb" / name for name in ("id", "sent", "inputs"))
 
     def id(self) -> str:
-        """The id of the run with wandb; of a new one where there is none yet, or none that wandb would take."""
+        """The run's id in wandb; a new one if there is none yet, or if wandb would refuse it."""
         self._id.parent.mkdir(exist_ok=True)
         found = self._id.read_text(encoding="utf-8", errors="replace").strip() if self._id.exists() else None
         if found and ID.fullmatch(found):
             return found
         if found is not None:
             self._shown.say(f"wandb: {self._id} holds no id: the run is shown from its beginning, as a new one")
-        for left in (self._sent, self._inputs):  # which tell of the other one
+        for left in (self._sent, self._inputs):  # they belong to the other id
             left.unlink(missing_ok=True)
         new = uuid.uuid4().hex[:8]
         write_atomically(self._id, new.encode())
         return new
 
     def mark(self) -> int:
-        """The mark, at the end of a line. If the record has been cut back, or another one has been put there, so is the
-        mark, on the disk: lines that are written anew may have other lengths, and it would be among them."""
+        """The mark, always at the end of a line. If the record was cut back or replaced, so is the mark, on disk too:
+        rewritten lines may have other lengths, and it could point into one."""
         try:
             mark = int(self._sent.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -60,7 +60,7 @@ class Kept:
 
     @property
     def has_inputs(self) -> bool:
-        """Whether the picture of what the net is shown has arrived."""
+        """Whether the picture of the inputs has been sent."""
         return self._inputs.exists()
 
     def inputs_arrived(self) -> None:
@@ -68,8 +68,7 @@ class Kept:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether an offline file goes as far as the exit of the run. On a full disk wandb leaves out what has no room, and
-    tells nobody."""
+    """Whether an offline file reaches the exit of the run. On a full disk wandb drops what does not fit, silently."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     try:
@@ -79,10 +78,10 @@ def is_whole(path: Path) -> bool:
 
 
 def sendable(home: Path, run_id: str) -> list[Path]:
-    """Offline folders of a run that hold anything. `wandb sync` of a file without a message, which a start leaves that
-    was killed early, gives up and sends none of the others."""
+    """Offline folders of a run that hold at least one message. A start that is killed early leaves one without, at
+    which `wandb sync` gives up, and sends none of the others."""
     found = []
-    for path in sorted(home.glob(f"offline-run-*/run-{run_id}.wandb")):  # of two in one second one has another end
+    for path in sorted(home.glob(f"offline-run-*/run-{run_id}.wandb")):  # two in one second differ in their suffix
         with suppress(OSError, ValueError):
             if any(True for _ in _messages(path)):
                 found.append(path.parent)
@@ -90,8 +89,8 @@ def sendable(home: Path, run_id: str) -> list[Path]:
 
 
 def _messages(path: Path) -> Iterator[bytes]:
-    """The whole messages in a file of wandb's: a log as LevelDB has it, of blocks with pieces, each behind its
-    checksum, length and kind. Ends where the file does. Raises ValueError for damage."""
+    """The whole messages of a wandb file, a log in LevelDB's format: blocks of pieces, each behind its checksum, length
+    and kind. Raises ValueError for damage."""
     place, message = HEADER, b""
     with open(path, "rb") as file:
         file.seek(place)

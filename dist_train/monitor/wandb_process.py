@@ -1,5 +1,4 @@
-"""wandb's own process, a child of the trainer's: how it is left, and ended; and whom wandb may ask
-and tell."""
+"""wandb-core, wandb's own process and a child of the trainer: how it is ended, and kept from asking and printing."""
 
 from __future__ import annotations
 
@@ -15,22 +14,22 @@ NAME = "wandb-core"
 
 
 def forget() -> None:
-    """One that belongs to a process above this one is not shared: it may be gone, or have this run's id in use."""
+    """Forgets the process of a parent, which is not shared: it may be gone, or hold this run's id."""
     os.environ.pop("WANDB_SERVICE", None)
 
 
 def teardown() -> None:
-    """Wait for it to write all, and to end. Raises ConnectionError where it has died."""
+    """Waits until it has written everything and ended. Raises ConnectionError if it has died."""
     import wandb
 
     try:
         wandb.teardown()
-    except SystemExit as error:  # wandb's way to tell
+    except SystemExit as error:  # raised by wandb
         raise ConnectionError(f"{NAME} has ended with {error.code}") from error
 
 
 def kill() -> None:
-    """Kill it: it would go on trying to reach a server for hours. What waits for it raises an error."""
+    """Kills it: it would try to reach a server for hours. Calls that wait for it raise an error."""
     for listed in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):  # they come and go
             for child in listed.read_text(encoding="utf-8").split():
@@ -40,7 +39,7 @@ def kill() -> None:
 
 @contextmanager
 def nobody_is_asked() -> Iterator[None]:
-    """Without a key wandb asks for one where stdin is a terminal, and waits; where it is none, it raises an error."""
+    """Hides stdin: without a key, wandb asks on a terminal for one and waits; otherwise it raises an error."""
     usual = sys.stdin
     with open(os.devnull, encoding="utf-8") as sys.stdin:
         try:
@@ -51,8 +50,8 @@ def nobody_is_asked() -> Iterator[None]:
 
 @contextmanager
 def mute() -> Iterator[None]:
-    """While wandb begins. Its log may be on a full disk, and each line that has no room would be shown as a traceback:
-    not then, and not later from the log that there is behind the body."""
+    """Silences errors of logging while wandb begins, and of wandb's log afterwards. That may be on a full disk, where
+    each line would be a traceback."""
     usual, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         yield

@@ -1,4 +1,4 @@
-"""wandb's own variables: what it would refuse is left out, so that it does not refuse the run."""
+"""wandb's environment variables. Those with values that it would refuse are hidden, so that the run is shown."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-# What is passed on to wandb by arguments, or settled: its variables do not count beside them.
+# Set by arguments of ours, or fixed: wandb's variables for these are ignored.
 SETTLED = ("TAGS", "MODE", "RUN_ID", "RESUME", "RESUME_FROM", "FORK_FROM", "SILENT", "CONSOLE", "INIT_TIMEOUT")
 OURS = tuple(f"WANDB_{name}" for name in SETTLED)
-CLEANED = "WANDB_TAGS"  # an empty tag, or one that is too long, is no error here
+CLEANED = "WANDB_TAGS"  # empty and overlong tags are mended here
 
 
 def odd() -> list[str]:
-    """Names of those that wandb refuses. Their values are not told: one of them is a key."""
+    """Names of the variables that wandb refuses. Values are not shown: one of them is a key."""
     import wandb
 
     found = []
@@ -28,7 +28,7 @@ def odd() -> list[str]:
 
 @contextmanager
 def hidden(names: Iterable[str]) -> Iterator[None]:
-    """Variables that are not there meanwhile."""
+    """Removes variables from the environment meanwhile."""
     taken = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

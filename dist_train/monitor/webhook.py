@@ -1,6 +1,6 @@
-"""A message to a chat or a phone: what each vendor documents for it, and the request. Imports no torch.
+"""Messages to a chat or a phone: the format that each vendor documents, and the request. Imports no torch.
 
-Where to is a secret: whoever knows the address can write there. It is read from the environment, and stands in no text
+The address is a secret, since whoever knows it can write there. It is read from the environment and appears in no text
 that leaves this module.
 """
 
@@ -31,24 +31,24 @@ HOSTS = {
     r"(.+\.webhook|outlook)\.office\.com|.+\.logic\.azure\.com|.+\.powerplatform\.com": "teams",
     r"ntfy\.sh": "ntfy",
 }
-# Characters of a message that each takes, or shows; those of ntfy count as UTF-8, those of a card are 28 kB in all.
+# Characters of a message that each accepts or shows; ntfy counts bytes of UTF-8, a card has 28 kB in all.
 SLACK, DISCORD, TEAMS, NTFY = 4000, 2000, 4000, 4000
 TITLE = 250
 
 
 class NotSent(Exception):
-    """A message could not be sent; why, without the address."""
+    """A message could not be sent; the text says why, without the address."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What is told of a run.
+    """A message about a run.
 
     Attributes:
         run: its name.
         kind: started, done, stopped, diverged, failed, given_up or silent.
         title: one line.
-        sentence: one or some, or nothing.
+        sentence: one, several, or empty.
         rows: labels and values.
     """
 
@@ -65,7 +65,7 @@ class Message:
 
     @property
     def body(self) -> str:
-        """The sentence and the rows, as lines."""
+        """Sentence and rows, one line each."""
         return "\n".join(
             [*([self.sentence] if self.sentence else []), *(f"{label}: {value}" for label, value in self.rows)]
         )
@@ -73,14 +73,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Webhook:
-    """Where messages go, and as what."""
+    """Address and format of messages."""
 
     url: SplitResult = field(repr=False)
     form: str
 
     @classmethod
     def wanted(cls, environment: Mapping[str, str] = os.environ) -> Webhook | None:
-        """That of the environment, or None. Raises UserError, which does not name it."""
+        """The webhook named in the environment, or None. Raises UserError, which does not quote the address."""
         text, form = environment.get(WHERE, "").strip(), environment.get(HOW, "").strip()
         if not text:
             return None
@@ -100,9 +100,9 @@ class Webhook:
         return cls(url, form)
 
     def post(self, message: Message) -> None:
-        """Send it. Raises NotSent. The vendors answer 200, 202 or 204; a redirection is not followed."""
+        """Sends a message; redirections are not followed. Raises NotSent. The vendors answer 200, 202 or 204."""
         url, payload = self.url, FORMS[self.form](message)
-        if self.form == "ntfy":  # which takes JSON at its root, with the topic in it
+        if self.form == "ntfy":  # takes JSON at its root, with the topic inside
             payload["topic"], url = unquote(url.path.strip("/")), url._replace(path="/")
         user, _, host = url.netloc.rpartition("@")
         headers = {"Content-Type": "application/json; charset=utf-8", "User-Agent": "dist_train"}
@@ -116,20 +116,20 @@ class Webhook:
         def send() -> None:
             try:
                 request = Request(address, body, headers, method="POST")
-                build_opener(*handlers).open(request, timeout=TIMEOUT).close()  # what it says is of no use
-            except Exception as error:  # whatever a server or a proxy can make of it
+                build_opener(*handlers).open(request, timeout=TIMEOUT).close()  # the answer's text is not needed
+            except Exception as error:  # a server or a proxy can cause any
                 if isinstance(error, HTTPError):
                     error.close()
                 failed.append(self._scrubbed(_why(error)))
 
-        thread = Thread(target=send, name="message", daemon=True)  # one byte now and then is an answer to a socket
+        thread = Thread(target=send, name="message", daemon=True)  # a socket's time-out starts anew at each byte
         thread.start()
         thread.join(2 * TIMEOUT)
         if failed or thread.is_alive():
             raise NotSent(failed[0] if failed else f"no answer within {2 * TIMEOUT:g} s") from None
 
     def _scrubbed(self, text: str) -> str:
-        """Without what a library may have told of the address."""
+        """The text without parts of the address, which a library may have quoted."""
         for secret in (self.url.geturl(), self.url.netloc, self.url.path, self.url.query):
             if len(secret) > 1:
                 text = text.replace(secret, "...").replace(quote(secret), "...")
@@ -137,14 +137,14 @@ class Webhook:
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """The address is a secret, which is for its own server."""
+    """Follows no redirection: the address is a secret, for its own server only."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
 def _why(error: Exception) -> str:
-    """In words, of which none is the address's."""
+    """The reason in words, none of them from the address."""
     if isinstance(error, HTTPError):
         return f"the server answers {error.code}"
     if isinstance(error, URLError) and isinstance(error.reason, Exception):
@@ -181,7 +181,7 @@ def _discord(message: Message) -> dict[str, Any]:
     """https://docs.discord.com/developers/resources/webhook#execute-webhook: `content` has at most 2,000 characters."""
     escaped = [re.sub(r"([\\*_~`|<>#\[\]])", r"\\\1", text) for text in (_cut(message.title, TITLE), message.body)]
     text = "**{}**\n{}".format(*escaped).rstrip()
-    return {"content": _cut(text, DISCORD), "allowed_mentions": {"parse": []}}  # nobody is called by a name in a text
+    return {"content": _cut(text, DISCORD), "allowed_mentions": {"parse": []}}  # names in the text notify nobody
 
 
 def _teams(message: Message) -> dict[str, Any]:
