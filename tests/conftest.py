@@ -1,4 +1,4 @@
-"""Images to test with: smooth random photographs of three classes, as folders and as packed shard sets."""
+"""Test images: smooth random photographs of three classes, as folders and as packed shard sets."""
 
 from __future__ import annotations
 

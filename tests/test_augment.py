@@ -1,4 +1,4 @@
-"""Augmentation: what the paper's section 4.1 says about its distribution, and that it follows from the position."""
+"""Augmentation: its distribution, as in section 4.1 of the paper, and its dependence on the position alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VIEWS = random_views(SIZE, AUGMENT, COMPONENTS, seed=5, epoch=3, start=0)
 
 
 def chi_square(counts: NDArray[np.int64]) -> float:
-    """How many standard deviations Pearson's statistic of a table lies above its mean where all cells are as likely."""
+    """Standard deviations by which Pearson's statistic of a table exceeds its mean under equally likely cells."""
     expected, freedom = counts.sum() / counts.size, counts.size - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
@@ -109,7 +109,7 @@ def test_resized_sizes_are_torchvisions() -> None:
 
 
 def patches(image: Image.Image, augment: Augment, views: range) -> list[bytes]:
-    """What `fixed_views` shows of an image, which is as large as after the resize."""
+    """Patches that `fixed_views` cuts from an image of the resized size."""
     size = np.array([image.size])
     return [reference_crop(image, fixed_views(size, augment, v), 0, augment.crop).tobytes() for v in views]
 

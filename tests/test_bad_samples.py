@@ -1,4 +1,4 @@
-"""Samples that turn out to be undecodable in the middle of a run."""
+"""Samples found undecodable in the middle of a run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_replaced_by_the_same_sample_at_any_world_size(
 
 
 def shown(root: Path, size: int = 1) -> tuple[list[list[int]], list[list[int]], int]:
-    """What two epochs of training, and a validation, show at each step, and how many of it were found to be bad."""
+    """Samples shown at each step of two training epochs and a validation, and how many were found bad."""
     train, val = ShardSet(root / "train"), ShardSet(root / "val")
     replaced = 0
 
@@ -80,7 +80,7 @@ def shown(root: Path, size: int = 1) -> tuple[list[list[int]], list[list[int]], 
 
 
 def test_verify_changes_no_step(damaged: tuple[Path, list[int]]) -> None:
-    """Samples that it has found are shown to nobody, in the places of the same others as before, and not counted."""
+    """Samples that it lists are not shown, have the same substitutes as before, and are not counted."""
     root, bad = damaged
     before, validation, replaced = shown(root)
     assert replaced == 2 * len(bad)
@@ -99,7 +99,7 @@ def test_verify_changes_no_step(damaged: tuple[Path, list[int]]) -> None:
 
 
 def test_validation_leaves_the_quarantined_out(shard_sets: Path, tmp_path: Path) -> None:
-    """Every other one once, at any world size: no image counts twice."""
+    """Every other sample counts exactly once, at any world size."""
     root = tmp_path / "sets"
     shutil.copytree(shard_sets, root)
     val = ShardSet(root / "val")
@@ -127,14 +127,14 @@ def test_hardly_any_or_no_sample_is_left(shard_sets: Path, tmp_path: Path) -> No
     loader = Loader(TrainingPlan(val, Augment(72, 67), val.manifest), val.manifest, batch=21)
     assert [set(batch.samples.tolist()) for batch in loader.epoch()] == [{62}] * 3
     quarantine.write(directory, val.fingerprint, lines)
-    with pytest.raises(ShardError, match=r"quarantine.jsonl leaves no sample of .*: pack it anew"):
+    with pytest.raises(ShardError, match=r"quarantine.jsonl leaves no sample of .*: pack it again"):
         ShardSet(directory)
 
 
 @pytest.mark.slow
 @pytest.mark.integration
 def test_the_advice_about_bad_samples_works(damaged: tuple[Path, list[int]], tmp_path: Path) -> None:
-    """Too many; verify, as the message says; the same command. It ends as a run ends that was allowed them."""
+    """Too many bad samples; verify, as the message says; the same command. It ends like a run that allowed them."""
     root, _ = damaged
     words = ("--train.epochs=2", "--checkpoint.steps=1")
     assert launch(root, tmp_path / "allowed", *words, ranks=0).returncode == 0
@@ -198,7 +198,7 @@ def test_what_dali_cannot_decode(shard_sets: Path, capsys: pytest.CaptureFixture
 
 
 def test_no_crop_decides_what_is_bad(tmp_path: Path) -> None:
-    """Images that are resized and cut short below their middle: each view finds them, the upper ones, too."""
+    """Resized images truncated below the middle: every view detects them, the upper ones included."""
     (tmp_path / "folder" / "class").mkdir(parents=True)
     for i in range(6):
         image = photograph(np.random.default_rng(i), 90, 300, TINTS[i % 3])
@@ -229,7 +229,7 @@ def test_nothing_left_to_show(shard_sets: Path) -> None:
 
 
 def test_an_error_that_is_not_decodings_blames_no_sample(shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that has no memory left for a batch, say."""
+    """Such as a GPU out of memory."""
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

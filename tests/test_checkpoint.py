@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged in every way, what the store keeps, and how a run goes on from one."""
+"""Checkpoints: every kind of damage, what the store keeps, and how a run resumes from one."""
 
 from __future__ import annotations
 

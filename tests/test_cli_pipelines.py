@@ -1,7 +1,8 @@
-"""`python -m pipelines` as a person uses it: what it prints, its exit codes, and no tracebacks."""
+"""`python -m pipelines` as a user sees it: output, exit codes, no tracebacks."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import re
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from pipelines import origin, preview
+from pipelines import origin, preview, torchvision_sets
 from pipelines.__main__ import main
 from pipelines.cli import Verb, run_verb
 from pipelines.manifest import Manifest
@@ -34,13 +35,13 @@ FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 
 def python_m_pipelines(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own."""
+    """Runs the command in a process of its own."""
     command = [sys.executable, "-m", "pipelines", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    """The same in this process, where what is imported already need not be imported again."""
+    """Runs the command in this process, which saves the imports."""
     monkeypatch.setattr("sys.argv", ["pipelines", *map(str, args)])
     try:
         return main()
@@ -96,7 +97,7 @@ def test_pack_keep_small(
 def test_already_packed_is_said_without_opening_the_set(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a set of an earlier day, too, whose index is gone. The plan, for which all files are listed, is made once."""
+    """Also for an older set whose index is gone. The plan, which lists all files, is made once."""
     out, planned = tmp_path / "set", []
     args = ("pack", "imagefolder", image_folder / "val", out, "--shorter-side", 64, "--workers", 1)
     assert call(monkeypatch, *args) == 0
@@ -114,18 +115,21 @@ def test_already_packed_is_said_without_opening_the_set(
 def test_pack_fashion_mnist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the files as torchvision keeps them, so no network is used; random pixels in place of clothes."""
-    raw = tmp_path / "raw" / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
+    """From Debian's package, unpacked without root, so no network is used; random pixels in place of clothes."""
+    unpacked = tmp_path / "raw" / torchvision_sets.DEBIAN
+    unpacked.mkdir(parents=True)
+    monkeypatch.setattr(torchvision_sets, "INSTALLED", tmp_path / "nowhere")
     rng = np.random.default_rng(3)
     pixels, labels = {}, {}
     for split, prefix, n in (("train", "train", 40), ("val", "t10k", 12)):
         smooth = [Image.fromarray(rng.integers(0, 256, (5, 5), np.uint8)).resize((28, 28)) for _ in range(n)]
         pixels[split], labels[split] = np.stack([np.asarray(image) for image in smooth]), rng.integers(0, 10, n)
         head = np.array([0x803, n, 28, 28], ">i4").tobytes()
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + pixels[split].tobytes())
+        file = unpacked / f"{prefix}-images-idx3-ubyte.gz"
+        file.write_bytes(gzip.compress(head + pixels[split].tobytes()))
         head = np.array([0x801, n], ">i4").tobytes()
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels[split].astype(np.uint8).tobytes())
+        file = unpacked / f"{prefix}-labels-idx1-ubyte.gz"
+        file.write_bytes(gzip.compress(head + labels[split].astype(np.uint8).tobytes()))
     assert call(monkeypatch, "pack", "fashion-mnist", tmp_path, "--workers", 1) == 0
     printed = capsys.readouterr().out
     for split, n in (("train", 40), ("val", 12)):
@@ -189,7 +193,7 @@ def test_index_tells_what_it_left_out(
     assert call(monkeypatch, "index", tmp_path, "--workers", 1) == 0
     told = capsys.readouterr()
     assert told.err.startswith(
-        f"{tmp_path}: only uncompressed *.tar files that lie in it itself are indexed, and not b.tar.gz, c.tgz, "
+        f"{tmp_path}: only uncompressed *.tar files directly in it are indexed, not b.tar.gz, c.tgz, "
         f"d.tar.zst and 1 more\n"
     )
     assert told.out == (
@@ -209,8 +213,8 @@ def test_index_of_shards_that_are_sorted_by_class(
             for i in range(4):
                 tar.write({"__key__": f"{i}", "png": image.getvalue(), "cls": label})
     assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
-    line = rf"{tmp_path} is sorted by class: a batch of 128 would show \d\d classes, and (59|6\d) in a full shuffle: "
-    assert re.search(line + r"train with --data.shuffle_shards \d+\n", capsys.readouterr().out)
+    line = rf"{tmp_path} is sorted by class: a batch of 128 would show \d\d classes, against (59|6\d) in a full shuffle"
+    assert re.search(line + r": train with --data.shuffle_shards \d+\n", capsys.readouterr().out)
     assert call(monkeypatch, "index", tmp_path, "--workers", 2) == 0
 
 
@@ -284,6 +288,14 @@ def test_bench(shard_sets: Path, resize: int, path: str) -> None:
     assert not done.stderr  # DALI warns of what is fed in vain
 
 
+def test_bench_of_a_small_set_has_a_batch_of_its_own(
+    shard_sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 63 images it makes 16 batches and more."""
+    assert call(monkeypatch, "bench", shard_sets / "val", "--resize", 72, "--crop", 67) == 0
+    assert " classes in a batch of 3; " in capsys.readouterr().out
+
+
 @pytest.mark.integration
 def test_bench_tells_how_many_images_are_resized(image_folder: Path, tmp_path: Path) -> None:
     """A part of the set, by an independent count."""
@@ -326,7 +338,7 @@ def test_bench_tells_how_many_images_are_resized(image_folder: Path, tmp_path: P
         (["index", "SET", "--classes", "SET/index.npy"], "SET/index.npy is not a text file in UTF-8"),
         (["verify", "SET", "DIR"], "DIR is one argument too many: see python -m pipelines verify --help"),
         (["verify", "SET", "--work", "1"], "unknown option --work: did you mean --workers?"),
-        (["make"], "unknown verb make: did you mean pack?"),
+        (["make"], "unknown verb make: type `python -m pipelines pack imagefolder SRC DST`"),
         ([], "python -m pipelines needs a verb: one of pack, index, verify, preview, bench"),
     ],
 )

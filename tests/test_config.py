@@ -1,4 +1,4 @@
-"""One line of configuration, three ways; bad ones end with one sentence."""
+"""A setting from defaults, YAML or command line; bad ones end with one sentence."""
 
 import os
 import re
@@ -113,7 +113,7 @@ def test_what_is_no_directory_of_shards(shard_sets: Path, tmp_path: Path) -> Non
         "a.tar": f"{tmp_path}/a.tar is a file: {remedy}",
         "b.tar": f"{tmp_path}/b.tar is no directory: {remedy}",
         "a-{0000..0012}.tar": f"{tmp_path}/a-{{0000..0012}}.tar is no directory: {remedy}",
-        "photos": f"`python -m pipelines pack imagefolder {tmp_path}/photos DST`, and name DST here",
+        "photos": f"`python -m pipelines pack imagefolder {tmp_path}/photos sets/photos`, and name sets/photos here",
         "phots": f"no shards in {tmp_path}/phots: make them with `python -m pipelines pack ... {tmp_path}/phots`",
     }.items():
         config, _ = parse([f"--data.train={tmp_path}/{name}", f"--data.val={shard_sets}/val"])
@@ -212,7 +212,11 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
         (["--conf", "x.yaml"], "unknown option --conf: did you mean --config?"),
         (["--print-config"], "unknown option --print-config: did you mean --print_config?"),
         (["--hlep"], "unknown option --hlep: did you mean --help?"),
-        (["--config", "/no/such.yaml"], "does not exist: '/no/such.yaml'"),
+        (["--config", "/no/such.yaml"], "--config /no/such.yaml does not exist, or is no file: name a YAML file"),
+        (
+            ["--config=configs/alexnt.yaml"],
+            "/alexnt.yaml does not exist, or is no file: did you mean .*configs/alexnet.yaml",
+        ),
     ],
 )
 def test_bad_values_are_named(argv: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Which class is taken for which: counted with the errors, over all ranks, and kept in the run directory.
+"""Confusion matrix: counted with the errors, over all ranks, and kept in the run directory.
 
 `python -m tests.test_confusion RUN OUT` is what one rank of `test_any_number_of_ranks_counts_the_same` does.
 """

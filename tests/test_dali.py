@@ -58,12 +58,12 @@ def make(
 
 
 def threads() -> list[str]:
-    """Those of a loader that still run."""
+    """Loader threads that still run."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(("loader", "read"))]
 
 
 def no_threads() -> bool:
-    """Whether all have ended, after a moment: nobody waits for them."""
+    """True if all have ended after a moment: nobody joins them."""
     until = time.monotonic() + 5
     while threads() and time.monotonic() < until:
         time.sleep(0.01)
@@ -75,7 +75,7 @@ def decoded(shards: ShardSet, sample: int) -> Image.Image:
 
 
 def levels(loader: Loader, batch: Batch, shift: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What a batch's inputs were before lighting was added and the mean subtracted, [n, crop, crop, 3]."""
+    """A batch's inputs before lighting and mean, in levels, [n, crop, crop, 3]."""
     inputs = batch.inputs.permute(0, 2, 3, 1).numpy()
     return inputs - shift[:, None, None] + 255 * np.array(loader.shards.manifest.mean, np.float32)
 
@@ -195,7 +195,7 @@ FITS = 3  # of them have a shorter side of 72
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shard set of images of which some have the right size already, in all kinds of files, odd sizes among them."""
+    """A shard set in which some images already have the right size, in all kinds of files and some with odd sizes."""
     root = tmp_path_factory.mktemp("mixed")
     rng = np.random.default_rng(8)
     (root / "folder" / "class").mkdir(parents=True)
@@ -210,7 +210,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def all_resized(loader: Loader, batch: Batch, epoch: int) -> torch.Tensor:
-    """The inputs of a batch if every image is decoded as a whole and then resized, also if it has that size already."""
+    """Inputs of a batch if every image is decoded whole and then resized, even if it already has that size."""
     shards, crop, n = loader.shards, loader.augment.crop, len(batch.samples)
     views = loader.plan.views(epoch, batch.samples, batch.start)
     ratio = shards.sizes(batch.samples) / views.size
@@ -307,7 +307,7 @@ def test_shards_of_other_tools(tmp_path: Path) -> None:
 
 
 def lying(rng: np.random.Generator, way: int, kind: str = "JPEG") -> bytes:
-    """A photograph whose EXIF says that it is to be turned in this way."""
+    """A photograph with this EXIF orientation."""
     exif, out = Image.Exif(), io.BytesIO()
     exif[0x0112] = way
     photograph(rng, 110 + way, 74 + way, TINTS[way % 3]).save(out, kind, exif=exif)
@@ -315,7 +315,7 @@ def lying(rng: np.random.Generator, way: int, kind: str = "JPEG") -> bytes:
 
 
 def write_tar(directory: Path, files: dict[str, bytes]) -> None:
-    """Images of one class, as another tool writes them."""
+    """Writes a tar of images of one class, like another tool."""
     directory.mkdir(exist_ok=True)
     with tarfile.open(directory / "x.tar", "w") as tar:
         for name, data in files.items():
@@ -327,7 +327,7 @@ def write_tar(directory: Path, files: dict[str, bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def turned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds tars/, an indexed set of photographs that lie in all ways, and folder/class/, the same as files."""
+    """A folder with tars/, an indexed set of photographs in all EXIF orientations, and folder/class/, their files."""
     root = tmp_path_factory.mktemp("turned")
     rng = np.random.default_rng(11)
     files = {f"{i}.jpg": lying(rng, i + 1) for i in range(8)}
@@ -383,7 +383,7 @@ def test_a_set_that_an_earlier_program_indexed_is_shown_as_it_was(tmp_path: Path
 
 
 def test_an_image_that_only_xmp_turns_is_rejected(tmp_path: Path) -> None:
-    """Pillow, and so `pack`, reads it there; DALI does not."""
+    """Pillow, and so `pack`, reads the orientation from XMP; DALI does not."""
     out = io.BytesIO()
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     photograph(np.random.default_rng(12), 90, 80, TINTS[0]).save(out, "JPEG", xmp=xmp)
@@ -459,6 +459,7 @@ def test_validation_covers_every_sample_once(shard_sets: Path, size: int) -> Non
     assert sorted(row[2] for row in lengths) == [0] * (size - 1) + [1]
 
 
+@pytest.mark.integration
 def test_a_consumer_that_leaves_ends_the_threads(shard_sets: Path) -> None:
     shards, reads = ShardSet(shard_sets / "train"), []
 

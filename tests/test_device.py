@@ -1,4 +1,4 @@
-"""What can be known of a GPU without one: what a step copies between host and device, and what is settled for it.
+"""GPU behaviour testable without a GPU: copies between host and device per step, and settings of the device.
 
 The `meta` device stands for the GPU: its tensors have no numbers, so whatever would wait for one fails.
 """
@@ -517,7 +517,7 @@ def test_another_gpu_is_told(shard_sets: Path, tmp_path: Path) -> None:
     newest.write_text(json.dumps(meta))
     other = launch(shard_sets, tmp_path, "--train.epochs=3", ranks=0)
     assert other.returncode == 0, other.stderr
-    told = "it was saved with NVIDIA A100, driver 550.54, and this is no GPU: from here on the bits may differ"
+    told = "the checkpoint was saved on NVIDIA A100, driver 550.54, this is no GPU: from here on the bits may differ"
     assert other.stderr.count(told) == 1
     assert "accelerator" not in other.stderr
     assert records(tmp_path, "changed")[-1]["accelerator"] == ""

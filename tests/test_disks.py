@@ -1,4 +1,4 @@
-"""What a slow, a full, a foreign or a vanishing file system does to a run directory: no step waits, no best is lost."""
+"""Run directories on slow, full, foreign or vanishing file systems: no step waits, no best checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def test_a_record_that_has_lost_its_end_is_told(tmp_path: Path) -> None:
     run.record.append("step", step=1)
     run.close()
     run.record.open(99)
-    assert run.told == ["metrics.jsonl has 28 bytes of the 99 that the checkpoint speaks of: lines are missing"]
+    assert run.told == ["metrics.jsonl has 28 of the 99 bytes that the checkpoint covers: lines are missing"]
 
 
 def test_a_heartbeat_is_not_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Fault drills: a table of faults, when they strike, and what must come of them. `make drills` prints it.
+"""Fault drills: a table of faults, when they strike, and the required outcome. `make drills` prints it.
 
 Each drill runs two real processes under torchrun with one fault in them, then starts the same command again where that
 is the remedy, and compares with a run that was never disturbed: weights, optimizer, schedule and records, bit for bit.
@@ -119,7 +119,7 @@ def test_nan_in_one_rank_stops_all_and_harms_nothing(shard_sets: Path, undisturb
     result = launch(shard_sets, run, EVERY, "--checkpoint.keep=9", fault=fault, agent="--max-restarts=3")
     assert result.returncode == 1, "torchrun's own, whatever its ranks say"
     assert "gradient is not finite at step 7" in report(result.stderr)
-    assert result.stderr.count("epoch 1 step 1:") == 1, "a restart would not mend it, and begins nothing"
+    assert result.stderr.count("1 of 10 steps of epoch 1/2:") == 1, "a restart would not mend it, and begins nothing"
     end = status(run)
     assert end["state"] == "diverged"
     for word in ("gradient is not finite at step 7", "epoch 1", "lr 0.01", "shard-0"):

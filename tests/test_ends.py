@@ -1,4 +1,4 @@
-"""Drills on ends: nothing that strikes while things are put away changes how a run has ended."""
+"""Drills on the end of a run: no fault during clean-up changes how the run has ended."""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ CPU = torch.device("cpu")
 SMALL = ["--data.resize=72", "--data.crop=67", "--model.hidden=32", "--model.width=0.25", "--train.device=cpu"]
 
 
-def untrained(directory: Path, sets: Path, *settings: str, seed: int = 0, steps: tuple[int, ...] = (1, 2)) -> Path:
+def untrained(
+    directory: Path, sets: Path, *settings: str, seed: int = 0, steps: tuple[int, ...] = (1, 2), scale: float = 1
+) -> Path:
     """A run whose weights are random, and large enough for its predictions to differ from image to image."""
     data = [f"--data.train={sets / 'train'}", f"--data.val={sets / 'val'}", f"--run.dir={directory}"]
     config, _ = parse([*SMALL, *data, *settings])
@@ -59,7 +61,7 @@ def untrained(directory: Path, sets: Path, *settings: str, seed: int = 0, steps:
         rng = torch.Generator().manual_seed(100 * seed + step)
         for value in model.state_dict().values():
             fan_in = value[0].numel() if value.ndim > 1 else 100
-            value.copy_(torch.randn(value.shape, generator=rng) * (2 / fan_in) ** 0.5)
+            value.copy_(torch.randn(value.shape, generator=rng) * (2 / fan_in) ** 0.5 * scale)
         meta = {"step": step, "epoch": step, "validated": True, "best_epoch": steps[0] - 1} | identity(config, shards)
         store.save({"model": model.state_dict()}, meta)
         store.join()
@@ -144,9 +146,10 @@ def check(report: dict[str, Any], p: NDArray[np.float32], labels: list[int]) -> 
         assert row["top1_error"] == pytest.approx(1 - right / 21)
 
 
-@pytest.mark.parametrize("crops", ["one", "five", "ten"])
+@pytest.mark.parametrize(("crops", "typed"), [("one", "one"), ("five", "five"), ("ten", "10")])
+@pytest.mark.integration
 def test_predictions_are_those_of_pillow_torchvision_and_a_plain_forward_pass(
-    crops: str, runs: dict[str, Path], shard_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    crops: str, typed: str, runs: dict[str, Path], shard_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of each run, and of the mean of their softmax outputs. The sets are packed at the size that crops are cut from,
     so DALI's pixels are Pillow's."""
@@ -160,8 +163,9 @@ def test_predictions_are_those_of_pillow_torchvision_and_a_plain_forward_pass(
         assert p.numpy().std(axis=0).max() > 0.02, "the images make a difference"
         np.testing.assert_allclose(p.numpy(), expected[name], atol=2e-5)
 
-    _, out, _ = evaluate(capsys, *runs.values(), "--crops", crops, f"--json={tmp_path / 'both.json'}")
+    _, out, _ = evaluate(capsys, *runs.values(), "--crops", typed, f"--json={tmp_path / 'both.json'}")
     both = json.loads((tmp_path / "both.json").read_text())
+    assert both["crops"] == crops
     check(both, (expected["nine"] + np.pad(expected["three"], ((0, 0), (0, 6)))) / 2, labels)
     for row, (name, run) in zip(both["runs"], runs.items(), strict=True):
         assert row["run"] == str(run)
@@ -367,8 +371,8 @@ def test_errors_are_one_sentence(
     broken = untrained(tmp_path / "broken", shard_sets)
     (broken / "config.yaml").write_text("data: [")
     cases: list[tuple[tuple[object, ...], str]] = [
-        ((tmp_path / "none",), r"there is no run .*none: name the directory of a run"),
-        ((tmp_path / "no-run",), r"has no config\.yaml, so it is no run: name"),
+        ((tmp_path / "none",), r"there is no run .*/none: name the directory of a run, or its name in runs/"),
+        ((tmp_path / "no-run",), r"has no config\.yaml, so it is no directory of a run: name that of a run"),
         ((bare,), r"bare has no checkpoint yet: train on"),
         ((bare, "--checkpoint=best"), r"bare has no checkpoint yet: train on"),
         (
@@ -379,7 +383,7 @@ def test_errors_are_one_sentence(
         ((bad,), r"no good checkpoint \(step-00000002-validated: the sha256 .*-00000001.*: put a good one back"),
         ((moved,), r"validation set of .*moved, sets/val, is not there: start in the directory that the run was"),
         ((gone,), r"validation set of .*gone, /no/such/val, is not there: put it back"),
-        ((good, "--split=/no/such"), r"no shard set in /no/such: name one with --split"),
+        ((good, "--split=/no/such"), r"no shards in /no/such: make them with"),
         ((exchanged,), r"is not the training set that .*exchanged was trained on .*: put the right one back"),
         ((edited,), r"does not fit the model of .*config\.yaml .*: restore the file"),
         ((typing,), r"config\.yaml: unknown configuration key model\.hiden: did you mean model\.hidden"),
@@ -397,6 +401,15 @@ def test_errors_are_one_sentence(
         assert code == 2, argv
         assert re.fullmatch(f"error: .*{message}.*\n", err), err
     assert evaluate(capsys, half)[0] == 0, "the newest is good"
+
+
+def test_a_net_that_always_names_one_class(
+    runs: dict[str, Path], shard_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of equal outputs the first is named."""
+    run = untrained(tmp_path / "r", shard_sets, scale=0)
+    assert "\nalways names amber, whatever the image shows\n" in evaluate(capsys, run)[1]
+    assert "always names" not in evaluate(capsys, runs["nine"])[1]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(shard_sets: Path, tmp_path: Path) -> None:
@@ -426,7 +439,7 @@ def test_validation_sets_that_differ_cannot_be_averaged(
     one, two = untrained(tmp_path / "one", shard_sets), untrained(tmp_path / "two", sets)
     code, _, err = evaluate(capsys, one, two)
     assert code == 2
-    assert "have other validation sets" in err
+    assert "have different validation sets" in err
     assert "--split" in err
     code, out, _ = evaluate(capsys, one, two, f"--split={shard_sets / 'val'}")
     assert code == 0

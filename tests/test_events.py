@@ -1,8 +1,9 @@
-"""The story of a run: what each start adds to events.jsonl, which only ever grows."""
+"""Events of a run: the lines each start appends to events.jsonl, which is never cut."""
 
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import dist_train
 from dist_train import code
 from dist_train.config import Config, OptimConfig, as_dict
 from dist_train.ranks import launcher
@@ -267,7 +269,7 @@ def test_whether_a_job_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_version_of_the_program(tmp_path: Path) -> None:
     found = code.version()
-    assert found["version"] == re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    assert found["version"] == importlib.metadata.version("dist_train") == dist_train.__version__
     for package in code.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     assert code.sources(tmp_path) == found["sources"]

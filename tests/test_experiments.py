@@ -1,4 +1,4 @@
-"""The experiments: sweeps are configurations that run, and the table says what the records say."""
+"""Experiments: their sweeps are valid configurations, and the table agrees with the records."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from dist_train.__main__ import main
-from dist_train.analysis import arms, tables
+from dist_train.analysis import arms, experiments, tables
 from dist_train.cli import parse
-from dist_train.config import CONFIGS
+from dist_train.config import CONFIGS, Config
 from dist_train.rundir.state import Progress
 from tests.helpers.compare import records, status
 
@@ -51,6 +51,7 @@ def sweep(tmp_path: Path, shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(sweep) == 0, capfd.readouterr().err
     runs = tmp_path / "runs" / "small"
@@ -72,7 +73,7 @@ def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, cap
     assert f"{result['top1_error']:.2%}" in rows["two of: as it is, averaged"]
     probe = records(runs / "as-it-is-0", "probe")
     assert [p["step"] for p in probe] == [0, 2]
-    for picture in ("small.png", "small-layers.png"):
+    for picture in ("small.png", "small-outputs.png", "small-gradients.png", "small-lr.png"):
         with Image.open(tmp_path / "out" / picture) as image:
             assert image.size[0] > 600
 
@@ -82,6 +83,7 @@ def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, cap
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_what_cannot_run_is_said(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "small.sweep").write_text("--model.nmae x  # misspelt\n--train.seed 0 --train.max_steps 1  # good\n")
     assert main(sweep) == 1
@@ -101,6 +103,24 @@ def test_a_misspelt_option_starts_no_run(sweep: list[str], tmp_path: Path, capfd
         assert said.endswith(f"did you mean {meant}?\n")
         assert said.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_source_is_packed_before_the_runs(sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the runs themselves all but one would be refused."""
+    order: list[str] = []
+
+    def pack(config: Config) -> None:
+        order.append(config.data.source)
+        for path in (config.data.train, config.data.val):
+            Path(path).mkdir(parents=True)
+            (Path(path) / "manifest.json").touch()
+
+    monkeypatch.setattr(experiments.data, "pack_source", pack)
+    monkeypatch.setattr(experiments, "_train", lambda *_: order.append("run") or "")
+    sets = [f"--data.train={tmp_path}/new/train", f"--data.val={tmp_path}/new/val", "--data.source=fashion-mnist"]
+    main([*sweep, *sets])
+    assert order[:2] == ["fashion-mnist", "run"]
+    assert order.count("fashion-mnist") == 1
 
 
 def test_arms_of_one_name_are_told_apart(sweep: list[str], tmp_path: Path) -> None:

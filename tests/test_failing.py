@@ -1,5 +1,5 @@
-"""Drills on what a run says when it cannot go on: the first reason, on stderr, in errors/, in status.json and in
-torchrun's report, and everybody is gone within seconds."""
+"""Drills on failing runs: the first cause is reported on stderr, in errors/, in status.json and in torchrun's report,
+and all processes are gone within seconds."""
 
 from __future__ import annotations
 
@@ -147,9 +147,8 @@ def test_a_directory_that_answers_no_more(shard_sets: Path, undisturbed: Path, t
     run = tmp_path / "run"
     failed = start(shard_sets, run, EVERY, SILENCE, fault=at("step", 7, "freeze", -1))
     began = struck(run)
-    all_gone(failed, 15)
+    all_gone(failed, 4 + LIMIT + BACK + TELLING + 4)  # silence, last words, and what is slow here
     took = time.time() - began
-    assert took < 4 + LIMIT + BACK + TELLING + 4, "silence, last words, and what is slow here"
     assert finish(failed).returncode == 1
     said = failed.said("stderr")
     assert "no progress for 4 s: a rank or a file system hangs; rank 0" in said

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from io import BytesIO
-from itertools import groupby
+from itertools import combinations, groupby, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from torchvision.transforms.functional import center_crop
 
 from dist_train import models
 from dist_train.__main__ import main
+from dist_train.analysis import neighbours
 from dist_train.analysis.figures import inputs_figure, kernel_blocks, kernels_figure, nearest_figure, top5_figure
 from dist_train.analysis.neighbours import (
     FigureError,
@@ -36,8 +40,12 @@ from dist_train.analysis.neighbours import (
 from dist_train.analysis.trained import Trained, open_run
 from dist_train.config import ModelConfig
 from dist_train.models.two_tower import TwoTowers, grouped_state
+from dist_train.pictures.cells import Named
 from dist_train.pictures.kernels import kernel_levels
-from dist_train.pictures.style import PINK, RED
+from dist_train.pictures.nearest import draw_nearest
+from dist_train.pictures.style import CROSS, ORANGE, RED
+from dist_train.pictures.top5 import draw_top5
+from pipelines.preview import CELL, DPI
 from pipelines.shards import ShardSet
 from tests.helpers.launch import launch
 
@@ -213,23 +221,95 @@ def test_the_most_probable_classes(run: Trained) -> None:
 
     figure = top5_figure(drawn, predictions)
     texts = []
-    cells = [cell for cell in figure.axes if cell.get_visible() and cell.axison]
-    for i, (above, below) in enumerate(zip(*(cells_of(cells, bars) for bars in (False, True)), strict=True)):
+    for i, (above, below) in enumerate(zip(figure.axes[::2], figure.axes[1::2], strict=True)):
         label = int(run.val.index["label"][predictions.samples[i]])
         assert above.get_xlabel() == run.classes[label]
         image = np.asarray(Image.open(BytesIO(run.val.read(int(predictions.samples[i])).tobytes())))
         np.testing.assert_array_equal(above.get_images()[0].get_array(), image)
-        widths = [bar.get_width() for bar in below.patches]
-        np.testing.assert_allclose(widths, np.sort(expected[i])[::-1][:5], atol=0.01)
+        bars = bars_of(below)
+        np.testing.assert_allclose([bar.get_width() for bar in bars], np.sort(expected[i])[::-1][:5], atol=0.01)
         order = np.argsort(-predictions.probabilities[i])[:5]
+        every = run.classes + [f"class #{o}" for o in range(3, 7)]
         names = [text.get_text() for text in below.texts][::2]
-        assert names == [(run.classes + [f"class #{o}" for o in range(3, 7)])[o] for o in order]
-        pink = [bool(np.allclose(bar.get_facecolor()[:3], to_rgb(PINK))) for bar in below.patches]
-        assert pink == [bool(o == label) for o in order]
+        assert names == [every[o] for o in order]
+        orange = [bool(np.allclose(bar.get_facecolor()[:3], to_rgb(ORANGE))) for bar in bars]
+        bold = [text.get_fontweight() == "bold" for text in below.texts[::2]]
+        assert orange == bold == [bool(o == label) for o in order]
+        assert below.get_title() == ("✓ right" if order[0] == label else f"✗ taken for {every[order[0]]}")
         assert below.get_xlim() == (0, 1)
         texts += names
     assert "class #5" in texts
-    assert f"Picked so that {(~predictions.right).sum()} of 6 are misclassified" in figure.get_suptitle()
+    assert f"Picked so that {(~predictions.right).sum()} of 6 are misclassified" in title_of(figure)
+
+
+def bars_of(axes: Axes) -> list[Any]:
+    """Without the grey ones that reach to 100 %."""
+    tracks, bars = axes.containers
+    assert tracks.get_label() == "track"
+    return list(bars)
+
+
+def title_of(figure: Figure) -> str:
+    return " ".join(" ".join(text.get_text() for text in figure.texts).split())
+
+
+def overlapping(figure: Figure) -> list[Any]:
+    """Texts that stand on one another, on an image or on a bar, or are cut off by the edge of the figure."""
+    figure.draw_without_rendering()
+    texts = [text.get_window_extent() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    drawn = [image.get_window_extent() for axes in figure.axes for image in axes.get_images()]
+    drawn += [bar.get_window_extent() for axes in figure.axes for bar in axes.patches]
+    edge = figure.bbox
+    cut = [box for box in texts if not (edge.contains(box.x0, box.y0) and edge.contains(box.x1, box.y1))]
+    pairs = [*combinations(texts, 2), *product(texts, drawn)]
+    return cut + [(a, b) for a, b in pairs if a.padded(-0.5).overlaps(b.padded(-0.5))]
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.integration
+def test_every_word_can_be_read(count: int) -> None:
+    """Of many images and few, of any shape, with names of any length."""
+    rng = np.random.default_rng(0)
+    names = ["bag", "a class with a name that is much too long for its place, as many in ImageNet are", *"cdefg"]
+    shapes = [(28, 28, 3), (20, 90, 3), (90, 20, 3)]
+    images = [Named(np.zeros(shapes[i % 3], np.uint8), names[i % 2]) for i in range(count)]
+    chances = rng.dirichlet(np.ones(7), count).astype(np.float32)
+    title = "a title that has to be wrapped, " * 5 + "\nand a second line, which also is too long for one, " * 2
+    assert not overlapping(draw_top5(images, [i % 2 for i in range(count)], chances, names, title))
+    found = [images[:1] * 4] * count
+    near, same = np.full((count, 4), 123.4, np.float32), rng.random((count, 4)) < 0.5
+    assert not overlapping(draw_nearest(images, found, near, same, title))
+
+
+def test_right_and_wrong_ones_are_shown_whenever_there_are_both(
+    run: Trained, run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks on until it has found both; without a number it shows twelve images."""
+    good = run.val.labels(np.arange(len(run.val)))
+    order = np.array(neighbours._permuted(run, run.val))
+
+    def net(wrong: set[int]) -> Any:
+        def outputs(run: Trained, shards: ShardSet, samples: Array, *_: Any) -> list[Any]:
+            labels = [(good[s] + (int(s) in wrong)) % 3 for s in samples]
+            return [(samples, 9.0 * F.one_hot(torch.tensor(labels), 3), None)]
+
+        return outputs
+
+    monkeypatch.setattr(neighbours, "LOOKED", 20)
+    for wrong, looked in (({int(order[3])}, 20), ({int(order[50])}, 60), (set(), 63), (set(order.tolist()), 63)):
+        monkeypatch.setattr(neighbours, "outputs", net(wrong))
+        found = most_probable(run, 12)
+        assert (len(found.samples), found.looked) == (12, looked)
+        assert (~found.right).sum() == min(12, len(wrong))
+    monkeypatch.setattr(neighbours, "outputs", net(set(order[::2].tolist())))
+    monkeypatch.setattr("dist_train.analysis.figures.open_run", lambda *_: run)
+    shown: list[int] = []
+    monkeypatch.setattr(
+        "dist_train.analysis.figures.top5_figure",
+        lambda run, found: (shown.append(int(found.right.sum())), top5_figure(run, found))[1],
+    )
+    assert main(["figures", str(run_directory), "--only", "top5", "--out", str(run_directory / "twelve")]) == 0
+    assert shown == [6], "half of twelve"
 
 
 def test_images_that_the_net_gets_wrong(run: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,8 +321,10 @@ def test_images_that_the_net_gets_wrong(run: Trained, monkeypatch: pytest.Monkey
     every = misclassified(run, 63)
     assert len(every.samples) == round(63 * found.error) < 63, "as many as there are"
     assert len(set(labels)) == min(4, len(set(every.labels)))
-    title = top5_figure(run, found).get_suptitle()
-    assert "Picked so that 4 of 4 are misclassified. Error of the 63 images looked at: " in title
+    title = title_of(top5_figure(run, found))
+    assert title.startswith("4 misclassified validation images, with the 3 most probable classes: ")
+    assert "Picked" not in title
+    assert "Error of the 63 images looked at: " in title
 
     def right(run: Trained, shards: ShardSet, samples: Array, *_: Any) -> list[Any]:
         return [(samples, 9.0 * F.one_hot(torch.from_numpy(shards.labels(samples))), None)]
@@ -259,13 +341,17 @@ def test_what_the_net_is_shown(run: Trained, tmp_path: Path) -> None:
         data = replace(run.config.data, inputs=inputs, mirror=False, lighting=0.0)
         figure = inputs_figure(replace(run.config, data=data))
         pictures.append(pixels_of(figure, tmp_path / "inputs.png"))
-        assert figure.get_suptitle() == "Random 67x67 crop of images resized to shorter side 72"
+        assert figure.texts[1].get_text() == "Random 67x67 crop of images resized to shorter side 72"
+        cells = [cell.get_window_extent().bounds for cell in figure.axes]
+        np.testing.assert_allclose([cell[2:] for cell in cells], CELL * DPI, err_msg="squares of one size")
+        assert not overlapping(figure)
     np.testing.assert_array_equal(*pictures)
     square = replace(run.config.data, center_square=True)
-    title = inputs_figure(replace(run.config, data=square)).get_suptitle()
+    title = title_of(inputs_figure(replace(run.config, data=square)))
     assert title.endswith("crop of the central square of images resized to shorter side 72, reflection, lighting")
 
 
+@pytest.mark.integration
 def test_some_figures_only(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["figures", str(run_directory), "--out", str(tmp_path), "--device=cpu", "--images=3", "--only"]
     assert main([*argv, "wrong", "inputs"]) == 0
@@ -274,11 +360,7 @@ def test_some_figures_only(run_directory: Path, tmp_path: Path, capsys: pytest.C
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.png", "kernels.png", "wrong.png"]
     capsys.readouterr()
     assert main([*argv, "kernel"]) == 2
-    assert "invalid choice: 'kernel' (choose from " in capsys.readouterr().err
-
-
-def cells_of(cells: list[Any], bars: bool) -> list[Any]:
-    return [cell for cell in cells if bool(cell.patches) == bars]
+    assert "'kernel' is no figure: choose from kernels, " in capsys.readouterr().err
 
 
 def test_neighbours_are_those_of_brute_force(run: Trained) -> None:
@@ -302,18 +384,34 @@ def test_neighbours_are_those_of_brute_force(run: Trained) -> None:
     assert found.summary() == f"{same.sum()} of 20 neighbours ({same.mean():.1%})"
 
     figure = nearest_figure(run, found)
-    assert f"the nearest of {len(candidates)} training images" in " ".join(figure.get_suptitle().split())
-    cells = np.array(figure.axes).reshape(5, 6)
+    assert f"the nearest of {len(candidates)} training images" in title_of(figure)
+    cells = np.array(figure.axes).reshape(5, 5)
+    assert 10 <= found.distances.max() < 100, "one decimal"
     for i in range(5):
         label = run.val.index["label"][tests[i]]
         assert cells[i, 0].get_xlabel() == run.classes[label]
         for j, sample in enumerate(found.found[i]):
-            cell = cells[i, 2 + j]
+            cell = cells[i, 1 + j]
             image = np.asarray(Image.open(BytesIO(run.train.read(int(sample)).tobytes())))
             np.testing.assert_array_equal(cell.get_images()[0].get_array(), image)
             other = int(run.train.index["label"][sample])
-            assert cell.get_xlabel() == f"{run.classes[other]}\n{found.distances[i, j]:.3g}"
+            mark = "" if other == label else f"{CROSS} "
+            assert cell.get_xlabel() == f"{mark}{run.classes[other]}\n{found.distances[i, j]:.1f}"
             assert cell.xaxis.label.get_color() == ("black" if other == label else RED)
+            assert {side.get_visible() for side in cell.spines.values()} == {other != label}, "a frame"
+
+
+def test_distances_have_the_same_decimals() -> None:
+    image = Named(np.zeros((8, 8, 3), np.uint8), "a")
+    for scale, shown in (
+        (1.0, ["0.02", "1.00", "2.50"]),
+        (100.0, ["2", "100", "250"]),
+        (0.0, ["0.00"] * 3),
+        (np.nan, ["nan"] * 3),
+    ):
+        distances = np.array([[0.02, 1.0, 2.5]], np.float32) * np.float32(scale)
+        figure = draw_nearest([image], [[image] * 3], distances, np.ones((1, 3), np.bool_), "")
+        assert [cell.get_xlabel() for cell in figure.axes[1:]] == [f"a\n{text}" for text in shown]
 
 
 def test_a_training_image_is_its_own_nearest(run: Trained) -> None:

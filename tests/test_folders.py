@@ -1,4 +1,4 @@
-"""A folder of images: all in it becomes a sample or is named with the reason, and what was packed is known again."""
+"""Image folders: every file becomes a sample or is named with a reason, and a repeated pack recognises its work."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def src(tmp_path: Path) -> Path:
 
 
 def told(source: ImageFolder | Path) -> dict[str, str]:
-    """What was rejected of a source or a set."""
+    """Rejected files of a source or a set, with reasons."""
     if isinstance(source, Path):
         lines = map(json.loads, (source / "rejected.jsonl").read_bytes().splitlines())
     else:
@@ -86,7 +86,7 @@ def test_links_are_followed_and_never_in_a_circle(src: Path) -> None:
     assert names == [*ant, *(f"ant/more/{name}" for name in more), *bee, "cat/0.jpg"]
     assert [item.label for item in source.items] == [0] * 6 + [1] * (len(names) - 7) + [2]
     reasons = told(source)
-    back = "a link back to a folder that it lies in: not followed"
+    back = "a link to a folder above it: not followed"
     assert {name for name, reason in reasons.items() if reason == back} == {
         *("up", "ant/up", "ant/out", "ant/more/back", "bee/more/back/up", "bee/more/back/more", "bee/more/back/out"),
     }
@@ -117,7 +117,7 @@ def test_litter_is_passed_over_and_named(
     assert f"{tmp_path}/set: there is no image of empty, odd; labels count them as classes\n" in err
     assert "8 images of 4 classes in 1 shards, 0 MB; 1 rejected, 9 passed over, see " in out
     reasons = told(tmp_path / "set")
-    assert {name for name, reason in reasons.items() if reason == "passed over: known as no image"} == litter
+    assert {name for name, reason in reasons.items() if reason == "passed over: not an image"} == litter
     assert set(reasons) == {*litter, "odd/0.jpg"}
     assert ShardSet(tmp_path / "set").index["label"].tolist().count(0) == 4
 
@@ -127,7 +127,7 @@ def test_litter_is_passed_over_and_named(
 def test_a_folder_that_cannot_be_read_is_an_error(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
-    """For root every folder can be read, so the system's answer is patched."""
+    """Root can read every folder, so the system call is patched."""
     picture(src / "ant" / "deep" / "9.jpg")
     scandir = os.scandir
 
@@ -140,13 +140,13 @@ def test_a_folder_that_cannot_be_read_is_an_error(
     with pytest.raises(SourceError) as error:
         pack(ImageFolder(src), tmp_path / "set", OPTIONS, split="x", workers=1)
     folder = {"src": src, "ant": src / "ant", "deep": src / "ant" / "deep"}[where]
-    remedy = "see to that and repeat the command, or move it away"
+    remedy = "fix that and repeat the command, or move it away"
     assert str(error.value) == f"the folder {folder} cannot be read ({os.strerror(number)}): {remedy}"
     assert not (tmp_path / "set").exists()
 
 
 class Mounted(ImageFolder):
-    """On a file system that fails while there is a file `down` beside it: for workers, or for all."""
+    """A folder on a file system that fails while a file `down` lies beside it: for workers, or for all."""
 
     def load(self, reference: str) -> bytes:
         down = self.root.parent / "down"
@@ -161,9 +161,7 @@ def test_a_file_that_cannot_be_read_is_no_damaged_image(src: Path, tmp_path: Pat
     """The pack ends, and the same command goes on when the mount is back; the trial of sizes must not pass it over,
     since another number of shards would mix two packs."""
     (tmp_path / "down").write_text(who)
-    message = (
-        rf"the file {src}/bee/3\.jpg cannot be read \(Input/output error\): see to that and repeat the command, or"
-    )
+    message = rf"the file {src}/bee/3\.jpg cannot be read \(Input/output error\): fix that and repeat the command, or"
     with pytest.raises(SourceError, match=message):
         pack(Mounted(src), tmp_path / "set", OPTIONS, split="x", workers=1)
     assert not (tmp_path / "set" / "manifest.json").exists()
@@ -173,7 +171,7 @@ def test_a_file_that_cannot_be_read_is_no_damaged_image(src: Path, tmp_path: Pat
 
 
 def test_a_class_whose_name_is_not_utf8(src: Path, tmp_path: Path) -> None:
-    """It could not stand in a manifest: refused at once. A file's name is not kept, and may be anything."""
+    """It cannot be stored in a manifest, so it is refused at once. File names are not kept and may be anything."""
     latin = os.fsencode(src) + b"/caf\xe9"
     os.mkdir(latin)
     with pytest.raises(SourceError) as error:
@@ -221,7 +219,7 @@ def test_splits_in_place_of_classes(src: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_that_has_changed(src: Path, tmp_path: Path) -> None:
-    """A mended image has another size, and is never taken for what was packed; a time is no part of a set."""
+    """A repaired image has another size and is never taken for the packed one; times are not part of a set."""
     whole = (src / "ant" / "0.jpg").read_bytes()
     (src / "ant" / "0.jpg").write_bytes(whole[:300])
     out = tmp_path / "set"
@@ -243,9 +241,9 @@ def test_a_source_that_has_changed(src: Path, tmp_path: Path) -> None:
     (src / "bee" / "3.jpg").unlink()
     assert refusal() == f"{held} (1 of another size: ant/0.jpg; 1 new: bee/9.jpg; 1 gone): {remedy}"
     (out / "files.npy").write_bytes(b"garbage")
-    assert "packed from another source, or in a directory of another name: pack into another directory, or" in refusal()
+    assert "packed from another source, or into a directory of another name: pack into another directory" in refusal()
     index(out, classes=None, split="x", workers=1)
-    assert "of which `index` made a set: pack into another directory, or remove" in refusal()
+    assert "made into a set by `index`: pack into another directory, or remove" in refusal()
 
 
 def test_the_same_files_at_another_time_give_the_same_bytes(src: Path, tmp_path: Path) -> None:
@@ -274,7 +272,7 @@ def test_changed_files_of_the_same_size_are_counted(
 def test_a_set_of_an_earlier_day_is_known_by_the_names_that_day_saw(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without sizes, without what is behind links, and with litter: it is packed, and what it lacks is told."""
+    """Without sizes, without files behind links, with litter: it counts as packed, and what it lacks is reported."""
     out, options = tmp_path / "set", Options(shorter_side=16)
     manifest = pack(ImageFolder(src), out, options, split="set", workers=1)
     picture(tmp_path / "pool" / "0.jpg")
@@ -337,7 +335,7 @@ def test_nothing_is_packed_among_what_is_the_users(src: Path, tmp_path: Path) ->
 
 
 def test_the_deviation_of_a_channel_that_never_varies() -> None:
-    """Of any level: a rounding error below zero would leave no number, and a set whose manifest is called damaged."""
+    """At any level: a rounding error below zero would give NaN, and a manifest that is reported as damaged."""
     for level in range(256):
         pixels = 16 * 16
         scan = {"pixels": pixels, "total": [level * pixels] * 3, "products": [[level * level * pixels] * 3] * 3}

@@ -1,4 +1,4 @@
-"""What the GPUs of a run do, by a library of the tests' own in the place of NVIDIA's: it plays what a driver can do."""
+"""GPU statistics of a run, with the tests' own library in place of NVIDIA's: it simulates what a driver may do."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_slice_of_a_gpu(nvidia: Driver) -> None:
     sampler = GpuSampler(nvidia, UUID, said.append)
     sampler.sample()
     until(lambda: said)
-    assert said == ["what the GPUs do is not recorded (NVMLError_NotSupported: Not Supported): training goes on"]
+    assert said == ["GPU statistics are not recorded (NVMLError_NotSupported: Not Supported): training goes on"]
     assert nvidia.asked == [f"GPU-{UUID}", f"MIG-{UUID}"]
     assert sampler.latest() is None
 
@@ -136,7 +136,7 @@ def test_a_driver_that_hangs(nvidia: Driver, monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(3):
         sampler.sample()
     assert sampler.latest() is None
-    assert said == ["what the GPUs do is not recorded (NVIDIA's driver has not answered for -1 s): training goes on"]
+    assert said == ["GPU statistics are not recorded (NVIDIA's driver has not answered for -1 s): training goes on"]
     monkeypatch.setattr(gpus, "HANGS", 60.0)
     nvidia.answers.set()
     until(sampler.latest)

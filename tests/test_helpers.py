@@ -1,4 +1,4 @@
-"""A run that is forked from a process of imported modules is the run that the command line gives."""
+"""A run forked from a process with imported modules equals the run started from the command line."""
 
 from __future__ import annotations
 
@@ -98,4 +98,4 @@ def test_a_failing_test_shows_what_its_runs_wrote(tmp_path: Path) -> None:
         [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert "1 failed" in done.stdout
-    assert "stderr.log\nerror: unknown verb nope: did you mean" in done.stdout
+    assert "stderr.log\nerror: unknown verb nope: the verbs are pack, " in done.stdout

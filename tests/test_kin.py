@@ -1,4 +1,4 @@
-"""What a process knows of its launcher and of the other ranks of its node."""
+"""A process's knowledge of its launcher and of the other ranks on its node."""
 
 from __future__ import annotations
 

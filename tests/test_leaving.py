@@ -1,5 +1,5 @@
-"""Drills on leaving: when the launcher is killed, and when a stop comes early or twice, nothing is left of a run within
-seconds, nothing is half written, and the next start goes on as if nothing had been."""
+"""Drills on a killed launcher and on stops that come early or twice: all processes are gone within seconds, nothing is
+half written, and the next start continues as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = ["table", "undisturbed"]  # fixtures
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[1]
-STANDS = "step-00000004 stands"
+STANDS = "the newest checkpoint is step-00000004"
 REAPER = """if 1:
     import ctypes, subprocess, sys, time
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
@@ -165,7 +165,7 @@ def test_a_bare_run_outlives_its_shell(shard_sets: Path, tmp_path: Path) -> None
 
 
 def test_a_stop_while_torch_is_imported(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The run is as it was, and the sentence says what stands."""
+    """The run is as it was, and the sentence names the newest checkpoint."""
     run = tmp_path / "run"
     before = stopped_run(shard_sets, run)
     early = start(shard_sets, run, EVERY, how="exec")
@@ -177,7 +177,7 @@ def test_a_stop_while_torch_is_imported(shard_sets: Path, undisturbed: Path, tmp
     took = time.monotonic() - began
     assert took < 3
     assert not early.processes()
-    assert "stopped before the first step; step-" in early.said("stderr")
+    assert "stopped before the first step; the newest checkpoint is step-" in early.said("stderr")
     assert (run / "status.json").read_bytes() == before
     continued(shard_sets, run, undisturbed)
     TABLE.append(("a stop while torch is imported", f"gone in {took:.1f} s, continued, same bits", "-"))
@@ -189,6 +189,7 @@ def test_an_early_stop(moment: str, state: str, rank: int, shard_sets: Path, und
     """Of one rank, or of all: before the run is claimed it is left as it was, and then it is `stopped`."""
     run = tmp_path / "run"
     before = stopped_run(shard_sets, run)
+    step = status(run)["step"]  # 7, or the next one if the signal came late
     (run / "fault-0").unlink()
     early = start(shard_sets, run, EVERY, fault=at(moment, 1, "SIGTERM, hang", rank))
     began = time.monotonic()
@@ -196,11 +197,13 @@ def test_an_early_stop(moment: str, state: str, rank: int, shard_sets: Path, und
     took = time.monotonic() - began
     assert took < 6
     all_gone(early)
-    assert f"rank {rank}: stopped before the first step; step-00000007 stands" in early.said("stderr")
+    assert f"rank {rank}: stopped before the first step; the newest checkpoint is step-{step:08d}" in early.said(
+        "stderr"
+    )
     if state:
         assert status(run)["state"] == state
-        assert status(run)["reason"] == "stopped before the first step; step-00000007 stands"
-        assert status(run)["step"] == 7
+        assert status(run)["reason"] == f"stopped before the first step; the newest checkpoint is step-{step:08d}"
+        assert status(run)["step"] == step
     else:
         assert (run / "status.json").read_bytes() == before
     continued(shard_sets, run, undisturbed)
@@ -208,7 +211,7 @@ def test_an_early_stop(moment: str, state: str, rank: int, shard_sets: Path, und
 
 
 def test_ctrl_c_twice(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """More than two seconds apart, while a rank hangs: without a launcher the sentence says what stands."""
+    """More than two seconds apart, while a rank hangs: without a launcher the sentence names the newest checkpoint."""
     run = tmp_path / "run"
     early = start(shard_sets, run, EVERY, fault=at("step", 7, "hang"), ranks=0)
     until((run / "fault-0").exists)
@@ -222,7 +225,7 @@ def test_ctrl_c_twice(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> No
     assert said in early.said("stderr")
     assert (status(run)["state"], status(run)["reason"]) == ("failed", said)
     assert launch(shard_sets, run, EVERY, ranks=0).returncode == 0
-    TABLE.append(("Ctrl-C twice", f"gone in {took:.1f} s, failed, says what stands", "-"))
+    TABLE.append(("Ctrl-C twice", f"gone in {took:.1f} s, failed, names the newest checkpoint", "-"))
 
 
 @pytest.mark.slow
@@ -248,7 +251,7 @@ def test_a_stop_while_the_net_is_compiled(shard_sets: Path, undisturbed: Path, t
     os.kill(early.pid, signal.SIGTERM)
     took = all_gone(early)
     assert finish(early).returncode != 0
-    assert "stopped before the first step; no checkpoint is there yet" in early.said("stderr")
+    assert "stopped before the first step; there is no checkpoint yet" in early.said("stderr")
     assert not list(run.rglob("*")), "nobody has claimed it"
     continued(shard_sets, run, undisturbed)
     TABLE.append(("a stop while the net is compiled", f"gone in {took:.1f} s, continued, same bits", "-"))
@@ -295,7 +298,8 @@ def packing(root: Path, run: Path) -> Run:
     return start(root, run, "--data.source=fashion-mnist", "--train.max_steps=3")
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_end_while_packing(number: signal.Signals, tmp_path: Path) -> None:
     """The workers go too, what is packed is taken up again, and the sets are those of one go."""
     raw_fashion_mnist(tmp_path / "raw" / "FashionMNIST" / "raw", 6000)
@@ -306,8 +310,9 @@ def test_an_end_while_packing(number: signal.Signals, tmp_path: Path) -> None:
     os.kill(early.pid, number)
     took = all_gone(early)
     assert finish(early).returncode != 0
+    assert f"packing fashion-mnist into {tmp_path}\n" in early.said("stderr")
     if number == signal.SIGTERM:
-        assert "stopped before the first step; no checkpoint is there yet" in early.said("stderr")
+        assert "stopped before the first step; there is no checkpoint yet" in early.said("stderr")
         assert not (run / "status.json").exists()
     late = finish(packing(tmp_path, run))
     assert late.returncode == 0, late.stderr

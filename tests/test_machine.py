@@ -1,4 +1,4 @@
-"""What is found out about a machine: each check against what NVIDIA's programs write, kept as it was met."""
+"""Machine checks against recorded output of NVIDIA's programs."""
 
 from __future__ import annotations
 
@@ -174,10 +174,10 @@ def test_mig() -> None:
 
 
 def test_topology() -> None:
-    assert machine.links(NVSWITCH).found == "8 GPUs, joined by NV18"
-    assert machine.links(PCIE).found == "2 GPUs, joined by SYS"
+    assert machine.links(NVSWITCH).found == "8 GPUs, connected by NV18"
+    assert machine.links(PCIE).found == "2 GPUs, connected by SYS"
     assert machine.links("GPU0\t X \t0-15\t0\t\tN/A\n").found == "one GPU"
-    assert machine.links("").found == "nvidia-smi does not tell it"
+    assert machine.links("").found == "unknown to nvidia-smi"
 
 
 def test_who_uses_the_first_gpu() -> None:
@@ -187,7 +187,7 @@ def test_who_uses_the_first_gpu() -> None:
 
 
 def test_the_rest(tmp_path: Path) -> None:
-    assert machine.cpus_of_a_gpu(128, 8) == ("CPUs", "ok", "128, 16 a GPU", "")
+    assert machine.cpus_of_a_gpu(128, 8) == ("CPUs", "ok", "128, 16 per GPU", "")
     assert machine.cpus_of_a_gpu(8, 8).level == "warn"
     assert machine.compiler("/usr/bin/gcc", header=True).level == "ok"
     assert machine.compiler("", header=False).found == "torch.compile lacks a C compiler and Python.h"
@@ -205,7 +205,7 @@ def test_all_of_them_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "software", broken)
     found = {check.name: check for check in machine.checks()}
     assert found["software"].level == "warn"
-    assert found["software"].found == "cannot be found out (of no use)"
+    assert found["software"].found == "cannot be determined (of no use)"
     assert {"system", "GPUs", "compiler", "shared memory", "disk"} <= set(found)
     for check in found.values():
         assert (check.level == "ok") == (check.remedy == ""), check

@@ -1,4 +1,4 @@
-"""Shards that another tool wrote class by class: how few classes a batch shows is told, and what to do about it."""
+"""Shards written class by class by another tool: the low number of classes per batch is reported with a remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.benchmarks import sets
 
 
 def labelled(directory: Path, labels: np.ndarray, shards: int) -> ShardSet:
-    """A set without tars, whose samples have these labels."""
+    """A set with these labels and without tars."""
     sets.sparse(directory, len(labels), shards)
     each = len(labels) // shards
     index = np.load(directory / "index.npy")

@@ -1,5 +1,5 @@
-"""Messages about a run: each vendor's documented form, on a server of the test's own; what a dead one costs; and that
-the address is told to nobody."""
+"""Messages about a run: each vendor's documented form, on a server of the test's own; the cost of a dead server;
+and that the address is never disclosed."""
 
 from __future__ import annotations
 
@@ -374,6 +374,7 @@ def test_the_minute_of_a_run_is_that_of_all_its_starts(
     assert server.bodies[-1]["text"] == "so\nit goes on: so"
 
 
+@pytest.mark.integration
 def test_a_start_waits_for_the_minute_of_the_one_before(
     endpoint: Callable[..., Endpoint], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -730,6 +731,7 @@ def test_watching_the_table(endpoint: Callable[..., Endpoint], tmp_path: Path) -
     assert [body["title"] for body in server.bodies] == ["12 fell silent"]
 
 
+@pytest.mark.integration
 def test_an_answer_that_does_not_end(endpoint: Callable[..., Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook, "TIMEOUT", 0.5)
     with pytest.raises(NotSent, match="no answer within 1 s"):

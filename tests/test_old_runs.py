@@ -1,4 +1,4 @@
-"""What the program of an earlier day left (tests/fixtures) opens, and goes on from its step."""
+"""Files of an earlier version (tests/fixtures) open, and its run resumes from its step."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_run_past_a_quarantine(old: Path) -> None:
             if kept:
                 assert earlier_set(begun, run, ShardSet(train)) == {"training set": then}
             else:
-                with pytest.raises(CheckpointError, match=r"an earlier program, in an order without the samples"):
+                with pytest.raises(CheckpointError, match=r"an older version, whose order leaves out the samples"):
                     earlier_set(begun, run, ShardSet(train))
             assert earlier_set(other, run, ShardSet(train)) == {}
 

@@ -1,13 +1,16 @@
 """The update rule and the learning rate."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dist_train import optim
-from dist_train.config import OptimConfig, ScheduleConfig
+from dist_train import cli, optim
+from dist_train.config import Config, OptimConfig, ScheduleConfig
 
+MILESTONES = ScheduleConfig(name="milestones", milestones=(2,))
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -47,9 +50,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float)
 
 
 def errors(schedule: optim.Schedule, values: list[float]) -> list[float]:
+    """The learning rate after each of these validation errors, of epochs of 10 steps."""
     rates = []
     for epoch, value in enumerate(values):
-        schedule.step(value, epoch)
+        schedule.step(value, epoch, 10)
         rates.append(round(schedule.lr(epoch + 1, 0, 10), 9))
     return rates
 
@@ -60,6 +64,18 @@ def test_divided_when_the_error_stops_improving() -> None:
     #        better better  bad  bad:/10 better bad bad:/10  bad  bad: exhausted
     assert errors(schedule, values) == [0.01, 0.01, 0.01, 0.001, 0.001, 0.001, 0.0001, 0.0001, 0.0001]
     assert schedule.exhausted
+
+
+def test_epochs_of_few_steps_have_to_be_more() -> None:
+    """`patience_steps` is a floor in steps under `patience`, of which the larger counts."""
+    for steps, rates in {
+        0: [1, 0.1, 0.1, 0.01],
+        20: [1, 0.1, 0.1, 0.01],
+        21: [1, 1, 0.1, 0.1],
+        40: [1, 1, 1, 0.1],
+    }.items():
+        schedule = optim.Schedule(ScheduleConfig(patience=2, patience_steps=steps), 1.0)
+        assert errors(schedule, [0.9, 0.9, 0.9, 0.9, 0.9])[1:] == rates, steps
 
 
 def test_not_exhausted_before_the_last_division_is_used() -> None:
@@ -83,12 +99,31 @@ def test_warmup_rises_linearly_and_does_not_count() -> None:
     schedule = optim.Schedule(ScheduleConfig(warmup_epochs=2, patience=1), 0.08)
     rates = [schedule.lr(e, s, 4) for e in range(3) for s in range(4)]
     np.testing.assert_allclose(rates, [0.08 * min(1, (i + 1) / 8) for i in range(12)])
-    schedule.step(0.9, 0)
-    schedule.step(0.9, 1)
+    schedule.step(0.9, 0, 4)
+    schedule.step(0.9, 1, 4)
     assert (schedule.divisions, schedule.best) == (0, float("inf"))
 
 
 def test_milestones() -> None:
     schedule = optim.Schedule(ScheduleConfig(name="milestones", milestones=(2, 5)), 1.0)
     assert [round(schedule.lr(e, 0, 3), 9) for e in range(7)] == [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]
-    assert [schedule.step(0.9, epoch) for epoch in range(6)] == [False, True, False, False, True, False]
+    assert [schedule.step(0.9, epoch, 3) for epoch in range(6)] == [False, True, False, False, True, False]
+
+
+def test_a_remedy_says_where_the_milestones_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = ["--data.train=sets/train", "--data.val=sets/val"]
+    quickstart = "schedule.milestones [2] is the default of configs/quickstart.yaml, made for Fashion-MNIST; for"
+    for words, remedy in (
+        (mine, f"{quickstart} images of your own begin a run with --config configs/own.yaml"),
+        ([], "move schedule.milestones [2] to later epochs"),  # Fashion-MNIST itself
+        ([*mine, "--schedule.milestones=[3]"], "move schedule.milestones [3] to later epochs"),
+        (
+            [*mine, "--schedule.name=plateau"],
+            "raise schedule.patience_steps above 500, the steps that it has waited for",
+        ),
+    ):
+        assert optim.remedy(cli.parse(words)[0], 100) == remedy
+    for text in ("", "schedule: {milestones: [2]", "schedule: 3"):  # nothing that is wrong with the file ends a run
+        (tmp_path / "quickstart.yaml").write_text(text)
+        monkeypatch.setattr(optim, "DEFAULT", tmp_path / "quickstart.yaml")
+        assert optim.remedy(Config(schedule=MILESTONES), 100) == "move schedule.milestones [2] to later epochs"

@@ -1,4 +1,4 @@
-"""The order of an epoch: permutations that follow from (seed, epoch), and the ranks' parts of them."""
+"""Order of an epoch: permutations determined by (seed, epoch), and the ranks' shares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: what goes in comes out, bad files are named, and a killed pack gives the bytes of one that was not."""
+"""Packing: samples survive unchanged, bad files are named, and a killed pack ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def members(path: Path) -> list[tarfile.TarInfo]:
 
 
 def files(directory: Path) -> dict[str, str]:
-    """Every file under a directory and its hash."""
+    """Hashes of all files under a directory."""
     found = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
@@ -171,7 +171,7 @@ def test_a_finished_pack_is_left_alone(shard_sets: Path, image_folder: Path, tmp
 
 @pytest.fixture(scope="module")
 def strange(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, NDArray[np.float64]]]:
-    """A folder of strange files, and what the good ones are as upright RGB."""
+    """A folder of strange files, and the good ones as upright RGB."""
     root = tmp_path_factory.mktemp("strange")
     folder = root / "class" / "sub folder"
     folder.mkdir(parents=True)
@@ -283,7 +283,7 @@ def test_an_image_that_would_become_too_long(tmp_path: Path) -> None:
 def test_an_image_that_keep_small_would_not_help(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], side: int, has: str
 ) -> None:
-    """As one of 300x90000 pixels, whose shorter side is more than 256."""
+    """Such as 300x90000 pixels, whose shorter side is above 256."""
     monkeypatch.setattr(sources, "JPEG_LONGEST", 6550)
     reason = f"would have {has} pixels, and a JPEG has at most 6550 a side: leave it out or cut it"
     for keep_small in (False, True):
@@ -295,7 +295,7 @@ def test_an_image_that_keep_small_would_not_help(
 
 
 def earlier(source: ImageFolder, options: Options, split: str) -> str:
-    """The fingerprint that the program of that day gave to a set: of names, without sizes."""
+    """Fingerprint of a set in an earlier version: of names, without sizes."""
     names = ("shorter_side", "quality", "shard_mb", "seed")
     plan = [source.items, source.classes, split, {name: getattr(options, name) for name in names}]
     return hashlib.sha256(json.dumps(plan, default=str, ensure_ascii=False).encode()).hexdigest()
@@ -331,7 +331,7 @@ def test_an_unfinished_set_of_an_earlier_day(image_folder: Path, tmp_path: Path)
     (tmp_path / ".pack").mkdir()
     (tmp_path / ".pack" / "plan").write_text(f"pack {earlier(source, options, 'val')}")
     with pytest.raises(
-        ShardError, match="holds an unfinished pack that keeps small images: go on with --keep-small, pack into"
+        ShardError, match="holds an unfinished pack that keeps small images: continue with --keep-small, pack into"
     ):
         pack(source, tmp_path, options, split="val", workers=1)
     assert pack(source, tmp_path, Options(90, keep_small=True), split="val", workers=1).sides == [72, 90]
@@ -365,7 +365,7 @@ SMALL = Options(shorter_side=72, shard_mb=0.02)
 
 @pytest.fixture(scope="module")
 def large_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images that take some milliseconds each, so that a pack of them can be killed in its middle."""
+    """Images that take some milliseconds each, so that their pack can be killed halfway."""
     root = tmp_path_factory.mktemp("large")
     rng = np.random.default_rng(11)
     for name, tint in zip(CLASSES[:2], TINTS[:2], strict=True):
@@ -393,7 +393,7 @@ def test_small_shards_are_never_empty(large_images: Path, tmp_path: Path) -> Non
 
 
 def session(pid: int) -> list[int]:
-    """The processes of a session, without those that have ended and wait to be collected."""
+    """Processes of a session, without zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -421,7 +421,7 @@ def test_a_killed_pack_continues_with_the_same_bytes(large_images: Path, unharme
 
     with pytest.raises(ShardError, match=r"has shards but no manifest.json: repeat the pack command"):
         ShardSet(out)
-    with pytest.raises(ShardError, match="holds an unfinished pack of other files, or sizes of them, or with other"):
+    with pytest.raises(ShardError, match="holds an unfinished pack of other files or file sizes, or with other"):
         pack(ImageFolder(large_images), out, Options(shorter_side=60, shard_mb=0.02), split="set", workers=1)
     with pytest.raises(ShardError, match="holds an unfinished pack"):  # its half would be taken for the whole
         index(out, classes=None, split="set", workers=1)
@@ -491,7 +491,7 @@ def test_two_packs_into_one_directory(image_folder: Path, tmp_path: Path) -> Non
 def test_a_file_system_without_locks(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As Lustre is often mounted: the work is done, and what to see to is said."""
+    """As Lustre is often mounted: the pack is made, with a warning."""
 
     def flock(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -499,12 +499,12 @@ def test_a_file_system_without_locks(
     monkeypatch.setattr(fcntl, "flock", flock)
     with working_folder(tmp_path, Fingerprints("x"), Work.INDEX):
         assert (tmp_path / WORK / "plan").read_text() == "index x"
-    said = f"{tmp_path} cannot be locked ({os.strerror(number)}): see to it that no other process packs into it\n"
+    said = f"{tmp_path} cannot be locked ({os.strerror(number)}): make sure that no other process packs into it\n"
     assert capsys.readouterr().err == said
 
 
 def test_a_set_that_another_has_finished_meanwhile(image_folder: Path, tmp_path: Path) -> None:
-    """While this one was still looking at its source, which may take minutes: the set is not packed over."""
+    """While this one was still listing its source, which may take minutes: the set is not overwritten."""
     options, before = Options(shorter_side=64), origin.fingerprints
 
     def late(*args: Any) -> Fingerprints:
@@ -537,7 +537,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> tuple[Path, dict[str, tuple[bytes, int]]]:
-    """Tars as other tools make them, and the good samples in them: image and label by key."""
+    """Tars as made by other tools, and their good samples: image and label by key."""
     rng = np.random.default_rng(13)
     good: dict[str, tuple[bytes, int]] = {}
 
@@ -615,7 +615,7 @@ def shades(n: int) -> list[bytes]:
 
 
 def test_samples_that_all_bear_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each image with its label is a sample, also for `verify`; webdataset's reader refuses them, which is told."""
+    """Each image with its label is a sample, also for `verify`; a message says that webdataset's reader does not."""
     images = shades(6)
     pairs = [member for i, data in enumerate(images) for member in (("img.png", data), ("img.CLS", b"%d" % (i % 2)))]
     write_tar(tmp_path / "a.tar", *pairs)
@@ -628,7 +628,7 @@ def test_samples_that_all_bear_one_name(tmp_path: Path, capsys: pytest.CaptureFi
     assert [shards.read(i).tobytes() for i in range(len(shards))] == images
     assert shards.index["label"].tolist() == [0, 1] * 3
     assert rejections(tmp_path) == {}
-    assert "5 samples bear the name of the one before them (a.tar)" in capsys.readouterr().err
+    assert "5 samples have the same name as the one before them (a.tar)" in capsys.readouterr().err
     assert verify(tmp_path, workers=1) == []
 
 
@@ -645,13 +645,13 @@ def test_a_label_of_another_image_is_never_taken(tmp_path: Path) -> None:
     assert [shards.read(i).tobytes() for i in range(len(shards))] == [c, d]
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert reasons == [
-        *["shares its name with others that are not whole samples, one behind the other"] * 4,
-        "another image of its key is taken",
+        *["shares its name with others that do not form whole samples, one after the other"] * 4,
+        "another image of the same key is used",
     ]
 
 
 def test_a_tar_made_on_a_mac(tmp_path: Path) -> None:
-    """A companion before each file, as webdataset skips it; and what else is no sample, each named with its reason."""
+    """Companion files are skipped, as by webdataset; each member that is not a sample is named with its reason."""
     images = shades(3)
     files = [
         (f"in/{i}.{e}", d) for i, image in enumerate(images) for e, d in (("png", image), ("cls", b"%d" % (i % 2)))
@@ -679,7 +679,7 @@ def test_a_tar_made_on_a_mac(tmp_path: Path) -> None:
     }
     assert told == {
         "a.tar/in/9.png": "is a link: write the tar with --dereference --hard-dereference",
-        "a.tar/pipe.png": "is no regular file",
+        "a.tar/pipe.png": "is not a regular file",
         "a.tar/in/.DS_Store": "its name begins with a dot",
         "a.tar/README": "has no extension",
         "a.tar/LICENSE": "needs one of jpg, jpeg, png, webp and cls, has txt",
@@ -687,7 +687,7 @@ def test_a_tar_made_on_a_mac(tmp_path: Path) -> None:
 
 
 def test_labels_that_are_ids(tmp_path: Path) -> None:
-    """No names are made up for classes without end; a few that have no image are those of another split."""
+    """No unbounded number of class names is made up; a few classes without images belong to another split."""
     for top, classes in ((999, 1000), (1000, 0), (20_000_000, 0), (2**31 - 1, 0)):
         write_tar(tmp_path / "a.tar", *(("a.png", shades(1)[0]), ("a.cls", b"%d" % top)))
         if classes:
@@ -747,7 +747,7 @@ def test_torchvision_names() -> None:
 
 
 def test_torchvision_with_other_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pets have trainval and test: what fits is taken. Where nothing fits, what there is is named."""
+    """The pets have trainval and test: the matching split is taken. If none matches, the available ones are named."""
     folder = tmp_path / "oxford-iiit-pet"
     (folder / "images").mkdir(parents=True)
     (folder / "annotations").mkdir()
@@ -766,7 +766,7 @@ def test_torchvision_with_other_splits(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("network is unreachable")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    with pytest.raises(SourceError, match=r"Imagenette cannot be had \(network is unreachable\)"):  # has train and val
+    with pytest.raises(SourceError, match=r"Imagenette is unavailable \(network is unreachable\)"):  # has train and val
         _ = Torchvision("imagenette", False, tmp_path).items
     told = "Places365 has the splits .*'train-challenge'.* and neither train nor trainval: save it as folders and pack"
     with pytest.raises(SourceError, match=told):
@@ -778,12 +778,16 @@ def test_torchvision_without_a_network(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("network is unreachable")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    with pytest.raises(SourceError, match=r"STL10 cannot be had \(.*\): fetch it where there is a network and put it"):
+    with pytest.raises(SourceError, match=r"STL10 is unavailable \(.*\): fetch it where there is a network and put it"):
         _ = Torchvision("stl10", True, tmp_path).items
+    monkeypatch.setattr("pipelines.torchvision_sets.INSTALLED", tmp_path)
+    monkeypatch.setattr("subprocess.Popen", None)  # no package manager is called
+    with pytest.raises(SourceError, match=r"FashionMNIST is unavailable \(.*\): .* install Debian's package dataset-"):
+        _ = Torchvision("fashion-mnist", True, tmp_path).items
 
 
 def test_what_index_does_not_touch(image_folder: Path, tmp_path: Path) -> None:
-    """Files of another program in the places of ours, pipes, links to nothing, tars by another name."""
+    """Files of another program under our names, pipes, dangling links, tars with another extension."""
     directory = tmp_path / "foreign"
     directory.mkdir()
     photo = (image_folder / "val" / "amber" / "000.jpg").read_bytes()
@@ -804,11 +808,11 @@ def test_what_index_does_not_touch(image_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_pack_among_tars_whose_index_was_begun(image_folder: Path, tmp_path: Path) -> None:
-    """They are somebody's: nothing advises to remove them."""
+    """They belong to somebody: no message advises removing them."""
     (tmp_path / "shard-000000.tar").touch()
     (tmp_path / ".pack").mkdir()
     (tmp_path / ".pack" / "plan").write_text("index x")
-    with pytest.raises(ShardError, match="holds 1 tars of which an index was begun: pack into another directory, or"):
+    with pytest.raises(ShardError, match="holds 1 tars whose index was begun: pack into another directory, or"):
         pack(ImageFolder(image_folder / "val"), tmp_path, Options(), split="foreign", workers=1)
 
 

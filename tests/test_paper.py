@@ -1,4 +1,4 @@
-"""The paper's nets and its own comparisons: what they have in common, and what each switch changes."""
+"""The paper's nets and ablations: what they share, and what each switch changes."""
 
 from __future__ import annotations
 
@@ -233,4 +233,4 @@ def test_init_from(shard_sets: Path, tmp_path: Path) -> None:
     refused = launch(shard_sets, tmp_path / "third", *frozen, f"--model.init_from={first}", ranks=0)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1, refused.stderr
-    assert "neither a run nor a checkpoint" in refused.stderr
+    assert f"model.init_from: there is no run {first}: " in refused.stderr

@@ -1,4 +1,4 @@
-"""Pictures of a run that are drawn beside it: by a process that can do it no harm, and that ends with it."""
+"""Pictures of a run, drawn by a process beside it that cannot harm the run and ends with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is settled in a process that trains, and what ranks send each other in a step.
+"""Settings of a training process, and what ranks send each other in a step.
 
 As a module this is the trainer, whose third step is watched: one line of JSON a rank.
 """

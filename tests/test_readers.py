@@ -1,10 +1,9 @@
-"""Readers of the record: what they are given, and that a run goes on whatever becomes of them."""
+"""Readers of the record: what they receive, and that a run continues whatever happens to them."""
 
 from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -151,9 +150,9 @@ def test_a_record_that_is_cut_back(shard_sets: Path, tmp_path: Path, outside: di
 def test_the_reader_of_the_manual(shard_sets: Path, tmp_path: Path) -> None:
     """The program in docs/monitoring.md, as it stands there."""
     manual = (ROOT / "docs" / "monitoring.md").read_text()
-    program = re.search(r"(?m)^    from dist_train import __main__\n(?:(?:    .*)?\n)*", manual)
+    program = re.search(r"```python\n(from dist_train import __main__\n.*?)```", manual, re.DOTALL)
     assert program
-    (tmp_path / "mine.py").write_text(textwrap.dedent(program[0]))
+    (tmp_path / "mine.py").write_text(program[1])
     env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     result = launch(shard_sets, tmp_path / "run", ranks=0, module="mine", how="exec", env=env)
     errors = [line["top5_error"] for line in record.read(tmp_path / "run") if line["kind"] == "validation"]

@@ -1,4 +1,4 @@
-"""What is read from memory, what from the disk, and that both are the same."""
+"""Reads from the page cache and from disk, and that both give the same batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipelines.shards import ShardSet
 
 @pytest.fixture
 def nowait(shard_sets: Path) -> None:
-    """For tests on what is in memory: skips where nothing tells."""
+    """For tests on the page cache: skips where it cannot be queried."""
     with open(shard_sets / "train" / "manifest.json", "rb") as file:
         try:
             os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
@@ -115,7 +115,7 @@ LACKS = {
 
 @pytest.mark.parametrize("lack", LACKS)
 def test_where_nothing_tells_what_is_in_memory(shard_sets: Path, monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
-    """It is asked once, and then no more; all is read, and the batches are the same."""
+    """It is queried only once; everything is read, and the batches are the same."""
     asked = 0
 
     def preadv(*args: Any) -> int:
@@ -158,7 +158,7 @@ def test_rows_are_looked_up_once_a_piece(shard_sets: Path, monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("nowait")
 def test_a_step_in_memory_is_one_task(shard_sets: Path) -> None:
-    """However many readers there are; and the shards are asked for all of its samples at once."""
+    """With any number of readers; all of its samples are requested from the shards at once."""
     shards = ShardSet(shard_sets / "train")
     in_memory(shards)
     asked: list[int] = []
@@ -182,7 +182,7 @@ def test_a_step_in_memory_is_one_task(shard_sets: Path) -> None:
 
 
 class Failing:
-    """A file system under the tars of a set: `os.pread` fails so many times, and opening where `gone`."""
+    """A file system under the tars of a set: `os.pread` fails this number of times, and so does opening if `gone`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: float, number: int = errno.EIO) -> None:
         self.left, self.number, self.slept = times, number, list[float]()
@@ -205,7 +205,7 @@ class Failing:
 def test_a_file_system_that_fails_for_seconds(
     number: int, shard_sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tar is opened anew, also for the first time, ever later; what takes seconds is told, once and once over."""
+    """The tar is reopened, also the first time, with growing pauses; a long failure is reported once, its end too."""
     shards = ShardSet(shard_sets / "train")
     expected = ShardSet(shard_sets / "train").read(7)
     disk = Failing(monkeypatch, 2, number)  # as the first header is read
@@ -220,16 +220,16 @@ def test_a_file_system_that_fails_for_seconds(
     assert sum(disk.slept) == pytest.approx(0.1 + 0.2 + 0.4 + 0.8 + 1.6 + 3.2)
     path = shard_sets / "train" / shards.names[shards.shard_of(7)]
     said = f"{path} cannot be read ({os.strerror(number)}): trying again\n"
-    said += f"{path.parent} can be read again: reading goes on\n"
+    said += f"{path.parent} can be read again: reading resumes\n"
     assert capsys.readouterr().err == said
 
 
 def test_a_file_system_that_is_gone(shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a minute, or sooner where the run would be called a hang, one sentence. What was never there is missing."""
+    """One sentence after a minute, or earlier if it would count as a hang. A tar that never existed is missing."""
     shards = ShardSet(shard_sets / "train")
     path = shard_sets / "train" / shards.names[shards.shard_of(7)]
     disk = Failing(monkeypatch, float("inf"), errno.ESTALE)
-    with pytest.raises(ReadError, match=f"{path} could not be read for 60 s .Stale file handle.: see that its") as e:
+    with pytest.raises(ReadError, match=f"{path} could not be read for 60 s .Stale file handle.: check its") as e:
         shards.read(7)
     assert not isinstance(e.value, ValueError), "no refusal: a restart may mend it"
     disk.slept.clear()
@@ -256,7 +256,7 @@ def test_a_file_system_that_is_gone(shard_sets: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_rank_that_cannot_read_goes_with_the_others(shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batches before, but for what DALI works ahead; then as many of the same shapes, of NaN."""
+    """It delivers the batches before, except those DALI works ahead on, then NaN batches of the same shapes."""
     shards = ShardSet(shard_sets / "train", patience=0)
     plan = TrainingPlan(shards, Augment(72, 67), shards.manifest)
     monkeypatch.setattr(ShardSet, "cached", lambda _, samples: [None] * len(samples))
@@ -287,7 +287,7 @@ def test_a_rank_that_cannot_read_goes_with_the_others(shard_sets: Path, monkeypa
 
 
 def many_shards(one: Path, directory: Path, count: int) -> None:
-    """A set of so many tars, each the first one of another set."""
+    """A set of a given number of tars, each a copy of the first tar of another set."""
     directory.mkdir()
     manifest = Manifest.read(one)
     first = manifest.shards[0]
@@ -301,7 +301,7 @@ def many_shards(one: Path, directory: Path, count: int) -> None:
 
 @pytest.fixture
 def few_files() -> Iterator[Callable[[int], None]]:
-    """Lets this process have no more than so many files open, until the test is over."""
+    """Limits the open files of this process until the test is over."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield lambda count: resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -347,7 +347,7 @@ def test_the_limit_is_raised(few_files: Callable[[int], None]) -> None:
 
 
 def test_who_is_to_stop_waits_for_no_tar(shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does who comes later begin to wait anew; and what does not pass is not waited for."""
+    """Nor do later reads start a wait of their own; permanent errors are not waited for."""
     shards = ShardSet(shard_sets / "train")
     disk = Failing(monkeypatch, float("inf"))
     with pytest.raises(ReadError, match="could not be read for 60 s"):

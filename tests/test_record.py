@@ -1,4 +1,4 @@
-"""The record of a run: what a line says of its window, and where the wall time went."""
+"""Record of a run: the window of steps in a line, and the breakdown of wall time."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_which_rank_waits(shard_sets: Path, tmp_path: Path) -> None:
     worst = max(machine(run), key=lambda line: line["data_wait_worst"] / line["images_per_s"])
     assert worst["worst_rank"] == 1
     assert worst["data_wait_worst"] > 0.5
-    assert worst["data_wait_worst"] / 2 <= worst["data_wait"] <= worst["data_wait_worst"]
+    assert worst["data_wait_worst"] / 2 - 0.001 <= worst["data_wait"] <= worst["data_wait_worst"], "both are rounded"
     assert worst["worst_node"]
     assert all(line["memory_mb"] > 100 for line in machine(run))
     assert status(run)["seconds"]["data"] > 1

@@ -48,17 +48,18 @@ def test_the_same_bits(shard_sets: Path, tmp_path: Path, ranks: int, extra: tupl
 
 
 def test_right_after_the_division(shard_sets: Path, tmp_path: Path) -> None:
-    """A schedule that divides at every epoch: cut at the first step of the next one, and killed there once more."""
-    extra = ("--schedule.patience=1", "--schedule.min_improvement=1", "--train.epochs=4", "--schedule.stop_early=true")
+    """A schedule that divides every two epochs: cut at the first step of the next one, and killed there once more."""
+    patience = ("--schedule.patience=1", f"--schedule.patience_steps={2 * STEPS}", "--schedule.min_improvement=1")
+    extra = (*patience, "--train.epochs=5", "--schedule.stop_early=true")
     whole, run = tmp_path / "whole", tmp_path / "cut"
     assert launch(shard_sets, whole, *extra, ranks=0).returncode == 0
-    launch(shard_sets, run, *extra, fault=cut(2 * STEPS + 1), ranks=0)
+    launch(shard_sets, run, *extra, fault=cut(3 * STEPS + 1), ranks=0)
     assert status(run)["state"] == "stopped"
     (run / "fault-0").unlink()
     kill = at("step", 2, "kill")
     assert launch(shard_sets, run, *extra, fault=kill, ranks=0).returncode != 0
     assert launch(shard_sets, run, *extra, ranks=0).returncode == 0
-    assert [round(r["lr"], 9) for r in records(run, "validation")] == [0.01, 0.01, 0.001, 0.0001]
+    assert [round(r["lr"], 9) for r in records(run, "validation")] == [0.01, 0.01, 0.01, 0.001, 0.001]
     assert_same_run(run, whole)
 
 

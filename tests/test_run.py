@@ -36,7 +36,7 @@ def test_two_ranks_from_start_to_done(shard_sets: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.count("epoch 1/2: top-1 error") == 1, "only rank 0 speaks"
-    for word in ("best accuracy", "last accuracy", "images/s", "curves", str(run)):
+    for word in ("accuracy", "images/s", "curves", str(run)):
         assert result.stdout.count(word) >= 1, result.stdout
 
     assert [r["step"] for r in records(run, "step")] == list(range(1, 2 * STEPS + 1))
@@ -57,7 +57,7 @@ def test_two_ranks_from_start_to_done(shard_sets: Path, tmp_path: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     again = launch(shard_sets, run, ranks=0)
     assert again.returncode == 0, again.stderr
-    assert "done" in again.stdout
+    assert "outcome  done: epoch 2 was its last and is trained already; --train.epochs 4 goes on\n" in again.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -84,7 +84,7 @@ def test_a_division_that_comes_too_early_is_told(shard_sets: Path, tmp_path: Pat
     for lr in ("1e-30", "3e-4"):
         result = launch(shard_sets, tmp_path / lr, *every, *net, f"--optim.lr={lr}", ranks=0)
         assert result.stderr.count("learning rate divided by 1.01") == 3, result.stderr
-        told[lr] = result.stderr.count("no better than always naming the most common class (66.67%): raise")
+        told[lr] = result.stderr.count("no better than always naming the most common class (66.67%): move")
         errors = [r["top1_error"] for r in records(tmp_path / lr, "validation")]
         assert told[lr] == sum(error > 0.66 for error in errors)
         story = events.read(tmp_path / lr)
@@ -213,7 +213,7 @@ def test_wrong_command_lines_under_torchrun(shard_sets: Path, tmp_path: Path) ->
     for words, sentence in [
         (("--optim.lrr=1",), "unknown configuration key optim.lrr: did you mean optim.lr?"),
         (("--model.name=alexnt",), "model.name 'alexnt' is unknown: did you mean 'alexnet'?"),
-        (("--config=nosuch.yaml",), "File does not exist"),
+        (("--config=nosuch.yaml",), "nosuch.yaml does not exist"),
         (("--data.source=nosuchset", *nowhere), "torchvision has no data set 'nosuchset'"),
         (("--train.global_batch=1",), "train.global_batch 1 is smaller than ranks (2)"),
     ]:
@@ -235,7 +235,7 @@ def test_what_one_rank_refuses_all_hear(shard_sets: Path, tmp_path: Path) -> Non
     script = tmp_path / "rank.sh"
     for mine, sentence in (
         ("--train.device=cuda", "train.device is cuda, but this node has "),
-        ("--model.init_from=/nosuch", "model.init_from is /nosuch, which is neither a run nor a checkpoint of one"),
+        ("--model.init_from=/nosuch", "model.init_from: there is no run /nosuch: "),
     ):
         script.write_text(f'[ $RANK = 1 ] && set -- "$@" {mine}\nexec {sys.executable} -m dist_train "$@"\n')
         words = command(shard_sets, tmp_path / "r", agent="--no-python")

@@ -1,4 +1,4 @@
-"""The drill of drills: what kills a run at any moment costs it some steps, and nothing else."""
+"""Soak test: kills at random moments cost a run some steps and nothing else."""
 
 from __future__ import annotations
 

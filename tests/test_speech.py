@@ -1,5 +1,5 @@
-"""Nobody who stops listening ends what runs: a full disk, a pipe without a reader, a terminal that was closed, no
-output at all; and the end of a run does not fail for a name, a line or a disk.
+"""Output without a reader ends no run: a full disk, a pipe without a reader, a closed terminal, no output at all; nor
+does the end of a run fail because of a name, a line or a disk.
 
 The trainer itself: `test_run.py::test_nobody_reads_what_it_prints`.
 """
@@ -24,14 +24,13 @@ import pytest
 from dist_train.outcomes import Done
 from dist_train.pictures.cells import Named
 from dist_train.pictures.nearest import draw_nearest
-from dist_train.pictures.sweeps import Curve, Probed, draw_arms, draw_layers
-from dist_train.pictures.text import fit
+from dist_train.pictures.sweeps import PANELS, Curve, Probed, draw_arms, draw_layers, draw_ratios
 from dist_train.pictures.top5 import draw_top5
 from dist_train.rundir import record
 from dist_train.rundir.state import Progress
 from dist_train.summary import summary
 from pipelines import speech
-from pipelines.png import as_png
+from pipelines.png import as_png, fit
 
 ROOT = Path(__file__).parent.parent
 NAME = "a $x_{$ b, 日本\n\udcff"
@@ -238,11 +237,12 @@ def test_a_name_is_a_name_in_every_picture() -> None:
         draw_top5([image], [0], chances, [NAME, NAME], NAME),
         draw_nearest([image], [[image]], np.ones((1, 1), np.float32), np.ones((1, 1), np.bool_), NAME),
         draw_arms({NAME: [Curve([1], [1.0])]}, {NAME: [0.5]}, NAME, "24"),
-        draw_layers([NAME], [probed]),
+        *(draw_layers([NAME], [probed], picture, NAME) for picture in PANELS),
+        draw_ratios([NAME], [probed], NAME),
     ]
     for figure in figures:
         assert as_png(figure, dpi=30).startswith(b"\x89PNG")
-    assert "\n" not in fit(NAME, 500)
+    assert "\n" not in fit(NAME, 500, 8)
 
 
 @pytest.mark.slow

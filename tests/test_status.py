@@ -1,4 +1,4 @@
-"""What status.json and errors/ say of a start that waits, is refused or fails, and who may overwrite it."""
+"""status.json and errors/ of a start that waits, is refused or fails, and who may overwrite them."""
 
 from __future__ import annotations
 

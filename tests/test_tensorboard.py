@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run, read back by TensorBoard's own reader."""
+"""TensorBoard's view of a run, read back with TensorBoard's own reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tower parallel: the two towers on two ranks compute what one process computes that has both.
+"""Tower parallelism: two towers on two ranks compute the same as one process with both.
 
 `python -m tests.test_towers` under torchrun is what one rank of `test_every_gradient` does.
 """

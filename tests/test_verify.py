@@ -1,4 +1,4 @@
-"""`verify` finds what is wrong, nobody is shown it, and no damage gives a wrong label in silence."""
+"""`verify` finds bad samples, which are then never shown, and no damage silently gives a wrong label."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_manifest_that_does_not_fit_the_index(small: Path, what: str) -> None:
 
 
 def insane(directory: Path, *, sums: bool) -> None:
-    """Row 3 says that its image has no pixels, and all checksums say so, too, if there are any."""
+    """Row 3 has an image without pixels, and all checksums match that, if there are any."""
     rows = np.load(directory / "index.npy")
     rows["width"][3] = 0
     np.save(directory / "index.npy", rows)
@@ -192,7 +192,7 @@ LINE = {"shard": "shard-000000.tar", "row": 3, "name": "x", "reason": "a person 
 
 @pytest.mark.parametrize("bound", [False, True])
 def test_the_same_index_again_keeps_the_quarantine(small: Path, bound: bool) -> None:
-    """That of an earlier program, which says nothing of an index, too."""
+    """Also one of an earlier version, which names no index."""
     head = [{"index": Manifest.read(small).index_sha256}] if bound else []
     (small / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*head, LINE]))
     fingerprint = ShardSet(small).fingerprint
@@ -203,14 +203,14 @@ def test_the_same_index_again_keeps_the_quarantine(small: Path, bound: bool) -> 
 def test_a_quarantine_of_another_index_hits_nobody(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A set that was mended elsewhere and copied over this one, say."""
+    """Such as after copying a set repaired elsewhere over this one."""
     path = small / "quarantine.jsonl"
     quarantine.write(small, "0" * 64, [LINE])
     for rank, told in (("0", 1), ("1", 0)):  # one of the ranks of a run tells
         monkeypatch.setenv("RANK", rank)
         shards = ShardSet(small)
         assert (len(shards), len(shards.quarantined), shards.earlier_fingerprint) == (12, 0, "")
-        line = f"{path} is of another index than the set's, and is not used: run `python -m pipelines verify {small}`\n"
+        line = f"{path} belongs to another index and is not used: run `python -m pipelines verify {small}`\n"
         assert capsys.readouterr().err.count(line) == told
     index(small, classes=None, split="train", workers=1)
     assert not path.exists()
@@ -242,7 +242,7 @@ def test_what_verify_finds_on_a_read_only_file_system(
     assert told.out.startswith("shard-000000.tar: its sha256 differs")
     assert f"{name}: cannot be read: cannot identify image file\n" in told.out
     assert "2 problems in " in told.err
-    assert "of which no list could be written (Read-only file system): training will meet" in told.err
+    assert "but their list could not be written (Read-only file system): training will meet" in told.err
 
 
 def test_reasons_are_the_same_in_every_process(small: Path) -> None:

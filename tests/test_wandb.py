@@ -1,4 +1,4 @@
-"""The run in wandb, by the files and the requests of the real one."""
+"""Runs in wandb, checked by the files and requests of the real client."""
 
 from __future__ import annotations
 

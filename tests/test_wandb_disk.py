@@ -1,4 +1,4 @@
-"""wandb where its disk, its variables, or what an earlier start has left are not as they should be."""
+"""wandb with a bad disk, bad variables, or bad files of an earlier start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The W&B server of the tests: wandb's own client works with it, and meets the faults that it plays."""
+"""The tests' W&B server: wandb's own client works with it and meets the faults it simulates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever only asks does not wait for torch: help, misspelt options and the table of runs do without."""
+"""No import of torch for help, misspelt options and the table of runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_who_only_asks_does_not_wait_for_torch(
     package: str, verbs: list[str], others: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "torch.py").write_text("raise AssertionError('torch is imported')")  # found before the real one
-    fine = ["--help", *(f"{verb} --help" for verb in verbs), *others]
+    fine = ["--help", "--version", *(f"{verb} --help" for verb in verbs), *others]
     misspelt = ["hlep", "--hlep", *(f"{verb} --hlep" for verb in verbs)]
     words = json.dumps([line.split() for line in (*fine, *misspelt)])
     done = subprocess.run(

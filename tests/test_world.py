@@ -1,4 +1,4 @@
-"""What is done by some ranks, and what becomes of the others if it fails there. Runs under torchrun, too."""
+"""Work done by some of the ranks, and what the others do if it fails there. Also run under torchrun."""
 
 from __future__ import annotations
 

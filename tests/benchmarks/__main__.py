@@ -1,4 +1,4 @@
-"""`make bench`, or `python -m tests.benchmarks [NAME ...]`: what things cost on this machine, as ratios within one run.
+"""`make bench`, or `python -m tests.benchmarks [NAME ...]`: costs on this machine, as ratios within one run.
 
 Never asserted. Data: `PHOTOS=DIR` names a folder with a sub-folder of photographs for each class; without it random
 photographs are made.

@@ -1,4 +1,4 @@
-"""The photographs that the tables are measured on: those of PHOTOS=DIR/<class>/<image>, or random ones."""
+"""Photographs for the measurements: those of PHOTOS=DIR/<class>/<image>, or random ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This loader beside those that others use: CPU time per image, and as a multiple of decoding JPEGs and nothing else.
+"""This loader and common others: CPU time per image, also as a multiple of JPEG decoding alone.
 
 All give the same: batches of float32 [n, 3, 227, 227] in levels minus the mean of the set, cropped at random from
 shorter side 256 and reflected at random. In one run, in turn, each in a process of its own; the least of the rounds

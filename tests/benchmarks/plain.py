@@ -1,4 +1,4 @@
-"""The plain PyTorch script that everybody writes, at its best: what this project's step is measured against.
+"""A plain PyTorch training script at its best: the baseline for this project's step.
 
     python tests/benchmarks/plain.py --batch 64 --loaders none folder --folder DIR
     torchrun --nproc_per_node=2 tests/benchmarks/plain.py ...

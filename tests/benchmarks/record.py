@@ -1,4 +1,4 @@
-"""What the record costs the main thread of rank 0: what each step says and hears of all ranks, and a line more."""
+"""Cost of the record on rank 0's main thread: the exchange of each step with all ranks, and one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it costs to open a shard set, and to take the first batch of an epoch, as sets grow to a billion samples."""
+"""Cost of opening a shard set and of the first batch of an epoch, for sets of up to a billion samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `dist_train.process` settles, and what it is worth: a step of the paper's net at 227, in a process for each."""
+"""Effect of each setting of `dist_train.process`: a step of the paper's net at 227, one process per setting."""
 
 from __future__ import annotations
 

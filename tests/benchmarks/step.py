@@ -1,4 +1,4 @@
-"""The shipped step at 227 pixels beside the plain script's, a torchvision net's and its own bare layers.
+"""The shipped step at 227 pixels compared with the plain script's, a torchvision net's and its own bare layers.
 
 All in one run, in turn, each in processes of its own; the least CPU time per image of the rounds (ROUNDS=N) counts.
 Then the step of configs/quickstart.yaml, the demo, beside its bare layers.

@@ -1,4 +1,4 @@
-"""Bytes that a training step sends: the towers on two ranks (train.tower_parallel) against data parallelism.
+"""Bytes sent per training step: towers on two ranks (train.tower_parallel) against data parallelism.
 
 Under torchrun, with two ranks, this measures and prints JSON; `table` starts that and prints it for people.
 """

@@ -1,4 +1,4 @@
-"""What it costs that OpenMP's threads spin while they wait (OMP_WAIT_POLICY), by itself and beside other work."""
+"""Cost of OpenMP threads that spin while they wait (OMP_WAIT_POLICY), alone and beside other work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that several of the gpu tests compare with."""
+"""Reference runs shared by the gpu tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drills on GPUs, with one rank and with two: how runs end that are stopped, killed or hang, or where a rank fails."""
+"""Drills on GPUs with one and two ranks: the end of runs that are stopped or killed, hang, or lose a rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resuming on GPUs: the same bits at the same number of them. (Another number: test_runs.py.)"""
+"""Resuming on GPUs: the same bits on the same number of GPUs. (For another number see test_runs.py.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on GPUs compute what runs on the CPU compute."""
+"""Runs on GPUs compute the same as runs on the CPU."""
 
 from __future__ import annotations
 

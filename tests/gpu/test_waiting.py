@@ -1,4 +1,4 @@
-"""A step waits for no device, nor does the loader; and each process is on its own GPU only.
+"""Neither a step nor the loader waits for the device; each process uses its own GPU only.
 
 As a module this is the trainer, of which a few steps are watched: one line of JSON a rank.
 """

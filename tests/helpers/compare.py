@@ -1,4 +1,4 @@
-"""What a run left behind, and whether two runs left the same."""
+"""Files left by a run, and whether two runs left the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the drills share: a run that nothing disturbs, a table of what came of the others, and how to wait."""
+"""Shared code of the drills: an undisturbed run, the table of outcomes, and waiting."""
 
 from __future__ import annotations
 

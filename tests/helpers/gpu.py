@@ -1,4 +1,4 @@
-"""On what the tests marked gpu run: the GPUs of this machine or, in a rehearsal, its CPU.
+"""Devices of the tests marked gpu: this machine's GPUs or, in a rehearsal, its CPU.
 
 With REHEARSE=1 in the environment, and no CUDA, the same tests run on the CPU, which stands for two GPUs. What needs
 CUDA itself is skipped, and so is what needs more GPUs than there are; the reason is said.

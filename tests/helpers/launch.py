@@ -1,4 +1,4 @@
-"""Start the trainer as a user does: real processes, small model, small data."""
+"""Starts the trainer as a user does: real processes, small model, small data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For pytest: a failing test shows how each rank of its runs ended, and Ctrl-C is heard wherever tests are started."""
+"""pytest plugin: failing tests show how each rank of their runs ended, and Ctrl-C works wherever tests are started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader's pixels, computed another way."""
+"""The loader's pixels, computed independently."""
 
 from __future__ import annotations
 

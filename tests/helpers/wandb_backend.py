@@ -1,4 +1,4 @@
-"""What a W&B backend remembers and answers: runs, artifacts, uploads. wandb_server.py carries it over HTTP.
+"""State and answers of a W&B backend: runs, artifacts, uploads. wandb_server.py serves it over HTTP.
 
 The answers are complete, field by field as wandb's core asks for them: it panics where one is missing.
 """

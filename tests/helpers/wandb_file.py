@@ -1,4 +1,4 @@
-"""What stands in the files that wandb leaves."""
+"""Contents of wandb's files."""
 
 from __future__ import annotations
 

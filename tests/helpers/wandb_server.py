@@ -1,4 +1,4 @@
-"""A W&B server on loopback, of the tests' own: wandb's client works online against it, and it plays faults."""
+"""The tests' own W&B server on loopback: wandb's client works online against it, and it simulates faults."""
 
 from __future__ import annotations
 

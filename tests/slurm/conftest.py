@@ -1,4 +1,4 @@
-"""A private cluster for all tests of this folder, and a person who works on it."""
+"""A private cluster for all tests in this folder, and a user who works on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def job_of(said: str) -> str:
-    """The first job number in what a command says."""
+    """First job number in a command's output."""
     found = re.search(r"\bjob (\w+)", said)
     assert found, said
     return found[1]
@@ -62,14 +62,14 @@ class User:
         )
 
     def slurm(self, *words: str, code: int = 0) -> str:
-        """What `python -m slurm ...` says: its output, or its complaint where `code` is not 0."""
+        """Output of `python -m slurm ...`, or its error message if `code` is not 0."""
         process = self.start(*words)
         out, err = process.communicate(timeout=200)
         assert process.returncode == code, out + err
         return err if code else out
 
     def submit(self, name: str, *words: str) -> str:
-        """The job number of a new run on 2 nodes x 2 tasks."""
+        """Submits a new run on 2 nodes x 2 tasks. Returns its job number."""
         return job_of(self.slurm("submit", *SIZE, "--time=30", *self.training, f"--run.name={name}", *words))
 
     def run(self, name: str) -> Path:
@@ -79,7 +79,7 @@ class User:
         return "".join(path.read_text() for path in self.run(name).glob(f"slurm/*_{rank}_log.out"))
 
     def wait(self, name: str, job: str, state: str, seconds: float = 120) -> None:
-        """Until the run's state and Slurm's say that it has ended in `state`."""
+        """Waits until the run and Slurm both say that it ended in `state`."""
 
         def ended() -> bool:
             path = self.run(name) / "status.json"
@@ -98,12 +98,12 @@ class User:
         return process_with({f"SUBMITIT_LOCAL_JOB_ID={job}", f"SUBMITIT_LOCAL_GLOBALID={rank}"})
 
     def processes(self, job: str, ranks: range) -> list[int]:
-        """Those of the ranks, which are waited for."""
+        """Processes of the ranks; waits until they exist."""
         wait_for(lambda: all(self._process(job, rank) for rank in ranks), 60, f"the ranks of job {job}", every=0.01)
         return [self._process(job, rank) for rank in ranks]
 
     def told(self, name: str, words: str, seconds: float = 60) -> None:
-        """Wait until `status` says so of a run."""
+        """Waits until `status` shows this for a run."""
         said: list[str] = []
 
         def does() -> bool:
@@ -129,7 +129,7 @@ class User:
         return process
 
     def thaw(self, process: int, number: signal.Signals) -> None:
-        """Let a frozen process go on once a signal has come for it."""
+        """Lets a frozen process continue once a signal is pending for it."""
 
         def come() -> bool:
             pending = int(field(process, "ShdPnd"), 16) >> (number - 1) & 1
@@ -148,13 +148,13 @@ class User:
         return f"step-{status(self.run(name))['step']:08d}"
 
     def starts(self, name: str) -> list[str]:
-        """The checkpoint that each start found."""
+        """Checkpoints found by the starts, one per start."""
         lines = (self.run(name) / "slurm" / "starts.jsonl").read_text().splitlines()
         return [line["checkpoint"] for line in map(json.loads, lines) if "start" in line]
 
 
 def field(process: int, name: str) -> str:
-    """Of /proc/<process>/status."""
+    """Field of /proc/<process>/status."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return dict(line.split(":\t", 1) for line in lines)[name]
 

@@ -59,7 +59,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 
 
 def missing() -> str:
-    """What to install to have a cluster; empty where nothing is missing."""
+    """Packages to install for a cluster; empty if none is missing."""
     absent = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
     packages = "slurmctld slurmd slurm-client munge"
     return f"no {', '.join(absent)}: install Debian's {packages}" if absent else ""
@@ -109,7 +109,7 @@ class Cluster:
             self._start(node, *daemon.split())
 
     def crash(self, node: str) -> None:
-        """Every process of the node dies at once."""
+        """Kills all processes of the node at once."""
         self._kill(node)
         for process in self._of(node):
             with contextlib.suppress(ProcessLookupError):  # it went with its daemon
@@ -123,28 +123,28 @@ class Cluster:
             self._kill(name)
 
     def run(self, *words: str) -> str:
-        """The output of one of Slurm's commands."""
+        """Output of a Slurm command."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
     def states(self) -> list[str]:
-        """Of the nodes."""
+        """States of the nodes."""
         words = ("sinfo", "-h", "-N", "-p", "low", "-o", "%t")
         return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False).stdout.split()
 
     def job(self, number: str) -> str:
-        """The state of a job, such as RUNNING."""
+        """State of a job, such as RUNNING."""
         return self.run("squeue", "-h", "-t", "all", "-o", "%T", "-j", number).strip()
 
     def preempt_with(self, user_signal: bool) -> None:
-        """Whether a preemption is announced by the job's own signal, rather than by SIGTERM."""
+        """Sets whether a preemption is announced by the job's own signal or by SIGTERM."""
         path = self.root / "slurm.conf"
         path.write_text(path.read_text().replace(f"\n{SIGNALS}", "") + (f"\n{SIGNALS}" if user_signal else ""))
         self.run("scontrol", "reconfigure")
 
     def process(self, job: str, rank: int) -> int:
-        """The process of a rank of a job, 0 where there is none."""
+        """Process of a rank of a job; 0 if there is none."""
         step = {f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}"}  # the batch script has a rank too
         return process_with({*step, f"SLURM_CONF={self.root}/slurm.conf"})
 
@@ -190,14 +190,14 @@ class Cluster:
 
 
 def process_with(variables: set[str]) -> int:
-    """The process that has these in its environment, but whose parent has not; 0 where there is none."""
+    """Number of the process with these in its environment, unlike its parent; 0 if there is none."""
     found = [number for number, its in _processes() if variables <= its]
     parents = {number: parent(number) for number in found}
     return next((number for number in found if parents[number] not in found), 0)
 
 
 def parent(process: int) -> int:
-    """What started a process; 0 if that process is gone."""
+    """Parent of a process; 0 if that process is gone."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:

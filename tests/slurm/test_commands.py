@@ -1,4 +1,4 @@
-"""`python -m slurm` where there is no cluster: what it prints, refuses and imports."""
+"""`python -m slurm` without a cluster: its output, refusals and imports."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_
 cd '{home}/runs/été 1/slurm' || exit $code
 if [ $code -ne 0 ]; then
   rm "$job".started 2>/dev/null && reached=1
-  # A crash, and not an end that Slurm is bringing about already, nor one that was asked for; 2 is a refusal.
+  # Only a crash: not an end that Slurm is already bringing about, nor one that was requested; 2 is a refusal.
   if [ -n "$(squeue --noheader --jobs="$job" --states=RUNNING)" ] &&
       {{ [ ! -e "$job".over ] || [ $code -eq 2 ]; }}; then
-    # The last error of each rank; what a stop signal ends before the first step is none.
+    # The last error of each rank; a stop signal before the first step is none.
     said=$(find . -name "${{job}}_*_log.out" -newermt "-$lasted seconds" -exec awk '
       /Starting with JobEnvironment/ {{ said[FILENAME] = "" }}
       /Error(:|$)|error:|stopped before the first step/ && !/Exited with|CANCELLED/ {{ said[FILENAME] = $0 }}
       END {{ for (file in said) print said[file] }}' {{}} + | grep .)
     error=$(grep -v -e 'stopped before the first step' -e 'Terminated$' <<< "$said" | tail -n 1)
     [ -n "$error" ] || [ -z "$said" ] && echo "$(date +%s.%N) $lasted $code $error" > "$job".crash
-    # Back into the queue, if it had reached the trainer.
+    # Requeue if it had reached the trainer.
     [ -n "$reached" ] && [ ! -e "$job".over ] && scontrol requeue "$job"
   fi
 fi
@@ -77,7 +77,7 @@ ASKED = "--nodes=4 --gpus-per-node=8 --time=12:00:00 --partition=gpu --account=v
 
 
 def submitted(run: Path) -> Path:
-    """Make a run that was submitted as job 12. Returns its folder of Slurm's files."""
+    """Makes a run submitted as job 12. Returns the folder of its Slurm files."""
     folder = run / "slurm"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("train: {epochs: 90}")
@@ -87,7 +87,7 @@ def submitted(run: Path) -> Path:
 
 
 def state(run: Path, in_queue: str = "") -> str:
-    """How `status` calls a run whose job is so in the queue, or not there."""
+    """The state `status` shows for a run whose job has this state in the queue, or is not in it."""
     return row(SubmittedRun(run), Entry(in_queue) if in_queue else None, time.time())[3]
 
 
@@ -113,7 +113,7 @@ def test_what_goes_to_the_trainer_takes_its_value_with_it(outsider: User) -> Non
 
 
 def test_a_pack_that_would_be_refused_is_not_submitted(image_folder: Path, tmp_path: Path) -> None:
-    """A task would say it after hours in the queue."""
+    """Otherwise a task would report it after hours in the queue."""
     photographs = image_folder / "train"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
@@ -136,7 +136,7 @@ def test_a_pack_that_would_be_refused_is_not_submitted(image_folder: Path, tmp_p
         (["--optim.lrr=1"], "unknown configuration key optim.lrr: did you mean optim.lr?"),
         (["--gpus-per-nod=2"], "unknown option --gpus-per-nod: did you mean --gpus-per-node?"),
         (["--nodes=9", "--gpus-per-node=3"], "train.global_batch 24 is smaller than ranks (27)"),
-        (["--data.train=nowhere", "--data.source="], "no shards in nowhere"),
+        (["--data.train=nowhere", "--data.source="], "nowhere`, which does not exist yet in /"),
         (["--train.global_batch=1000"], "larger than the 240 images"),
         (["--run.name=100%"], "contains '%', which Slurm replaces in file names: choose another name"),
         (["--time=1", "--signal-before=60"], "--signal-before 60 s leaves nothing of --time"),
@@ -243,7 +243,7 @@ def test_a_start_says_what_it_waits_for(tmp_path: Path, in_queue: str, age: floa
 
 NO_PYTHON = "slurmstepd: error: execve(): /env/bin/python: No such file or directory"
 BEGUN = "submitit INFO (2026-11-26 11:03:11,490) - Starting with JobEnvironment(job_id=12)"
-STOPPED = f"{BEGUN}\nrank 0: stopped before the first step; no checkpoint is there yet"
+STOPPED = f"{BEGUN}\nrank 0: stopped before the first step; there is no checkpoint yet"
 SRUN = "srun: error: node1: task 0: Exited with exit code 1"
 
 
