@@ -16,8 +16,8 @@ def run_named(text: str, root: Path = RUNS) -> Path:
     the first that exists. Expands `~`."""
     path = Path(os.path.expanduser(text))
     places = (path, root / path)
-    runs = (place for place in places if (place / "config.yaml").exists() or (place / "meta.json").exists())
-    return next(runs, None) or next((place for place in places if place.exists()), path)
+    runs = (p for p in places if any(os.path.exists(p / file) for file in ("config.yaml", "meta.json")))
+    return next(runs, None) or next((p for p in places if os.path.exists(p)), path)  # not Path.exists: it may raise
 
 
 def no_run(path: Path, root: Path = RUNS) -> str:
