@@ -7,6 +7,7 @@ world size, after any restart and with any number of threads. DALI receives them
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from pipelines.bounds import least
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
+from pipelines.misc import ceil_div
 from pipelines.order import VIEWS, philox
 
 Inputs = Literal["mean_subtracted", "minus_one_to_one", "standardized"]  # how pixels are scaled
 LEAST_STD = 1 / 255  # one level, for pixels in [0, 1]: JPEG rounding alone adds as much to a constant channel
-WORDS = 8  # raw 64-bit words per position: x, y, reflection, four for two Box-Muller pairs, one spare
-BLOCKS = WORDS // 4  # Philox4x64 makes four words per block, and `advance` counts blocks
+WORDS = 8  # per position in the stream VIEWS: x, y, reflection, four for two Box-Muller pairs, one spare
+BLOCK = 4  # words that Philox4x64 makes at a time; `advance` counts blocks
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class Augment:
     """Standard deviation of the factors of PCA lighting; 0 disables it."""
 
 
+def without_chance(augment: Augment) -> Augment:
+    """The same scale and crop; whatever else there is to set is off, for views that are not random."""
+    return Augment(augment.resize, augment.crop, augment.center_square, mirror=False, lighting=0.0)
+
+
 # Offsets as fractions of the width and height left over by a crop.
 PLACES = np.array([(0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 
@@ -138,6 +145,18 @@ def _room(now: NDArray[np.int32], augment: Augment) -> tuple[NDArray[np.int32], 
     return np.rint((now - side) / 2).astype(np.int32), side - augment.crop
 
 
+def uniform(stream: int | str, words: int, *, seed: int, epoch: int, start: int, n: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) for positions start .. start + n of an epoch, float64 [n, words].
+
+    Each augmentation draws from a stream of its own, named after its setting, and so leaves the others as they are.
+    """
+    blocks = ceil_div(words, BLOCK)
+    bits = philox(seed, epoch, stream)
+    bits.advance(blocks * start)
+    raw: NDArray[np.uint64] = bits.random_raw(BLOCK * blocks * n).reshape(n, BLOCK * blocks)[:, :words]
+    return (raw >> np.uint64(11)) * np.float64(2**-53)
+
+
 def random_views(
     size: NDArray[np.int64],
     augment: Augment,
@@ -157,18 +176,16 @@ def random_views(
         size: original width and height, [n, 2].
         components: the products l_i p_i as columns, [3, 3].
     """
-    n = len(size)
-    bits = philox(seed, epoch, VIEWS)
-    bits.advance(BLOCKS * start)
-    uniform = (bits.random_raw(WORDS * n).reshape(n, WORDS) >> np.uint64(11)) * 2.0**-53  # [0, 1)
+    draw = partial(uniform, seed=seed, epoch=epoch, start=start, n=len(size))
+    words = draw(VIEWS, WORDS)
     now = resized(size, augment.resize)
     square, room = _room(now, augment)
-    corner = square + np.floor(uniform[:, :2] * (room + 1)).astype(np.int32)
-    radius = np.sqrt(-2 * np.log1p(-uniform[:, 3:5]))
-    angle = 2 * np.pi * uniform[:, 5:7]
+    corner = square + np.floor(words[:, :2] * (room + 1)).astype(np.int32)
+    radius = np.sqrt(-2 * np.log1p(-words[:, 3:5]))
+    angle = 2 * np.pi * words[:, 5:7]
     normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], axis=1)
     shift = 255 * augment.lighting * normal @ components.T
-    flipped = (uniform[:, 2] < 0.5) & augment.mirror
+    flipped = (words[:, 2] < 0.5) & augment.mirror
     return Views(now, corner, flipped, shift.astype(np.float32), size)
 
 

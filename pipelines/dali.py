@@ -6,15 +6,16 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import Inputs
+from pipelines.augment import Augment, Inputs, Views, framed
 from pipelines.misc import cpus
+from pipelines.reading import Encoded
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,24 +26,22 @@ Device = Literal["cpu", "gpu"]
 DEPTH = 2  # batches that DALI works on ahead of the one being collected
 
 
-class Feed(NamedTuple):
-    """Inputs of the graph for the n samples of a step.
+Feed = dict[str, Any]  # arrays for the n samples of a step by name, of which the graph takes those that it needs
 
-    Attributes:
+
+def feed_of(encoded: Encoded, views: Views, crop: int, mean: NDArray[np.float32]) -> Feed:
+    """Inputs of the graph: the fields of `Views` and of their `Frame`, but as the graph takes them
+
         encoded: file contents, n arrays.
-        begin, extent, roi_begin, roi_end, scaled: see `Frame`.
-        mirror: horizontal reflection, int32 [n].
-        mean: value to subtract from each channel, float32 [n, 3].
-    """
+        mirror: int32 [n].
+        mean: value to subtract from each channel, float32 [n, 3]. Lighting adds the same value to all pixels of an
+            image, so one subtraction covers both.
 
-    encoded: Sequence[NDArray[np.uint8] | None]
-    begin: NDArray[np.int32]
-    extent: NDArray[np.int32]
-    roi_begin: NDArray[np.float32]
-    roi_end: NDArray[np.float32]
-    scaled: NDArray[np.bool_]
-    mirror: NDArray[np.int32]
-    mean: NDArray[np.float32]
+    Args:
+        mean: of the training set, in levels, float32 [3].
+    """
+    given = {"encoded": encoded, "mirror": views.mirror.astype(np.int32), "mean": mean - views.shift}
+    return {**vars(views), **framed(views, crop)._asdict(), **given}
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Decode:
 def graph(
     source: Callable[[], Feed],
     *,
+    augment: Augment,
     batch: int,
-    crop: int,
     resize: bool,
     turn: bool = False,
     std: Sequence[float],
@@ -92,27 +91,20 @@ def graph(
     `source` returns the inputs of a step of n <= `batch` samples. `resize`: whether any image of the set needs a
     resize; the others skip it, since it costs more than decoding an image of 256 pixels. `turn`: whether to apply the
     EXIF orientation; packed sets are stored upright. Output: float32 NHWC; with `decode.gives_bytes`, uint8 NHWC before
-    normalisation, and `Feed.mean`. On the GPU the whole image is decoded: region decoders were seen to crash there
-    (nvImageCodec issue 55).
+    normalisation, and the mean that is fed.
     """
     on_cpu = decode.device == "cpu"
-    # Without a resize, its fields are not fed: each costs microseconds per sample.
-    fields = [name for name in Feed._fields if resize or name not in ("roi_begin", "roi_end", "scaled")]
+    # No field that is not needed: each costs microseconds per sample.
+    fields = ["encoded", "begin", "extent", "mirror", "mean"]
+    fields += ["roi_begin", "roi_end", "scaled"] if resize else []
     pipeline = Pipeline(batch, decode.threads or cpus(), decode.device_id, prefetch_queue_depth=depth)
     with pipeline:
         ask = _asking(source, fields, held=depth + 2 if on_cpu else 0)
         inputs = fn.external_source(source=ask, num_outputs=len(fields), batch=True, no_copy=on_cpu)
         feed = dict(zip(fields, inputs, strict=True))
-        # Without "fancy", a GPU repeats chroma samples and the CPU interpolates them.
-        how = {"output_type": types.RGB, "adjust_orientation": turn, "jpeg_fancy_upsampling": True}
-        if on_cpu:
-            image = fn.decoders.image_slice(feed["encoded"], start=feed["begin"], shape=feed["extent"], **how)
-        else:
-            load = decode.hw_decoder_load
-            image = fn.decoders.image(feed["encoded"], device="mixed", hw_decoder_load=load, **how)
-            image = fn.slice(image, start=feed["begin"], shape=feed["extent"], axis_names="WH")
+        image = _decoded(feed, turn, decode)
         if resize:
-            image = _resized(image, feed, crop)
+            image = _resized(image, feed, augment.crop)
         # On the CPU, flipping bytes first is far cheaper than flipping and normalising together.
         image = fn.flip(image, horizontal=feed["mirror"])
         if decode.gives_bytes:
@@ -123,6 +115,17 @@ def graph(
             )
             pipeline.set_outputs(image)
     return pipeline
+
+
+def _decoded(feed: dict[str, DataNode], turn: bool, decode: Decode) -> DataNode:
+    """Region of each image that `Frame` names. On the GPU the whole image is decoded: region decoders were seen to
+    crash there (nvImageCodec issue 55)."""
+    # Without "fancy", a GPU repeats chroma samples and the CPU interpolates them.
+    how = {"output_type": types.RGB, "adjust_orientation": turn, "jpeg_fancy_upsampling": True}
+    if decode.device == "cpu":
+        return fn.decoders.image_slice(feed["encoded"], start=feed["begin"], shape=feed["extent"], **how)
+    image = fn.decoders.image(feed["encoded"], device="mixed", hw_decoder_load=decode.hw_decoder_load, **how)
+    return fn.slice(image, start=feed["begin"], shape=feed["extent"], axis_names="WH")
 
 
 def _resized(image: DataNode, feed: dict[str, DataNode], crop: int) -> DataNode:
@@ -153,7 +156,7 @@ def _asking(source: Callable[[], Feed], fields: Sequence[str], *, held: int) -> 
     def ask() -> list[Any]:
         feed = source()
         last.append(feed)
-        return [getattr(feed, name) for name in fields]
+        return [feed[name] for name in fields]
 
     return ask
 

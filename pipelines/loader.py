@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment import framed, scale
-from pipelines.dali import DEPTH, Decode, DecodeError, Feed, collect, graph
+from pipelines.augment import scale
+from pipelines.dali import DEPTH, Decode, DecodeError, Feed, collect, feed_of, graph
 from pipelines.handover import HandOver
 from pipelines.manifest import Manifest
 from pipelines.misc import ceil_div
@@ -112,9 +112,9 @@ class Loader:
         self.decode, self.reading = decode, reading
         self.reader = Reader(plan.shards, threads=reading.readers, fetch=reading.read, blame=self._blame)
         self.resizing = plan.shards.sides != (plan.augment.resize, plan.augment.resize)
-        crop = plan.augment.crop
-        turn = plan.shards.turned
-        self._graph = partial(graph, crop=crop, resize=self.resizing, turn=turn, std=std.tolist(), decode=decode)
+        self._graph = partial(
+            graph, augment=plan.augment, resize=self.resizing, turn=plan.shards.turned, std=std.tolist(), decode=decode
+        )
         self._hand_over = HandOver(decode.place, std)
         self.waited = 0.0
         self._quarantined = frozenset(plan.shards.quarantined.tolist())
@@ -149,7 +149,7 @@ class Loader:
 
     def epoch(
         self, epoch: int = 0, start: int = 0, keys: Keys | None = None, unread: list[ReadError] | None = None
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Yields the batches of an epoch from step `start` on, with a number per sample if `keys` is given.
 
         Raises ShardError if a tar is not the indexed one, and ReadError if it cannot be read. With `unread`, the
@@ -249,10 +249,7 @@ class Loader:
             self.told(why)
 
     def _feed(self, epoch: int, encoded: Encoded, samples: Ints, start: int) -> Feed:
-        views = self.plan.views(epoch, samples, start)
-        frame = framed(views, self.augment.crop)
-        # Lighting adds the same value to all pixels of an image, so one subtraction covers it and the mean.
-        return Feed(encoded, *frame, views.mirror.astype(np.int32), self.mean - views.shift)
+        return feed_of(encoded, self.plan.views(epoch, samples, start), self.augment.crop, self.mean)
 
     def _find_bad(self, epoch: int, steps: range) -> bool:
         """Decodes the samples of these steps one by one, as they failed together, and marks as bad those that fail

@@ -9,6 +9,7 @@ global batch need not divide by the number of ranks.
 from __future__ import annotations
 
 from functools import lru_cache
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,13 @@ Ints = NDArray[np.int64]
 SHARDS, SAMPLES, VIEWS, PACK, REPLACE = range(5)
 
 
-def philox(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Philox:
-    """A counter-based generator determined by its arguments alone.
+def philox(seed: int, epoch: int, stream: int | str, index: int = 0) -> np.random.Philox:
+    """A counter-based generator determined by its arguments alone. `stream`: one of those above, or any name.
 
     `random_raw` and `advance` of Philox4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3") are stable
     across numpy versions, which the distributions of `Generator` are not (numpy's NEP 19).
     """
+    stream = stream if isinstance(stream, int) else 1 << 32 | crc32(stream.encode())  # apart from those above
     return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, index, stream, 0], np.uint64))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Set
 
 import numpy as np
 
-from pipelines.augment import Augment, Views, fixed_views, random_views
+from pipelines.augment import Augment, Views, fixed_views, random_views, without_chance
 from pipelines.manifest import Manifest, ShardError
 from pipelines.misc import ceil_div
 from pipelines.order import REPLACE, Ints, Order, philox
@@ -100,7 +100,7 @@ class FixedPlan(Plan):
     def __init__(
         self, shards: ShardSet, augment: Augment, view: int = 0, samples: Ints | None = None, seed: int = 0
     ) -> None:
-        super().__init__(shards, augment, seed)
+        super().__init__(shards, without_chance(augment), seed)
         self.view = view
         self.shown = shards.good if samples is None else samples
 

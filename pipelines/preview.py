@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.augment import Augment
+from pipelines.augment import Augment, without_chance
 from pipelines.dali import Decode
 from pipelines.loader import Loader
 from pipelines.order import Ints
@@ -104,8 +105,10 @@ def _grid(columns: Mapping[str, Sequence[Pixels]], labels: Sequence[str], title:
 def _told(augment: Augment) -> str:
     """Description of the augmentation, for a title."""
     whole = "the central square of images" if augment.center_square else "images"
-    more = ", reflection" * augment.mirror + ", lighting" * (augment.lighting > 0)
-    return f"Random {augment.crop}x{augment.crop} crop of {whole} resized to shorter side {augment.resize}{more}"
+    plain = without_chance(augment)
+    on = [f.name for f in fields(Augment) if getattr(augment, f.name) != getattr(plain, f.name)]
+    crop = f"{augment.crop}x{augment.crop} crop of {whole} resized to shorter side {augment.resize}"
+    return ", ".join([f"Random {crop}", *on])
 
 
 def decoded(shards: ShardSet, sample: int) -> Pixels:
