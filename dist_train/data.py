@@ -9,17 +9,16 @@ from pathlib import Path
 from threading import Thread
 
 from dist_train.config import Config, ConfigError
+from pipelines import kinds
 from pipelines.augment import scale
 from pipelines.manifest import MANIFEST, ShardError
 from pipelines.misc import cpus
 from pipelines.opened import PATIENCE
 from pipelines.shards import ShardSet
 from pipelines.speech import say
-from pipelines.torchvision_sets import Torchvision
 
 LOOK = 5.0  # seconds between two looks at what is packed
 MANY = 1000  # files in a folder
-RAW = "raw"  # the folder beside the sets that a source is downloaded to
 SHARE = 32  # samples of a batch on a GPU that keep it busy, about (docs/performance.md)
 
 
@@ -36,15 +35,17 @@ def pack_source(config: Config) -> None:
 
     if Path(config.data.train) == Path(config.data.val):
         raise ConfigError(f"data.train and data.val are both {config.data.val}: a source has two sets")
-    sets = {Path(config.data.train): True, Path(config.data.val): False}
-    missing = [path for path in sets if not (path / MANIFEST).exists()]
+    train, val = Path(config.data.train), Path(config.data.val)
+    raw = Path(config.data.raw) if config.data.raw else None
+    missing = [path for path in (train, val) if not (path / MANIFEST).exists()]
     try:
-        for path in sets:  # before anything is fetched
+        for path in (train, val):  # before anything is fetched
             origin.refuse_strangers(path)
-        say(f"packing {config.data.source} into {Path(config.data.train).resolve().parent}")
-        for path, training in sets.items():
-            source = Torchvision(config.data.source, training, Path(config.data.train).parent / RAW)
-            pack(source, path, Options(shorter_side=0), split=path.name, workers=cpus())
+        kind = kinds.kind("data.source", config.data.source)
+        sources = [(kind.source(one), one.directory) for one in kind.of_raw(raw, train, val)]
+        say(f"packing {config.data.source} into {train.resolve().parent}")
+        for source, path in sources:
+            pack(source, path, Options(shorter_side=kind.shorter_side), split=path.name, workers=cpus())
     except ShardError as error:
         raise ShardError(
             f"data.source {config.data.source} is not packed, though there is no set in "
@@ -67,7 +68,9 @@ class Packing:
         if not self._thread.is_alive():
             return 0
         data = self._config.data
-        roots = (Path(data.train).parent / RAW, Path(data.train), Path(data.val))
+        roots = [Path(data.train), Path(data.val)]
+        if not data.raw or kinds.of_torchvision(data.source):  # a user's own files do not grow, and may be millions
+            roots.append(Path(data.raw or Path(data.train).parent / kinds.RAW))
         return 1 + sum(map(_written, roots))
 
     def finish(self) -> None:

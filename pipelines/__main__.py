@@ -9,25 +9,28 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-from pipelines import origin
+from pipelines import kinds, origin
 from pipelines.cli import Parser, Verb, interrupted, natural, positive, run_verb
 from pipelines.errors import SourceError, UsageError, UserError
 from pipelines.files import read_text
 from pipelines.folders import PASSED_OVER
+from pipelines.kinds import SIDE_HELP, Kind, SetPlan
 from pipelines.manifest import MANIFEST, Manifest, ShardError
 from pipelines.misc import cpus
 from pipelines.quarantine import QUARANTINE
+from pipelines.resolve import is_code, trust
 from pipelines.rows import labels_used, mapped, sides
 from pipelines.scan import REJECTED, reasons
 from pipelines.shards import INDEX, ShardSet
-from pipelines.sources import ImageFolder, Source, looks_like_split
+from pipelines.sources import SOURCES, ImageFolder, Source, looks_like_split
 from pipelines.speech import begin, say, show
-from pipelines.torchvision_sets import Torchvision, is_data_set
+from pipelines.torchvision_sets import is_data_set
 from pipelines.unpacked import pack_command
 
 PACK_USAGE = """
-pack imagefolder SRC DST   SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
-pack fashion-mnist DST     a torchvision data set (stl10, cifar10, ...) into DST/train and DST/val
+pack imagefolder SRC DST        SRC/<class>/<image> into the shard set DST, as in the paper at a shorter side of 256
+pack fashion-mnist DST          a torchvision data set (stl10, cifar10, ...) into DST/train and DST/val
+pack module:name [SRC ...] DST  a source of your own (docs/data.md) into DST, or DST/train and DST/val if it has splits
 
 Links are followed. What is hidden, and what systems leave among images (__MACOSX, @eaDir, lost+found, Thumbs.db), is
 passed over. DST/rejected.jsonl names that, and each other file that became no sample, with the reason.
@@ -39,9 +42,9 @@ CONTINUES = "the same command continues"
 
 def pack_options(parser: Parser) -> None:
     parser.usage = PACK_USAGE
-    parser.add_argument("source", help="imagefolder, or the name of a torchvision data set")
-    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="SRC and DST, or DST alone")
-    parser.add_argument("--shorter-side", type=natural, metavar="PX", help="scale images to it; 0: keep them")
+    parser.add_argument("source", help=f"{', '.join(SOURCES)}, a torchvision data set, or module:name")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="SRC, if it takes one, and DST")
+    parser.add_argument("--shorter-side", type=natural, metavar="PX", help=SIDE_HELP)
     parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
     parser.add_argument("--quality", type=natural, default=90, help="quality of re-encoded JPEGs, 1 to 95")
     parser.add_argument("--shard-mb", type=float, default=64.0, help="target size of a shard in 10^6 bytes")
@@ -52,13 +55,14 @@ def pack_options(parser: Parser) -> None:
 def start_pack(args: Namespace) -> int:
     from pipelines import pack
 
-    sets = _sets(args.source, args.paths)
-    side = args.shorter_side
-    if side is None:
-        side = 256 if args.source == "imagefolder" else 0
+    kind, planned = _planned(args.source, args.paths)
+    side = kind.shorter_side if args.shorter_side is None else args.shorter_side
     enlarge = 0 if args.keep_small else side
     options = pack.Options(side, args.quality, args.shard_mb, args.seed, args.keep_small)
     try:
+        for one in planned:  # before anything is fetched
+            origin.refuse_strangers(one.directory)
+        sets = [(kind.source(one), one.directory) for one in planned]
         for source, directory in sets:  # before one is made
             origin.refuse_strangers(directory, source)
         for source, directory in sets:
@@ -76,31 +80,30 @@ def start_pack(args: Namespace) -> int:
     return 0
 
 
-def _sets(name: str, paths: list[Path]) -> list[tuple[Source, Path]]:
-    """Sources and where each is packed. Raises SourceError."""
-    if name == "imagefolder":
-        if len(paths) != 2:
-            example = f", `{pack_command(paths[0])}`" if len(paths) == 1 else ""
-            raise SourceError(
-                f"pack imagefolder takes SRC and DST: name the folder of the classes, and the set to make{example}"
-            )
-        return [(ImageFolder(paths[0]), paths[1])]
-    if Path(name).is_dir() and len(paths) < 2 and not is_data_set(name):
-        raise SourceError(f"pack wants the kind of source first: did you mean `{pack_command(Path(name), *paths)}`?")
-    if not is_data_set(name) and (os.sep in name or Path(name).suffix or Path(name).exists()):
-        there = "is no folder" if Path(name).exists() else f"does not exist in {Path.cwd()}"
-        raise SourceError(
-            f"pack wants the kind of source first, imagefolder or a data set of torchvision; {name} {there}"
-        )
-    if len(paths) == 2:
-        raise SourceError(
-            f"pack {name} takes DST alone, it fetches the images itself: did you mean `{pack_command(*paths)}`?"
-        )
-    if len(paths) != 1:
-        raise SourceError(f"pack {name} takes DST alone: it fetches the images itself")
-    (destination,) = paths
-    raw = destination / "raw"
-    return [(Torchvision(name, split == "train", raw), destination / split) for split in ("train", "val")]
+def _planned(name: str, paths: list[Path]) -> tuple[Kind, list[SetPlan]]:
+    """The kind of source and the sets to pack. Raises SourceError or NameProblem."""
+    if unclear := _no_kind(name, paths):
+        raise SourceError(unclear)
+    trust(name)  # it was typed
+    kind = kinds.kind("pack", name)
+    kind.refuse_paths(paths)
+    return kind, kind.planned(paths[:-1], paths[-1])
+
+
+def _no_kind(name: str, paths: list[Path]) -> str:
+    """The sentence on a first word that is a path, or no kind and followed by a folder; empty if it may be a kind."""
+    place = Path(name)
+    if name in SOURCES or (is_code(name) and not place.exists()) or is_data_set(name):
+        return ""
+    wanted = "pack wants the kind of source first"
+    if place.is_dir() and len(paths) < 2:
+        return f"{wanted}: did you mean `{pack_command(place, *paths)}`?"
+    if os.sep in name or place.suffix or place.exists():
+        there = "is no folder" if place.exists() else f"does not exist in {Path.cwd()}"
+        return f"{wanted}, {', '.join(SOURCES)}, a data set of torchvision, or module:name; {name} {there}"
+    if len(paths) == 2 and paths[0].is_dir():
+        return f"{wanted}, and {name} is none: did you mean `{pack_command(*paths)}`?"
+    return ""
 
 
 def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) -> str:

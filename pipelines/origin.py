@@ -21,7 +21,7 @@ from pipelines.quarantine import QUARANTINE
 from pipelines.rows import mapped
 from pipelines.scan import REJECTED, WORK
 from pipelines.shards import INDEX
-from pipelines.sources import ImageFolder, Item, Source
+from pipelines.sources import ImageFolder, Item, Source, called, inventory
 
 FILES = "files.npy"  # in a set: the user's files that were packed
 PACKED = np.dtype([("name", "<u8"), ("size", "<i8")])  # hash of the name; bytes
@@ -57,10 +57,18 @@ def fingerprints(source: Source, directory: Path, stored: dict[str, Any], split:
     Args:
         stored: the options of `pack`.
     """
-    if not source.items:
-        raise SourceError(f"no images to pack into {directory}: expected SRC/<class>/<image>")
+    classes, items = inventory(source)
+    if not items:
+        expected = "SRC/<class>/<image>" if isinstance(source, ImageFolder) else f"items of {called(source)}"
+        raise SourceError(f"no images to pack into {directory}: expected {expected}")
     sizes = [file.size for file in source.files.found] if source.files else None
-    return _fingerprints(source.classes, source.items, sizes, stored, split)
+    return _fingerprints(classes, items, sizes, stored, split)
+
+
+def listing(source: Source) -> str:
+    """Hash, in hex, of the classes and items of a source."""
+    classes, items = inventory(source)
+    return _hash(_json([items, classes]))
 
 
 def packed_earlier(source: Source, manifest: Manifest, stored: dict[str, Any], split: str) -> bool:
@@ -177,7 +185,7 @@ def some(names: Sequence[str]) -> str:
 def _fingerprints(
     classes: list[str], items: list[Item], sizes: list[int] | None, stored: dict[str, Any], split: str
 ) -> Fingerprints:
-    head = json.dumps([items, classes, split], default=str, ensure_ascii=False)[:-1]
+    head = _json([items, classes, split])[:-1]
     known = {name: value for name, value in stored.items() if name != "keep_small"}
     # Earlier versions wrote 64 for the default and 64.0 for a given value.
     ways = [known | {"shard_mb": kind(known["shard_mb"])} for kind in (float, int)]
@@ -203,6 +211,15 @@ def _changes(source: Source, directory: Path) -> str:
     gone = len(was.keys() - now.keys())
     told = [f"{len(names)} {what}: {names[0]}" for what, names in (("of another size", sizes), ("new", new)) if names]
     return "; ".join(told + ([f"{gone} gone"] if gone else []))
+
+
+def _json(values: list[Any]) -> str:
+    try:
+        return json.dumps(values, default=str, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise SourceError(
+            f"the references of a source cannot be compared ({error}): make them names, numbers, or lists of these"
+        ) from error
 
 
 def _hash(text: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
+from PIL import Image
 
 from pipelines import origin, quarantine
 from pipelines.errors import SourceError, first_line
@@ -25,8 +26,9 @@ from pipelines.order import PACK, Ints, even_split, permutation
 from pipelines.parallel import parallel, tick
 from pipelines.rows import HEADER
 from pipelines.scan import WORK, finish, odd_samples, scan_file, scan_shard
+from pipelines.sent import Sent, received, sent
 from pipelines.shards import ShardSet
-from pipelines.sources import Item, Source, to_jpeg
+from pipelines.sources import Item, Source, called, inventory, to_jpeg
 from pipelines.speech import say
 from pipelines.tars import passed_over
 from pipelines.unfinished import Work, working_folder
@@ -83,7 +85,8 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
         if source.files:
             origin.write_files(directory, source.files.found)
         tars = [task.path for task in tasks]
-        return finish(directory, tars, source.classes, split, vars(options), plan.fingerprint, source.rejected)
+        classes, rejected = list(source.classes), list(source.rejected)
+        return finish(directory, tars, classes, split, vars(options), plan.fingerprint, rejected)
 
 
 def finished(source: Source, directory: Path, options: Options, *, split: str) -> Manifest | None:
@@ -169,14 +172,15 @@ class _Shard:
     """Task of one worker: a shard and the samples to write to it."""
 
     path: Path
-    source: Source
+    source: Sent
     samples: list[tuple[str, Item]]
     options: Options
 
 
 def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
     """One task per shard of the set, in the order of the shards."""
-    items = source.items
+    _, items = inventory(source)
+    first, others = sent(source)
     order = permutation(len(items), options.seed, 0, PACK)
     trial = [items[k] for k in order[:: max(1, len(order) // TRIAL)]]
     shards = _shard_count(source, trial, len(items), options)
@@ -185,7 +189,8 @@ def _tasks(source: Source, directory: Path, options: Options) -> list[_Shard]:
         low, high = even_split(len(items), i, shards)
         numbers = [int(k) for k in order[low:high]]
         shard = directory / f"shard-{i:06d}.tar"
-        tasks.append(_Shard(shard, source, [(_key(k, items[k].name), items[k]) for k in numbers], options))
+        tasks.append(_Shard(shard, others, [(_key(k, items[k].name), items[k]) for k in numbers], options))
+    tasks[0].source = first
     return tasks
 
 
@@ -194,19 +199,19 @@ def _pack_shard(task: _Shard) -> None:
         for _ in task.samples:
             tick()
         return
-    rejected = []
+    source, rejected = received(task.source), []
     temporary = task.path.parent / WORK / f"{task.path.name}.{os.getpid()}"
     with _named(temporary), open(temporary, "wb") as file:
         with webdataset.TarWriter(file, mtime=0) as tar:  # an integer: a float would add a PAX header to each member
             for key, item in task.samples:
                 try:
-                    jpeg = _jpeg(task.source, item, task.options)
+                    jpeg = _jpeg(source, item, task.options)
                 except SourceError:
                     raise
                 except Exception as error:  # decoders raise anything on garbage
                     rejected.append({"file": item.name, "reason": first_line(error)})
                 else:
-                    tar.write({"__key__": key, "jpg": jpeg, "cls": str(item.label).encode()})
+                    tar.write({"__key__": key, "jpg": jpeg, "cls": str(int(item.label)).encode()})
                 tick()
         os.fsync(file.fileno())
     os.replace(temporary, task.path)
@@ -233,6 +238,11 @@ def _jpeg(source: Source, item: Item, options: Options) -> bytes:
         if error.errno and (error.errno == errno.ENOENT or error.errno not in NO_FILE):  # it was there when listed
             raise unreadable(os.fsencode(error.filename or item.name), "file", error) from error
         raise
+    if not isinstance(data, bytes | Image.Image):
+        raise SourceError(
+            f"{called(source)}.load returned an object of type {type(data).__qualname__} for {item.name}: it returns "
+            f"the bytes of an image file, or a PIL image"
+        )
     return to_jpeg(data, options.shorter_side, options.quality, options.keep_small)
 
 
@@ -258,14 +268,19 @@ def _key(number: int, name: str) -> str:
 
 def _shard_count(source: Source, trial: list[Item], total: int, options: Options) -> int:
     """Number of shards of about `shard_mb` for `total` samples, estimated from the stored size of `trial`."""
-    sizes = []
+    sizes, last = list[int](), ""
     for item in trial:
         try:
             sizes.append(len(_jpeg(source, item, options)))
         except SourceError:  # a guess without it could give a later start another number of shards, mixing two packs
             raise
-        except Exception:  # it is rejected and reported when it is packed
-            continue
+        except Exception as error:  # it is rejected and reported when it is packed
+            last = f"{item.name} ({first_line(error)})"
+    if not sizes and len(trial) >= TRIAL:
+        raise SourceError(
+            f"none of the {len(trial)} images that were tried can be read, such as {last}: look at them, or at the "
+            f"`load` of a source of your own"
+        )
     mean = float(np.mean(sizes)) if sizes else 0.0
     for_size = round(total * (mean + OVERHEAD) / (options.shard_mb * 1e6))
     # A worker packs a whole shard: small sets are split too, so that several workers have something to do.

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipelines.errors import SourceError
+from pipelines.errors import SourceError, UserError
 from pipelines.folders import Content, Found, content, contents, is_utf8, top
+from pipelines.resolve import failed
 
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
+SOURCES = {  # besides those of torchvision, by their own names
+    "imagefolder": "pipelines.sources:ImageFolder",
+}
 ORIENTATION = 0x0112  # EXIF tag; 1 means upright
 JPEG_LONGEST = 65500  # most pixels per side that libjpeg writes
 SPLITS = {"train", "training", "val", "valid", "validate", "validation", "dev", "test", "testing", "trainval"}
@@ -43,29 +49,75 @@ class Files(NamedTuple):
     before: Callable[[], tuple[list[str], list[Item]]]
 
 
-class Source(Protocol):
-    """A source for `pack`. Sources are pickled to worker processes, so they hold little."""
+class Source:
+    """Base class of sources: a subclass has `classes`, `items` and `load`. `make(*paths)` makes a source for one set;
+    a `make` with the parameter `train` makes one of two splits.
 
-    @property
-    def classes(self) -> list[str]: ...
-    @property
-    def items(self) -> list[Item]: ...
-    @property
-    def files(self) -> Files | None: ...
-    @property
-    def rejected(self) -> list[dict[str, str]]: ...
-    def load(self, reference: Any) -> bytes | Image.Image: ...
+    It is pickled to worker processes, without the values of cached properties, which are computed there if needed.
 
+    Attributes:
+        classes: names; their positions are the labels.
+        items: the images, the same in any process and in the same order.
+        files: the user's files, if they may change.
+        rejected: what became no item, each as {"file": name, "reason": why}.
+    """
 
-class Light:
-    """Pickles only its fields: whatever was read from disk is read again on demand."""
+    if TYPE_CHECKING:  # in a subclass these may be properties, too
+
+        @property
+        def classes(self) -> Sequence[str]: ...
+        @property
+        def items(self) -> Sequence[Item]: ...
+        @property
+        def files(self) -> Files | None: ...
+        @property
+        def rejected(self) -> Sequence[dict[str, str]]: ...
+    else:
+        files, rejected = None, ()
+
+    def load(self, reference: Any) -> bytes | Image.Image:
+        """Bytes of the image file, or the image. Whatever it raises is the reason for which the image is rejected, but
+        a failing file system, or SourceError, ends the pack."""
+        raise SourceError(f"{called(self)} has no load(reference): define it, to return the bytes of an image file")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        kind = type(self)
+        return {k: v for k, v in vars(self).items() if not isinstance(getattr(kind, k, None), cached_property)}
+
+
+def called(source: Source) -> str:
+    """The class of a source, as `module:name`."""
+    return f"{type(source).__module__}:{type(source).__qualname__}"
+
+
+def inventory(source: Source) -> tuple[list[str], list[Item]]:
+    """Classes and items of a source. Raises SourceError or NameProblem if they are not as they should be."""
+    name = called(source)
+    try:
+        classes, items = list[Any](source.classes), list[Any](source.items)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise failed("source", name, error) from error
+    if odd := [one for one in classes if not isinstance(one, str)]:
+        raise SourceError(f"{name}.classes holds {odd[0]!r:.80}: it takes a name per class, as text")
+    if len(set(classes)) < len(classes):
+        twice = Counter(classes).most_common(1)[0][0]
+        raise SourceError(f"{name}.classes names {twice} more than once: each label has a name of its own")
+    for item in items:
+        if not isinstance(item, Item) or not isinstance(item.name, str):
+            raise SourceError(f"{name}.items holds {item!r:.80}: it takes Item(name as text, reference, label)")
+        label: Any = item.label  # possibly numpy's
+        if not isinstance(label, Integral) or not 0 <= int(label) < len(classes):
+            raise SourceError(
+                f"{name} gives {item.name} the label {label!r:.80}: it takes the number of a class, and there are "
+                f"{len(classes)}, numbered from 0"
+            )
+    return classes, items
 
 
 @dataclass
-class ImageFolder(Light):
+class ImageFolder(Source):
     """`root/<class>/**/<image>`: classes are the sorted sub-folders; one without an image is a class too."""
 
     root: Path
@@ -119,7 +171,7 @@ class ImageFolder(Light):
         found = [file for below in self._below for inside in below for file in inside.files]
         return Files(found, self._before)
 
-    @property
+    @cached_property
     def rejected(self) -> list[dict[str, str]]:
         reason = "no label: it lies outside the class folders"
         loose = [{"file": file.name, "reason": reason} for file in self._top.files]

@@ -6,7 +6,7 @@ import gzip
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,27 @@ from typing import Any
 from PIL import Image
 
 from pipelines.errors import SourceError, first_line
-from pipelines.sources import Item, Light
+from pipelines.sources import Item, Source
 
 DEBIAN = "usr/share/datasets/fashion-mnist"  # where its package dataset-fashion-mnist has the files
 INSTALLED = Path("/")
 
 
-def is_data_set(name: str) -> bool:
-    """Whether torchvision has a data set of this name, spelled in any case, with or without dashes."""
+def data_sets() -> list[str]:
+    """Names of torchvision's data sets."""
     from torchvision import datasets
 
-    return _plain(name) in map(str.lower, datasets.__all__)
+    return sorted(datasets.__all__)
+
+
+def is_data_set(name: str) -> bool:
+    """Whether torchvision has a data set of this name, spelled in any case, with or without dashes."""
+    return _plain(name) in map(str.lower, data_sets())
+
+
+def no_data_set(name: str) -> str:
+    """The sentence on a name of none."""
+    return f"torchvision has no data set {name!r}; it has {', '.join(data_sets())}"
 
 
 def _plain(name: str) -> str:
@@ -32,29 +42,27 @@ def _plain(name: str) -> str:
 
 
 @dataclass
-class Torchvision(Light):
+class Torchvision(Source):
     """A labelled image data set of `torchvision.datasets`, by class name: `FashionMNIST`, `STL10`, `CIFAR10`, ...
 
     Args:
         name: the class in `torchvision.datasets`, spelled in any case, with or without dashes.
-        train: the training split, otherwise the test split.
         root: folder to which torchvision downloads its files.
+        train: the training split, otherwise the test split.
     """
 
     name: str
-    train: bool
     root: Path
-    rejected: list[dict[str, str]] = field(default_factory=list)
-    files: None = None  # not the user's own
+    train: bool
 
     @cached_property
     def data(self) -> Any:
         from torchvision import datasets
 
-        known = {name.lower(): name for name in datasets.__all__}
+        known = {name.lower(): name for name in data_sets()}
         plain = _plain(self.name)
         if plain not in known:
-            raise SourceError(f"torchvision has no data set {self.name!r}; it has {', '.join(sorted(known.values()))}")
+            raise SourceError(no_data_set(self.name))
         name = known[plain]
         factory = getattr(datasets, name)
         options = inspect.signature(factory).parameters

@@ -40,10 +40,10 @@ OPTIONS = (
     ("--device --train.device", "device accelerator use-cuda cuda no-cuda cpu", "auto, cpu or cuda"),
     ("--train.precision", "amp use-amp mixed-precision fp16 bf16 half float16 bfloat16", "auto, off, bf16 or fp16"),
     ("--train.compile", "torch-compile compile-model", "auto, on or off"),
-    ("--optim.name", "optimizer opt optimiser", "sgd or adam"),
+    ("--optim.name", "optimizer opt optimiser", "sgd, adam, or torch.optim:AdamW and its like"),
     ("--optim.lr", "learning-rate base-lr init-lr initial-lr blr", ""),
     ("--optim.weight_decay", "wd weight-decay l2", ""),
-    ("--schedule.name", "lr-scheduler scheduler sched lr-policy lr-schedule", "plateau or milestones"),
+    ("--schedule.name", "lr-scheduler scheduler sched lr-policy lr-schedule", "plateau, milestones or cosine"),
     ("--schedule.factor", "gamma lr-gamma lr-decay decay-rate", "a divisor: 10 divides the learning rate by 10"),
     (
         "--schedule.milestones",

@@ -1,0 +1,73 @@
+"""Packing on the cluster: an array of tasks, each of which packs its part of the shards, and one that ends it."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines import kinds, origin
+from pipelines.resolve import is_code, trust
+from pipelines.sources import SOURCES, ImageFolder, inventory
+from pipelines.speech import say
+from slurm.job import Pack
+from slurm.submit import check_text, hand_over, parameters
+
+
+class SubmittedPack(NamedTuple):
+    """A set that is packed on the cluster: job numbers of the array and of the task that writes the manifest, the set,
+    and the folder of the logs."""
+
+    array: str
+    last: str
+    directory: Path
+    folder: Path
+
+
+def submit_pack(options: Namespace) -> list[SubmittedPack]:
+    """Submits, per set, a packing array and a final task that writes the manifest. Raises UserError or OSError."""
+    name, paths = kind_first([options.first, options.second, *options.more])
+    trust(name)  # it was typed
+    kind = kinds.kind("submit pack", name)
+    kind.refuse_paths(paths)
+    planned = kind.planned([path.absolute() for path in paths[:-1]], paths[-1].absolute())
+    for one in planned:  # before anything is fetched
+        origin.refuse_strangers(one.directory)
+        check_text(one.directory)
+    for one in planned:
+        source = kind.source(one)
+        # So that wrong classes are noticed before the queue. A folder is not listed, which may take long; the files of
+        # others are fetched here, where there is a network.
+        classes = source.classes if isinstance(source, ImageFolder) else inventory(source)[0]
+        say(f"{', '.join(map(str, one.paths)) or name}: {origin.named(classes)}")
+        origin.refuse_strangers(one.directory, source)
+    side = kind.shorter_side if options.shorter_side is None else options.shorter_side
+    return [_submit_set(options, name, one, side) for one in planned]
+
+
+def _submit_set(options: Namespace, name: str, planned: kinds.SetPlan, side: int) -> SubmittedPack:
+    from pipelines.pack import Options
+
+    paths, train, directory = planned
+    stored = asdict(Options(side, options.quality, options.shard_mb, options.seed, options.keep_small))
+    folder = directory / "slurm"
+    wanted = parameters(options, f"pack {directory.name}", folder)
+    del wanted["teardown"]  # the final task packs what a crashed task leaves undone
+    shares = [Pack(paths, directory, stored, (i, options.tasks), name, train) for i in range(options.tasks)]
+    array, _, _ = hand_over(folder, wanted, shares, local=False)[0].partition("_")
+    wanted["additional_parameters"] = {"requeue": True, "dependency": f"afterany:{array}"}
+    (last,) = hand_over(folder, wanted, [Pack(paths, directory, stored, None, name, train)], local=False)
+    return SubmittedPack(array, last, directory, folder)
+
+
+def kind_first(words: list[Path]) -> tuple[str, list[Path]]:
+    """The kind of source and the paths that follow it: SRC and DST alone are a folder and its set."""
+    name = str(words[0])
+    if name in SOURCES:
+        return name, words[1:]
+    folder = words[0].is_dir() or os.sep in name
+    if len(words) == 2 and (folder or not (is_code(name) or kinds.meant(name))):
+        return kinds.IMAGEFOLDER, words
+    return name, words[1:]
