@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_train import models
 from dist_train.config import Config, ConfigError
+from dist_train.models.trial import try_out
 from dist_train.ranks import tower_parallel
 from dist_train.ranks.world import World
 from pipelines.dali import Decode
@@ -75,6 +78,7 @@ def model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.M
     if world.mesh is not None:
         tower_parallel.place(net, world)
     net.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try_out(net, config.model, classes, config.data.crop, world.device)
     if compiled:
         net.compile(dynamic=False)  # one kernel per size, whatever sizes came before
     return net
@@ -104,7 +108,7 @@ def _try_least_share(model: nn.Module, config: Config, world: World) -> None:
     batch_norm = nn.modules.batchnorm._BatchNorm
     if batch // world.dp_size // pieces > 1 or not any(isinstance(layer, batch_norm) for layer in model.modules()):
         return
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     sample = torch.zeros(1, 3, config.data.crop, config.data.crop, device=world.device)
     try:
         with torch.no_grad(), autocast(config, world):
@@ -134,7 +138,7 @@ def distribute(model: nn.Module, config: Config, world: World, *, compiled: bool
     net = DistributedDataParallel(model, process_group=world.group("data"), gradient_as_bucket_view=True)
     if world.dp_size == 1:  # nothing to sum
         return net
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     low, high = even_split(config.train.global_batch, world.dp_rank, world.dp_size)
     share = even_split(high - low, 0, config.train.accumulate)[1]
     n = share if compiled else min(share, 2)  # buckets do not depend on n, but kernels are compiled for one size

@@ -6,23 +6,28 @@ import os
 import re
 import shlex
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from dist_train import __version__
-from dist_train.config import CONFIGS, DEFAULT, OPTIONS, Config, ConfigError, as_dict
+from dist_train import __version__, choices
+from dist_train.config import CONFIGS, DEFAULT, Config, ConfigError
+from dist_train.data import to_pack
+from dist_train.flat import OPTIONS, as_dict
 from dist_train.monitor import notify
 from dist_train.ranks import kin, launcher
 from dist_train.ranks.watch import Watch
 from dist_train.rundir import events, restarts
 from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.last_words import LastWords
-from dist_train.rundir.named import run_named
+from dist_train.rundir.named import is_of_run, run_named
+from pipelines import resolve
 from pipelines.cli import interrupted
 from pipelines.errors import UserError
 from pipelines.opened import raise_limit
@@ -33,13 +38,22 @@ PROGRAM = "python -m dist_train"
 KNOWN = ("--help", "--version", *OPTIONS)
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, str]:
+def parse(argv: Sequence[str], *, strange: bool = False) -> tuple[Config, str]:
     """The configuration of a command line and the name of the YAML file it came from. Without `--config` the embedded
     default, `configs/quickstart.yaml`, is used. If `argv` names a set without `data.source`, the file's
     source is dropped: nothing is packed in place of a user's own set. Raises ConfigError; exits for --help, --version
-    and --print_config."""
+    and --print_config.
+
+    Code that the configuration names as `module:name` may be imported from now on, unless only a file of a run names
+    it, and `argv` has no --trust.
+
+    Args:
+        strange: every file is one of a run, wherever it lies.
+    """
     parser = _parser()
-    given, argv, files = list(argv), _lists(argv), _files(argv)
+    given, trusting = list(argv), resolve.FLAG in argv
+    argv = _lists(word for word in argv if word != resolve.FLAG)
+    files = _files(argv)
     if not files:
         files = ["--config", str(DEFAULT)]
         argv = files + argv
@@ -52,15 +66,38 @@ def parse(argv: Sequence[str]) -> tuple[Config, str]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config is not a text file in UTF-8 ({error.reason}): write it anew") from error
     config = Config(**{f.name: groups[f.name] for f in fields(Config)})
+    own = [] if strange else [path for path in map(_file, files[1::2]) if not is_of_run(path)]
+    for code in (config.model.name, config.optim.name, config.schedule.name, config.data.source):
+        if resolve.is_code(code) and (trusting or _says(code, argv, own)):
+            resolve.trust(code)
     data = config.data
     here = (data.train, data.val) == (of_files.train, of_files.val)
     if not here and data.source == of_files.source and not any("data.source" in word for word in argv):
         config = replace(config, data=replace(data, source=""))
+    if here and of_files.source not in ("", data.source) and data.source:
+        raise ConfigError(
+            f"data.source is {data.source}, but {data.train} and {data.val} are for {of_files.source}: name the sets "
+            f"to make by --data.train and --data.val"
+        )
     run = config.run
+    if run.name and any(word.startswith("--run.name") for word in argv) and not any("--run.dir" in w for w in argv):
+        config = replace(config, run=replace(run, dir=""))  # the name was typed, the directory stands in a file
+        run = config.run
     root, name = Path(run.root), Path(run.name)
     if not run.dir and root.parts and not name.is_absolute() and root in name.parents and not run.path("").exists():
         raise ConfigError(f"run.name is {run.name}, and would lie in {run.root}/ again: leave {run.root}/ out")
     return _at_home(config), Path(str(namespace.config[-1])).stem
+
+
+def checked(config: Config) -> Config:
+    """The same. Raises ConfigError if code that it names cannot be imported, as far as this shows without importing."""
+    try:
+        choices.check(config.model.name, config.optim.name, config.schedule.name, imports=True)
+        if to_pack(config) and resolve.is_code(config.data.source):
+            resolve.check("data.source", config.data.source, {})
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    return config
 
 
 def overrides_of(line: str, file: Path) -> list[str]:
@@ -82,6 +119,7 @@ def train(argv: Sequence[str]) -> int:
     train_on()
     try:
         config, stem = parse(argv)
+        checked(config)
         raise_limit()
         name = default_name(stem)
         path = config.run.path(name)
@@ -116,8 +154,9 @@ def _parser() -> ArgumentParser:
         prog="dist_train",
         description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
         "`python -m dist_train evaluate|figures RUN` evaluates or draws a trained one, `experiments` runs sweeps, "
-        "`speed` measures a command line before it is run; each has its own --help.",
-        usage=f"{PROGRAM} [--config FILE] [--KEY VALUE ...]\n       {PROGRAM} VERB ...",
+        f"`speed` measures a command line before it is run; each has its own --help. {resolve.FLAG}: import code "
+        "(module:name) that a file of a run names, too.",
+        usage=f"{PROGRAM} [--config FILE] [--KEY VALUE ...] [{resolve.FLAG}]\n       {PROGRAM} VERB ...",
         version=__version__,
         exit_on_error=False,
         allow_abbrev=False,
@@ -128,17 +167,40 @@ def _parser() -> ArgumentParser:
 
 
 def _files(argv: Sequence[str]) -> list[str]:
-    """The words of a command line that name YAML files."""
+    """The words of a command line that name YAML files, each after its own `--config`."""
     found = list[str]()
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--config":
             found += [word, following]
         elif word.startswith("--config="):
-            found.append(word)
+            found += word.split("=", 1)
     return found
 
 
-def _lists(argv: Sequence[str]) -> list[str]:
+def _file(word: str) -> Path:
+    return Path(os.path.expanduser(word))  # as jsonargparse does
+
+
+def _says(code: str, argv: Sequence[str], own: Sequence[Path]) -> bool:
+    """Whether the user himself has named code: in a word that is no file's name, or in the text of one of his files,
+    not in a file that these name in turn."""
+    if any(code in word for word in argv if not _file(word.rpartition("=")[2]).exists()):
+        return True
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        return any(code in _scalars(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in own)
+    return False
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """The scalars of a YAML file, keys aside."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _scalars(inner)
+    else:
+        yield value
+
+
+def _lists(argv: Iterable[str]) -> list[str]:
     """The same command line with brackets around `2,5`, if it is the value of a list."""
     lists = {f"--{key}" for key, value in as_dict(Config()).items() if isinstance(value, tuple)}
     changed, name = list[str](), ""
@@ -183,6 +245,8 @@ def _explain(message: str, argv: Sequence[str]) -> str:
         if kind == "tuple":
             kind = "a list, such as [2, 5]"
         return f"{found[1]} is {found[3]}: it must be {kind}"
+    if found := re.search(r"Parser key \"(\w+\.options)\":\s+Does not validate against any", message):
+        return f"{found[1]} takes numbers, words, true, false, null, and lists of these, each by its own KEY"
     return " ".join(message.split())
 
 
@@ -212,7 +276,7 @@ def _at_home(config: Config) -> Config:
         init_from = str(run_named(init_from, Path(root)))
     return replace(
         config,
-        data=replace(data, train=_path(data.train), val=_path(data.val)),
+        data=replace(data, train=_path(data.train), val=_path(data.val), raw=_path(data.raw)),
         model=replace(model, init_from=init_from),
         run=replace(run, root=root, dir=_path(run.dir)),
     )

@@ -5,20 +5,19 @@ Precedence: these defaults < a YAML file < `--optim.lr 0.02` on the command line
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from dist_train import choices
 from pipelines.augment import Augment, Inputs
 from pipelines.bounds import above, broken, least, within
 from pipelines.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = CONFIGS / "quickstart.yaml"
-TORCHVISION = "torchvision:"  # prefix of torchvision's model names
+Options = dict[str, bool | int | float | str | list[bool | int | float | str] | None]
+# Not Any: for a mapping with a class_path, jsonargparse would import and call what it names.
 
 
 class ConfigError(UserError):
@@ -34,7 +33,9 @@ class DataConfig(Augment):
     val: str = "data/imagenet/val"
     """Shard set for the validation error."""
     source: str = ""
-    """torchvision data set that is packed first if the shard sets do not exist."""
+    """Packed first if the sets do not exist: imagefolder, a torchvision data set, or module:name (docs/data.md)."""
+    raw: str = ""
+    """Folder that data.source reads, or puts its files in; default: raw beside the sets."""
     inputs: Inputs = "mean_subtracted"
     """Scale of the inputs. The paper only subtracts the mean (section 2), and its weights N(0, 0.01) need inputs of
     that scale; [-1, 1] is common in re-implementations; standardized also divides by the standard deviation."""
@@ -61,8 +62,10 @@ class ModelConfig:
 
     name: str = "alexnet"
     """alexnet (the paper's: two towers, as groups), alexnet_two_tower (the same function as two explicit towers),
-    alexnet_one_tower (no groups), or torchvision:<name>. Every field below except outputs and init_from applies only to
-    the alexnet models."""
+    alexnet_one_tower (no groups), torchvision:<name>, or module:name, called as (classes, crop, **options). Every field
+    below except options, outputs and init_from applies only to the alexnet models."""
+    options: Options = field(default_factory=dict)
+    """Arguments of any other net: --model.options.KEY value."""
     hidden: int = least(1, 4096)
     """Units per hidden dense layer, both towers together."""
     dropout: float = within(0, 1, 0.5)
@@ -95,12 +98,16 @@ class ModelConfig:
 class OptimConfig:
     """Section 5: stochastic gradient descent with momentum 0.9 and weight decay 0.0005."""
 
-    name: Literal["sgd", "adam"] = "sgd"
+    name: str = "sgd"
+    """sgd, adam, or module:name, called as (parameters, lr, **options): torch.optim:AdamW."""
     lr: float = above(0, 0.01)
+    options: Options = field(default_factory=dict)
+    """Other arguments of the optimizer: --optim.options.KEY value."""
     momentum: float = least(0, 0.9)
-    """For sgd only."""
+    """For sgd, and any other optimizer with an argument of that name."""
     weight_decay: float = least(0, 0.0005)
-    """L2 penalty of every parameter: added to its gradient, and so scaled by lr."""
+    """L2 penalty of every parameter: added to its gradient, and so scaled by lr. For an optimizer with an argument of
+    that name."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,10 @@ class ScheduleConfig:
     """Section 5: "divide the learning rate by 10 when the validation error rate stopped improving with the current
     learning rate"; "reduced three times prior to termination"."""
 
-    name: Literal["plateau", "milestones"] = "plateau"
+    name: str = "plateau"
+    """plateau, milestones, cosine (to 0 at the last epoch), or module:name, called as (**options)."""
+    options: Options = field(default_factory=dict)
+    """Arguments of a schedule of one's own: --schedule.options.KEY value."""
     factor: float = above(1, 10.0, "the learning rate is divided by it, so above 1")
     """Divisor of the learning rate."""
     patience: int = least(1, 5)
@@ -233,11 +243,19 @@ class Config:
             if found := broken(getattr(self, group.name)):
                 name, message = found
                 raise ConfigError(f"{group.name}.{name} {message}")
+        try:
+            choices.check(self.model.name, self.optim.name, self.schedule.name)
+        except UserError as error:
+            raise ConfigError(str(error)) from error
+        chosen = {"model": self.model.options, "optim": self.optim.options, "schedule": self.schedule.options}
+        for name, value in ((f"{of}.options.{key}", value) for of in chosen for key, value in chosen[of].items()):
+            if any(str(word).lstrip().startswith("{") for word in (value if isinstance(value, list) else [value])):
+                raise ConfigError(f"{name} is {value}: it takes a number, a word, or a list of these")
         for key, default in idle_fields(self.model.name).items():
             if (value := getattr(self.model, key)) != default:
                 raise ConfigError(
-                    f"model.{key} is {value}, but {self.model.name} does not have it: leave it out, or choose one of "
-                    f"the alexnet models"
+                    f"model.{key} is {value}, but {self.model.name} does not have it: leave it out"
+                    + ("" if key == "options" else ", or choose one of the alexnet models")
                 )
         if self.train.tower_parallel and self.model.name != "alexnet_two_tower":
             raise ConfigError(
@@ -267,34 +285,7 @@ class Config:
 
 def idle_fields(name: str) -> dict[str, Any]:
     """Fields of ModelConfig that do not apply to a net of this name, with their defaults."""
-    if not name.startswith(TORCHVISION):
-        return {}
-    return {k: v for k, v in asdict(ModelConfig()).items() if k not in ("name", "outputs", "init_from")}
-
-
-def dump(config: Config) -> str:
-    """The configuration as YAML, which `--config` reads back."""
-    # Paths as they read in a locale that has all characters: YAML knows no surrogates.
-    text = json.dumps(asdict(config), ensure_ascii=False).encode(errors="surrogateescape").decode(errors="replace")
-    return str(yaml.safe_dump(json.loads(text), sort_keys=False))
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """The settings as one flat {dotted key: value}."""
-    flat: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            flat |= {f"{f.name}.{key}": inner for key, inner in as_dict(value).items()}
-        else:
-            flat[f.name] = value
-    return flat
-
-
-# Options of the trainer besides --help and --version: a file, each group as a mapping, each key.
-OPTIONS = (
-    "--config",
-    "--print_config",
-    *(f"--{f.name}" for f in fields(Config)),
-    *(f"--{k}" for k in as_dict(Config())),
-)
+    defaults = asdict(ModelConfig())
+    if name in choices.PAPER_NETS:
+        return {"options": defaults["options"]}
+    return {k: v for k, v in defaults.items() if k not in ("name", "options", "outputs", "init_from")}

@@ -1,39 +1,162 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers, and the update that a gradient which is not finite does not cause."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from dist_train.config import DEFAULT, Config, OptimConfig, ScheduleConfig
+from dist_train.choices import OPTIMIZERS
+from dist_train.config import ConfigError, OptimConfig
+from pipelines import resolve
+
+Parameters = Iterable[nn.Parameter]
+Make = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+RATIO = "lr_ratio"  # in a group of parameters: its learning rate as a multiple of `optim.lr`, if not 1
+FIELDS = ("momentum", "weight_decay")  # given to an optimizer that has arguments of these names
 
 
-def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum as in section 5, or Adam (Kingma and Ba, 2014). Fused, so that `update` can skip on the device.
+def sgd(parameters: Parameters, lr: float, *, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD with momentum as in section 5.
 
     torch keeps the velocity free of the learning rate, the paper multiplies it in: the two are equal while the learning
     rate stays, and differ for the few steps after it is divided.
     """
-    if config.name == "adam":
-        return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-    _fill_momentum(optimizer)
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True)
+
+
+def adam(parameters: Parameters, lr: float, *, weight_decay: float) -> torch.optim.Optimizer:
+    """Adam (Kingma and Ba, 2014), with the weight decay added to the gradient."""
+    return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=True)
+
+
+def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer called `optim.name`: its callable is given (parameters, lr), those of FIELDS that it has arguments
+    for, and `optim.options`. Raises UserError if there is none, or if a run could not be continued with it.
+
+    What it does when told to skip a step is tried, not believed: `update` asks the device first unless it does skip.
+    """
+    key = ("optim.name", config.name)
+    make = resolve.resolve(*key, OPTIMIZERS)
+    taken = resolve.argument_names(make)
+    for name in FIELDS:
+        if name not in taken and (value := getattr(config, name)) != getattr(OptimConfig, name):
+            raise ConfigError(f"optim.{name} is {value}, but {config.name} does not have it: leave it out")
+    options = {name: getattr(config, name) for name in FIELDS if name in taken} | config.options
+
+    def made(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = resolve.make(
+            *key,
+            make,
+            (parameters, config.lr),
+            options,
+            kind=torch.optim.Optimizer,
+            remedy="it takes (parameters, lr, **options)",
+        )
+        _fill_momentum(optimizer)
+        return optimizer
+
+    parameters = list(model.parameters())
+    optimizer = made(parameters)
+    for group in optimizer.param_groups:
+        if group["lr"] != config.lr:
+            group[RATIO] = group["lr"] / config.lr
+    like = next(p for p in parameters if p.requires_grad)
+    device = torch.device("cpu") if like.is_meta else like.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        numbers = [torch.ones(shape, dtype=like.dtype, device=device) for shape in ((2, 2), (2,))]
+        try:
+            resumes, skips = _resumes(made, numbers), _skips(made, numbers)
+        except resolve.NameProblem:
+            raise
+        except Exception as error:
+            raise resolve.failed(*key, error, "failed when it was tried on a matrix and a vector of ones") from error
+    if not resumes:
+        raise resolve.NameProblem(
+            f"optim.name {config.name} steps otherwise once its state was saved and loaded: keep what changes in "
+            f"self.state[parameter]"
+        )
+    # torch's own mark of optimizers that skip on the device; GradScaler goes by it, too.
+    optimizer._step_supports_amp_scaling = skips  # type: ignore[attr-defined]
     return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of the next step. A group that began with another one than `optim.lr` keeps its ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get(RATIO, 1)
+
+
+class _Trial:
+    """An optimizer of a matrix [2, 2] and a vector [2], which some optimizers treat differently."""
+
+    def __init__(self, made: Make, *values: Tensor) -> None:
+        self.parameters = [nn.Parameter(value.clone()) for value in values]
+        self.optimizer = made(self.parameters)
+
+    def step(self, gradient: float, *, refused: float | None = None, scale: float = 1.0) -> None:
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, gradient)
+        torch.manual_seed(0)
+        if refused is not None:
+            _tell(self.optimizer, *torch.tensor([refused, scale], device=self.parameters[0].device))
+        self.optimizer.step()
+
+    def copies(self) -> list[Tensor]:
+        """The numbers, and all tensors of the state."""
+        states = self.optimizer.state.values()
+        tensors = [*self.parameters, *(v for state in states for v in state.values() if torch.is_tensor(v))]
+        return [tensor.detach().clone() for tensor in tensors]
+
+
+def _resumes(made: Make, numbers: Sequence[Tensor]) -> bool:
+    """Whether a step after saving and loading is the one that would have followed. Raises what torch raises for a state
+    that no checkpoint can hold."""
+    undisturbed, file = _Trial(made, *numbers), BytesIO()
+    undisturbed.step(0.5)
+    torch.save(undisturbed.optimizer.state_dict(), file)
+    file.seek(0)
+    resumed = _Trial(made, *(p.detach() for p in undisturbed.parameters))
+    load_moments(resumed.optimizer, torch.load(file, weights_only=True))
+    for trial in (undisturbed, resumed):
+        trial.step(0.25)
+    return _same(undisturbed.parameters, resumed.parameters)
+
+
+def _skips(made: Make, numbers: Sequence[Tensor]) -> bool:
+    """Whether an optimizer that is told to skip a step, as GradScaler tells it, leaves weights and state alone, in its
+    first step and later, and divides gradients by the scale if it is given one."""
+    first, later, scaled = (_Trial(made, *numbers) for _ in range(3))
+    later.step(0.5)
+    try:
+        first.step(math.nan, refused=1.0)
+        scaled.step(1.0, refused=0.0, scale=2.0)
+        before = later.copies()
+        later.step(math.nan, refused=1.0)
+    except Exception:  # torch's own ones say no
+        return False
+    fresh = _same(first.parameters, numbers) and all(bool(torch.isfinite(t).all()) for t in first.copies())
+    return fresh and _same(before, later.copies()) and _same(before, scaled.copies())
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+def _tell(optimizer: torch.optim.Optimizer, refused: Tensor, scale: Tensor | None = None) -> None:
+    """Tells the optimizer whether to skip its next step, and by what to divide gradients, as GradScaler does."""
+    optimizer.found_inf, optimizer.grad_scale = refused, scale  # type: ignore[attr-defined]
 
 
 def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Fills missing velocities with zeros. Fused, torch would use uninitialised memory at the first step, and skipping
     that step would leave it there."""
-    for group in optimizer.param_groups:
-        if group.get("momentum"):
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        if group["momentum"]:
             for parameter in group["params"]:
                 optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
@@ -57,7 +180,8 @@ def update(
     agree: Callable[[Tensor], None] = lambda _: None,
     told_of: Sequence[nn.Parameter] | None = None,
 ) -> Updated:
-    """Steps the optimizer unless a gradient is not finite: then weights and state stay, decided on the device.
+    """Steps the optimizer unless a gradient is not finite: then weights and state stay, decided on the device
+    if the optimizer can skip there.
 
     Args:
         agree: makes `refused` the same on ranks that hold different parts of a net (`World.agree`).
@@ -73,9 +197,11 @@ def update(
         return Updated(torch.zeros_like(norm), own.double().square())
     refused = (~torch.isfinite(norm)).float()
     agree(refused)
-    optimizer.found_inf = refused  # type: ignore[attr-defined]  # how GradScaler tells a fused optimizer to skip
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.step()
+    if optimizer._step_supports_amp_scaling:  # type: ignore[attr-defined]
+        _tell(optimizer, refused)
+        optimizer.step()
+    elif not refused:  # waits for the device
+        optimizer.step()
     return Updated(refused, own.double().square())
 
 
@@ -83,81 +209,3 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
     """Loads the moments but not the options: learning rate, momentum and decay are the configuration's."""
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     _fill_momentum(optimizer)  # it may have been trained without
-
-
-def remedy(config: Config, steps: int) -> str:
-    """What to do if the learning rate was divided before the net has begun to learn, and where the epochs of the
-    division came from."""
-    schedule = config.schedule
-    if schedule.name == "plateau":
-        waited = max(schedule.patience * steps, schedule.patience_steps)
-        return f"raise schedule.patience_steps above {waited}, the steps that it has waited for"
-    milestones = list(schedule.milestones)
-    if not config.data.source and milestones == _milestones_of(DEFAULT):
-        return (
-            f"schedule.milestones {milestones} is the default of configs/{DEFAULT.name}, made for Fashion-MNIST; for "
-            f"images of your own begin a run with --config configs/own.yaml"
-        )
-    return f"move schedule.milestones {milestones} to later epochs"
-
-
-def _milestones_of(file: Path) -> list[int]:
-    """The milestones in a YAML file; none if it cannot be read, which must not end a run."""
-    try:
-        return list(yaml.safe_load(file.read_text(encoding="utf-8"))["schedule"]["milestones"])
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        return []
-
-
-@dataclass
-class Schedule:
-    """The learning rate as a function of the configuration and of this small state.
-
-    Attributes:
-        best: lowest validation error so far.
-        bad_epochs: epochs since then at the current learning rate.
-        divisions: number of divisions so far.
-        exhausted: the error stopped improving after the last division.
-    """
-
-    config: ScheduleConfig
-    base: float
-    best: float = float("inf")
-    bad_epochs: int = 0
-    divisions: int = 0
-    exhausted: bool = False
-
-    def lr(self, epoch: int, step: int, steps: int) -> float:
-        """Learning rate at step `step` of an epoch of `steps`. Warm-up rises linearly from lr / warm-up steps."""
-        divisions = self.divisions
-        if self.config.name == "milestones":
-            divisions = sum(epoch >= milestone for milestone in self.config.milestones)
-        warmup = self.config.warmup_epochs * steps
-        share = min(1.0, (epoch * steps + step + 1) / warmup) if warmup >= 1 else 1.0
-        return self.base * share / self.config.factor**divisions
-
-    def step(self, error: float, epoch: int, steps: int) -> bool:
-        """Takes the validation error (0..1) of a finished epoch of `steps` steps. Returns whether the learning rate is
-        now divided."""
-        if self.config.name == "milestones":
-            return epoch + 1 in self.config.milestones
-        if epoch + 1 <= self.config.warmup_epochs:
-            return False
-        if error < self.best - self.config.min_improvement:
-            self.best, self.bad_epochs = error, 0
-            return False
-        self.bad_epochs += 1
-        if self.bad_epochs < self.config.patience or self.bad_epochs * steps < self.config.patience_steps:
-            return False
-        self.bad_epochs = 0
-        if self.divisions == self.config.max_divisions:
-            self.exhausted = True
-            return False
-        self.divisions += 1
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("config", "base")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)

@@ -48,6 +48,18 @@ class BadData(Ended):
     code, state = USAGE, "failed"
 
 
+class BadNumbers(Ended):
+    """The numbers that the ranks log cannot all be recorded."""
+
+    code, state = USAGE, "failed"
+
+
+class NoRate(Ended):
+    """The schedule gives no learning rate. Another try would end the same way."""
+
+    code, state = USAGE, "failed"
+
+
 class Unread(Ended):
     """A rank has been unable to read its samples for longer than a file system may fail. Another try, or node, may."""
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train import code, machine, models
+from dist_train import code, machine
+from dist_train.choices import PAPER_NETS
 from dist_train.config import Config
 from dist_train.ranks.world import World
 
@@ -54,7 +55,7 @@ class Settled:
 def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled:
     """Makes these settings, before the model is built, and returns them."""
     # On the CPU our own nets are deterministic without torch's flag; of other nets nobody knows.
-    flag = config.train.deterministic and not (world.device.type == "cpu" and config.model.name in models.OURS)
+    flag = config.train.deterministic and not (world.device.type == "cpu" and config.model.name in PAPER_NETS)
     prepare_compiler(world, deterministic=flag)
     _set_deterministic(flag, benchmark=not config.train.deterministic)
     how = "by torch's flag" if flag else "by construction" if config.train.deterministic else "no"

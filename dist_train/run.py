@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import data, process
-from dist_train.config import Config, as_dict
+from dist_train.config import Config
+from dist_train.flat import as_dict
 from dist_train.monitor.notify import tell_now
 from dist_train.monitor.reader import Shown
 from dist_train.monitor.readers import Readers

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dist_train import build, models, optim, probe, process
-from dist_train.config import Config, as_dict
+from dist_train import build, models, numbers, optim, probe, process, schedules
+from dist_train.config import Config
+from dist_train.flat import as_dict
 from dist_train.models.dropout import keys_of_epoch, rank_seed
 from dist_train.monitor.reporter import Reporter
 from dist_train.monitor.terminal import Terminal
 from dist_train.outcomes import BadData, Diverged, Stopped
+from dist_train.ranks.logged import Logged, PendingNumbers
 from dist_train.ranks.tower_parallel import told_of
 from dist_train.ranks.vote import PendingVote, Vote
 from dist_train.ranks.watch import Watch
@@ -34,10 +36,11 @@ from pipelines.shards import ShardSet
 
 
 class Pending(NamedTuple):
-    """A step and its vote, which is still under way."""
+    """A step, its vote and its logged numbers, which are still under way."""
 
     step: Step
     vote: PendingVote
+    numbers: PendingNumbers
 
 
 class Trainer:
@@ -56,6 +59,7 @@ class Trainer:
     # The ranks
     world: World
     watch: Watch
+    logged: Logged
     pending: Pending | None  # the last step, until the next one is under way
     unread: list[ReadError]  # why this rank can no longer read its samples
     # What is written and shown
@@ -86,11 +90,11 @@ class Trainer:
             self.net = build.distribute(self.model, config, world, compiled=compiled)
         self.autocast = build.autocast(config, world)
         scaler = torch.amp.GradScaler(world.device.type, enabled=self.settled.precision == "fp16")
-        schedule = optim.Schedule(config.schedule, config.optim.lr)
+        schedule = schedules.build(config)
         self.progress = Progress()
         optimizer = optim.build(config.optim, self.model)
         self.state = TrainState(self.model, optimizer, scaler, schedule, self.progress, Window())
-        self.pending, self.unread = None, []
+        self.logged, self.pending, self.unread = Logged(world), None, []
         meta: dict[str, Any] = identity(config, training_set) | {"config": as_dict(config)}
         meta |= {"torch": torch.__version__, "world_size": world.size, "process": asdict(self.settled)}
         meta |= {QUARANTINED: quarantined(training_set)}
@@ -124,10 +128,11 @@ class Trainer:
             self.finish_step(last)
             error = self.validate()
             # "divide the learning rate by 10 when the validation error rate stopped improving"
-            if schedule.step(error, progress.epoch, steps):
+            divisor = schedule.ended(error, self.state.window.epoch_loss, progress.epoch, steps)
+            if divisor != 1:
                 chance = chance_error(self.val_loader.shards.labels(self.val_loader.shards.good))
-                lr = schedule.lr(progress.epoch + 1, 0, steps)
-                self.report.division(error, chance, lr, progress, optim.remedy(self.config, steps))
+                lr, advice = schedule.lr(progress.epoch + 1, 0, steps), schedules.remedy(self.config, schedule, steps)
+                self.report.division(divisor, error, chance, lr, progress, advice)
             self.state.window.clear_epoch()
             progress.next_epoch(error)  # before the save: a restart must not repeat the epoch
             self.saver.save()
@@ -148,9 +153,9 @@ class Trainer:
         config, world, progress, scaler = self.config, self.world, self.progress, self.state.scaler
         optimizer = self.state.optimizer
         self.watch.step = progress.step + 1
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optim.set_lr(optimizer, lr)
         optimizer.zero_grad()
+        numbers.open_step(world.device)
         if models.draws_numbers(self.model):  # from torch's generators, which are slow to seed
             torch.manual_seed(rank_seed(config.train.seed, progress.step, world.dp_rank))
         inputs, labels, keys = batch.inputs, batch.labels, batch.keys
@@ -172,14 +177,15 @@ class Trainer:
             total += loss.detach()
             wrong += (logits.argmax(1) != labels[low:high]).sum()
         updated = optim.update(optimizer, scaler, world.agree, told_of(self.model))
+        logged = self.logged.cast()
         said: dict[str, Any] = {"refused": updated.refused, "stop": self.watch.stop, "lost": self.run.lease.lost}
-        said |= {"save": self.saver.due_by_clock(), "unread": len(self.unread)}
+        said |= {"save": self.saver.due_by_clock(), "unread": len(self.unread), "new": len(logged.new)}
         if world.counted:  # not by the second tower of a net, which saw the same samples as the first
             said |= {"loss": total, "wrong": wrong, "bad": batch.replaced}
         if world.dp_rank == 0:  # the gradients are the same on all, but for towers
             said["square"] = updated.square
         step = Step(progress.epoch, progress.step_in_epoch, progress.step, lr)
-        return Pending(step, Vote.cast(world, self.report.row(step), **said))
+        return Pending(step, Vote.cast(world, self.report.row(step), **said), logged)
 
     def finish_step(self, pending: Pending | None) -> None:
         """Records a step, saves if due, and stops if any rank was asked to. Raises Ended."""
@@ -196,7 +202,8 @@ class Trainer:
             raise Stopped
 
     def observe(self, pending: Pending | None) -> Vote:
-        """Waits for a step's vote and records it. Raises LeaseLost, Unread, Diverged or BadData on all ranks alike."""
+        """Waits for a step's vote and records it. Raises LeaseLost, Unread, Diverged, BadData or BadNumbers on all
+        ranks alike."""
         self.watch.heartbeat(self.config.run.step_timeout)
         if pending is None:
             return Vote()
@@ -224,7 +231,8 @@ class Trainer:
                 f"`python -m pipelines verify {self.config.data.train}`, or raise it; the same command continues"
             )
         progress.average(vote.wrong / batch, step.number)
-        self.state.window.add(vote.loss, vote.wrong, math.sqrt(vote.square))
+        logged = self.logged.read(pending.numbers, vote.new)
+        self.state.window.add(vote.loss, vote.wrong, math.sqrt(vote.square), logged)
         self.report.step(step, vote.rows, self.state, last=self.pending is None and self.enough())
         return vote
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shlex
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dist_train.config import OPTIONS
+from dist_train.flat import OPTIONS
 from dist_train.rundir.named import RUNS
 from pipelines.cli import Parser, Verb, natural, positive, run_verb
+from pipelines.kinds import SIDE_HELP
+from pipelines.resolve import FLAG
 from pipelines.speech import begin, say, show
 from slurm import cluster, submissions
 from slurm.submissions import SlurmError, Submission, SubmittedRun
 
+PACK_USAGE = """
+submit pack SRC DST --tasks N --time T             SRC/<class>/<image> into the shard set DST
+submit pack KIND [SRC ...] DST --tasks N --time T  any source of `python -m pipelines pack`
+"""
 PATIENCE = 30  # seconds that a stopped job may take to end, besides those of its save
 
 
@@ -52,12 +58,19 @@ def _submit(args: Namespace) -> int:
 
 
 def _pack_options(parser: Parser) -> None:
-    parser.add_argument("source", type=Path, help="SRC/<class>/<image>")
-    parser.add_argument("directory", type=Path, help="the shard set to make")
+    parser.usage = PACK_USAGE
+    parser.add_argument(
+        "first",
+        type=Path,
+        metavar="[KIND] SRC",
+        help="the folder to pack, or another kind of source, such as module:name, before its own",
+    )
+    parser.add_argument("second", type=Path, metavar="DST", help="the shard set to make, or the folder of two")
+    parser.add_argument("more", type=Path, nargs="*", help=SUPPRESS)
     parser.add_argument(
         "--tasks", type=positive, required=True, help="tasks of the array, each of which packs a range of shards"
     )
-    parser.add_argument("--shorter-side", type=natural, default=256, metavar="PX", help="scale images to it")
+    parser.add_argument("--shorter-side", type=natural, metavar="PX", help=SIDE_HELP)
     parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
     parser.add_argument("--quality", type=positive, default=90, help="quality of re-encoded JPEGs, 1 to 95")
     parser.add_argument("--shard-mb", type=float, default=64.0, help="target size of a shard in 10^6 bytes")
@@ -67,11 +80,13 @@ def _pack_options(parser: Parser) -> None:
 
 def _submit_pack(args: Namespace) -> int:
     """Submit a packing array."""
-    from slurm.submit import submit_pack
+    from slurm.packing import submit_pack
 
-    array, last, folder = submit_pack(args)
-    show(f"job {array}: {args.tasks} tasks pack {args.source}; job {last} then writes {args.directory}/manifest.json")
-    show(f"  watch  squeue --jobs={array},{last}\n  read   {folder}/*_log.out\n  stop   scancel {array} {last}")
+    sets = submit_pack(args)
+    for array, last, directory, _ in sets:
+        show(f"job {array}: {args.tasks} tasks pack {directory}; job {last} then writes its manifest.json")
+    jobs, logs = ([job for one in sets for job in one[:2]], " ".join(f"{one.folder}/*_log.out" for one in sets))
+    show(f"  watch  squeue --jobs={','.join(jobs)}\n  read   {logs}\n  stop   scancel {' '.join(jobs)}")
     return 0
 
 
@@ -162,23 +177,29 @@ def _stop(run: SubmittedRun, submission: Submission) -> None:
 def _requeue_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--exclude", metavar="NODE", help="nodes to avoid")
+    parser.add_argument(
+        FLAG, action="store_true", help="let a new job import the code (module:name) that the run names"
+    )
 
 
 def _requeue(args: Namespace) -> int:
     """Put a run back into the queue: the same job if Slurm still has it there, otherwise a new one."""
+    from dist_train.cli import checked, parse
     from slurm.submit import launch
 
     for run in submissions.find_runs(args.run):
         submission, active = run.last, not cluster.ended(run.last)
         if active and submission.local:
             raise SlurmError(f"{run.name} runs on this machine: cancel it first")
+        if not active:
+            checked(parse(["--config", str(run.config_file), *[FLAG] * args.trust])[0])
         submission.no_requeue.unlink(missing_ok=True)
         if active:
             cluster.requeue(submission, args.exclude or "")
             run.append(submitted=submission.job)
         else:
             wanted = submission.parameters | ({"exclude": args.exclude} if args.exclude else {})
-            (submission,) = launch([run], Path(submission.folder), wanted, local=submission.local)
+            (submission,) = launch([run], Path(submission.folder), wanted, local=submission.local, trusting=args.trust)
         show(f"{run.name}: job {submission.job} is in the queue")
     return 0
 
@@ -218,7 +239,7 @@ def _time(text: str) -> int:
 
 VERBS = {
     "submit": Verb("check a run and put it into the queue", _submit_options, _submit, passes_on=OPTIONS),
-    "submit pack": Verb("pack a large image folder as an array", _pack_options, _submit_pack),
+    "submit pack": Verb("pack a large image folder, or another source, as an array", _pack_options, _submit_pack),
     "status": Verb("a table of runs", _status_options, _status),
     "logs": Verb("the log of a rank, over all restarts", _logs_options, _logs),
     "cancel": Verb("save, then end the run; it is not requeued", _cancel_options, _cancel),

@@ -7,6 +7,7 @@ import atexit
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,9 @@ from dist_train.rundir import events, restarts, status
 from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.last_words import LastWords
+from pipelines import kinds
 from pipelines.misc import cpus
+from pipelines.resolve import FLAG, trust
 from pipelines.speech import begin, say
 from slurm.cluster import entry
 from slurm.submissions import Submission, SubmittedRun
@@ -39,8 +42,10 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
     flag; the ranks save and leave `train` together, and only then is the old handler called.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    trusting = False  # pickles from before there was such a thing have none
+
+    def __init__(self, directory: Path, *, trusting: bool = False) -> None:
+        self.directory, self.trusting = directory, trusting
 
     def __call__(self) -> None:
         begin()
@@ -68,7 +73,7 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
             os._exit(DIVERGED)  # like a run that diverged, it must not be tried again
         from dist_train.cli import train  # only once this start is recorded: the import may fail
 
-        code = train(["--config", str(run.config_file), "--run.dir", str(self.directory)])
+        code = train(["--config", str(run.config_file), "--run.dir", str(self.directory), *[FLAG] * self.trusting])
         if code == STOPPED:
             leave(_come_back(here, rank, requeue, STOPPED))
         if code in FINAL:  # a retry would end the same way
@@ -83,20 +88,35 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
 
 
 class Pack(Checkpointable):  # type: ignore[misc]
-    """Task of a packing array: packs its part of the shards of an image folder; with `part` None, packs what is missing
-    and writes the manifest."""
+    """Task of a packing array: packs its part of the shards of a source; with `part` None, packs what is missing and
+    writes the manifest."""
 
-    def __init__(self, source: Path, directory: Path, options: dict[str, Any], part: tuple[int, int] | None) -> None:
+    # Of pickles from before other sources were packed, which have one path.
+    kind: str = kinds.IMAGEFOLDER
+    train: bool | None = None
+
+    def __init__(
+        self,
+        source: Path | Sequence[Path],
+        directory: Path,
+        options: dict[str, Any],
+        part: tuple[int, int] | None,
+        kind: str = kinds.IMAGEFOLDER,
+        train: bool | None = None,
+    ) -> None:
         self.source, self.directory, self.options, self.part = source, directory, options, part
+        self.kind, self.train = kind, train
 
     def __call__(self) -> None:
         begin()
         bind()
         from pipelines.pack import Options, pack, pack_share
-        from pipelines.sources import ImageFolder
 
+        trust(self.kind)  # whoever submitted this has typed it
+        paths = [self.source] if isinstance(self.source, Path) else self.source
+        source = kinds.kind("submit pack", self.kind).source(kinds.SetPlan(paths, self.train, self.directory))
         # Pickles from before `keep_small` existed have begun sets in which small images are kept.
-        task = (ImageFolder(self.source), self.directory, Options(**{"keep_small": True, **self.options}))
+        task = (source, self.directory, Options(**{"keep_small": True, **self.options}))
         split, workers = self.directory.name, cpus()
         if self.part:
             pack_share(*task, self.part, split=split, workers=workers)

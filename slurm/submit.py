@@ -8,7 +8,7 @@ import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +16,15 @@ from submitit import LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
-from dist_train.cli import default_name, overrides_of, parse
-from dist_train.config import Config, dump
+from dist_train.cli import checked, default_name, overrides_of, parse
+from dist_train.config import Config
 from dist_train.data import check_batch, check_tars, open_sets, to_pack
+from dist_train.flat import dump
 from pipelines.files import read_text, write_atomically
 from pipelines.misc import ceil_div
-from pipelines.sources import ImageFolder
-from pipelines.speech import flush, say
+from pipelines.speech import flush
 from slurm.cluster import entry
-from slurm.job import Job, Pack
+from slurm.job import Job
 from slurm.submissions import SlurmError, Submission, SubmittedRun
 
 TEARDOWN = """\
@@ -80,12 +80,13 @@ def plan(options: Namespace, argv: Sequence[str]) -> PlannedRuns:
         argv: options of the trainer.
     """
     config, stem = parse(argv)
+    checked(config)
     name = config.run.name or default_name(stem)
     top = config.run.path(name).absolute()
     runs = []
     for i, overrides in enumerate(_sweep(options.array) if options.array else [[]]):
         if overrides:
-            config, _ = parse([*argv, *overrides])
+            config = checked(parse([*argv, *overrides])[0])
         directory = top / _member(i, overrides) if options.array else top
         config = replace(
             config, run=replace(config.run, name=str(directory.relative_to(top.parent)), dir=str(directory))
@@ -139,39 +140,23 @@ def submit(planned: PlannedRuns, folder: Path, wanted: dict[str, Any], *, local:
     for run, config in planned.runs:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(run.config_file, dump(config).encode())
-    return launch([run for run, _ in planned.runs], folder, wanted, local=local)
+    return launch([run for run, _ in planned.runs], folder, wanted, local=local, trusting=True)
 
 
-def launch(runs: list[SubmittedRun], folder: Path, wanted: dict[str, Any], *, local: bool) -> list[Submission]:
-    """Submits runs whose configuration is already written. Raises SlurmError."""
+def launch(
+    runs: list[SubmittedRun], folder: Path, wanted: dict[str, Any], *, local: bool, trusting: bool
+) -> list[Submission]:
+    """Submits runs whose configuration is already written. Raises SlurmError.
+
+    Args:
+        trusting: the jobs may import the code that the configuration names as `module:name`.
+    """
     tasks = wanted["nodes"] * wanted["ntasks_per_node"]
-    jobs = _hand_over(folder, wanted, [Job(run.directory) for run in runs], local=local)
+    jobs = hand_over(folder, wanted, [Job(run.directory, trusting=trusting) for run in runs], local=local)
     submissions = [Submission(job, str(folder), tasks, local, wanted) for job in jobs]
     for run, submission in zip(runs, submissions, strict=True):
         run.submitted(submission)
     return submissions
-
-
-def submit_pack(options: Namespace) -> tuple[str, str, Path]:
-    """Submits a packing array and a final task that writes the manifest. Returns both job numbers and the folder of the
-    logs."""
-    from pipelines import origin
-    from pipelines.pack import Options
-
-    source, directory = options.source.absolute(), options.directory.absolute()
-    photographs = ImageFolder(source)
-    say(f"{source}: {origin.named(photographs.classes)}")  # so that wrong classes are noticed before the queue
-    origin.refuse_strangers(directory, photographs)
-    _check_text(directory)
-    stored = asdict(Options(options.shorter_side, options.quality, options.shard_mb, options.seed, options.keep_small))
-    folder = directory / "slurm"
-    wanted = parameters(options, f"pack {directory.name}", folder)
-    del wanted["teardown"]  # the final task packs what a crashed task leaves undone
-    shares = [Pack(source, directory, stored, (i, options.tasks)) for i in range(options.tasks)]
-    array, _, _ = _hand_over(folder, wanted, shares, local=False)[0].partition("_")
-    wanted["additional_parameters"] = {"requeue": True, "dependency": f"afterany:{array}"}
-    (last,) = _hand_over(folder, wanted, [Pack(source, directory, stored, None)], local=False)
-    return array, last, folder
 
 
 def minutes(text: str) -> int:
@@ -186,7 +171,7 @@ def minutes(text: str) -> int:
     return max(1, ceil_div(((days * 24 + hours) * 60 + mins) * 60 + secs, 60))
 
 
-def _hand_over(folder: Path, wanted: dict[str, Any], tasks: Sequence[Callable[[], None]], *, local: bool) -> list[str]:
+def hand_over(folder: Path, wanted: dict[str, Any], tasks: Sequence[Callable[[], None]], *, local: bool) -> list[str]:
     """Submits tasks, several as an array. Returns their job numbers. Raises SlurmError."""
     executor: LocalExecutor | _Executor
     # Time-outs lose nothing, so submitit's limit on them must not end a run; `job` counts starts without progress.
@@ -253,14 +238,14 @@ def _member(number: int, overrides: list[str]) -> str:
 
 def _check_directory(run: SubmittedRun) -> None:
     """Raises SlurmError if the run is already in the queue, or its name is unusable."""
-    _check_text(run.directory)
+    check_text(run.directory)
     if (old := run.submission()) and entry(old).active:
         raise SlurmError(
             f"{run.name} is in the queue already, as job {old.job}: cancel it first, or choose another run.name"
         )
 
 
-def _check_text(path: Path) -> None:
+def check_text(path: Path) -> None:
     """Raises SlurmError for a path in which Slurm would replace something."""
     if found := re.search(r"[%\\\x00-\x1f]", str(path)):
         raise SlurmError(f"{path} contains {found[0]!r}, which Slurm replaces in file names: choose another name")

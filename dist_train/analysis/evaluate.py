@@ -38,7 +38,7 @@ def start(args: Namespace) -> int:
 
 def _evaluate(args: Namespace, world: World) -> int:
     try:
-        runs = open_runs(args.runs, world, args.checkpoint, args.split)
+        runs = open_runs(args.runs, world, args.checkpoint, args.split, trusting=args.trust)
         views = CROPS[args.crops]
         table = predict(runs, world, views=views, batch=args.batch)
         report = {"crops": args.crops, "views": views} | summarise(table, runs)
@@ -54,14 +54,17 @@ def _evaluate(args: Namespace, world: World) -> int:
     return 0
 
 
-def open_runs(directories: Sequence[Path], world: World, which: str, split: Path | None) -> list[Trained]:
+def open_runs(
+    directories: Sequence[Path], world: World, which: str, split: Path | None, *, trusting: bool = False
+) -> list[Trained]:
     """The runs, opened at the same checkpoints on all ranks: those that rank 0 finds, since a run may be training.
 
     Raises RunError on all ranks if one cannot be opened, or if their classes or images are not the same.
     """
 
     def opened(names: Sequence[str]) -> list[Trained]:
-        runs = [open_run(d, world.device, name, split) for d, name in zip(directories, names, strict=True)]
+        named = zip(directories, names, strict=True)
+        runs = [open_run(d, world.device, name, split, trusting=trusting) for d, name in named]
         _check_alike(runs)
         return runs
 

@@ -22,6 +22,7 @@ from dist_train.cli import parse
 from dist_train.config import ConfigError
 from dist_train.rundir import status
 from pipelines.misc import cpus
+from pipelines.resolve import FLAG
 from pipelines.speech import bar, say, show
 
 ENDED = ("done", "diverged")  # a run that diverged is a result
@@ -124,7 +125,7 @@ def _average(experiment: Experiment) -> list[str]:
     for arm in experiment.ensembles:
         for one, two, result in experiment.pairs(arm):
             if _state(one) == _state(two) == "done" and not result.exists():
-                command = [*TRAINER, "evaluate", str(one), str(two), "--json", str(result)]
+                command = [*TRAINER, "evaluate", str(one), str(two), "--json", str(result), FLAG]
                 if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
                     failed.append(f"{result} could not be made")
     return failed

@@ -74,7 +74,7 @@ def start(args: Namespace) -> int:
         config = read_config(args.run)
         drawings["inputs"] = lambda: Drawn(inputs_figure(config))
     if set(args.only) != {"inputs"}:
-        drawings |= _of_net(_threads(open_run(args.run, device, args.checkpoint)), args)
+        drawings |= _of_net(_threads(open_run(args.run, device, args.checkpoint, trusting=args.trust)), args)
     out.mkdir(parents=True, exist_ok=True)
     rows = write_figures({name: drawings[name] for name in drawings if name in args.only}, out)
     show("\n".join(f"{label:>14}  {text}" for label, text in rows))

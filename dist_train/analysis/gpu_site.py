@@ -14,7 +14,7 @@ from PIL import Image, JpegImagePlugin
 from pipelines.augment import Augment
 from pipelines.misc import cpus
 from pipelines.pack import Options, index, pack
-from pipelines.sources import Item
+from pipelines.sources import Item, Source
 
 LARGEST = 512  # images of a rank's batch
 KINDS = (("RGB", "4:2:0"), ("RGB", "4:2:0"), ("RGB", "4:4:4"), ("L", "4:4:4"))  # mode and subsampling of drawn images
@@ -75,7 +75,7 @@ def halves_chroma(data: bytes) -> bool:
 
 
 @dataclass
-class Photographs:
+class Photographs(Source):
     """A source for `pack`: smooth images with some grain, as a camera's, each drawn when it is loaded.
 
     Attributes:
@@ -86,8 +86,6 @@ class Photographs:
     count: int
     size: tuple[int, int]
     classes: list[str] = field(default_factory=lambda: [str(k) for k in range(10)])
-    rejected: list[dict[str, str]] = field(default_factory=list)
-    files: None = None
 
     @property
     def items(self) -> list[Item]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dist_train.rundir.named import run_named
 from pipelines.cli import Parser, natural, positive
+from pipelines.resolve import FLAG
 
 FIGURES = ("kernels", "top5", "nearest")  # of the paper, which are drawn if none is named
 DRAWN = (*FIGURES, "inputs", "wrong")  # all
@@ -54,6 +55,7 @@ def evaluate(parser: Parser) -> None:
     )
     parser.add_argument("--batch", type=positive, default=128, metavar="N", help="images per forward pass and device")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for all numbers")
+    _trust(parser)
 
 
 def figures(parser: Parser) -> None:
@@ -80,6 +82,11 @@ def figures(parser: Parser) -> None:
         "misclassified images",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the figures (default: RUN/figures)")
+    _trust(parser)
+
+
+def _trust(parser: Parser) -> None:
+    parser.add_argument(FLAG, action="store_true", help="import the code (module:name) that a run names")
 
 
 def experiments(parser: Parser) -> None:

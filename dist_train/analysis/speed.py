@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from dist_train import data
 from dist_train.analysis.pace import Pace, Stretch, without_data
-from dist_train.config import Config, as_dict
+from dist_train.config import Config
+from dist_train.flat import as_dict
 from dist_train.outcomes import Ended, Refused
 from dist_train.ranks import launcher
 from dist_train.ranks.watch import Watch

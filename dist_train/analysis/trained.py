@@ -22,6 +22,7 @@ from dist_train.rundir.checkpoint import FOLDER, Checkpoint, CheckpointError, fi
 from dist_train.rundir.named import RUNS, no_run
 from pipelines.errors import UsageError, UserError
 from pipelines.manifest import MANIFEST, Manifest
+from pipelines.resolve import FLAG
 from pipelines.shards import ShardSet
 from pipelines.speech import say
 
@@ -73,18 +74,21 @@ def device_option() -> Iterator[None]:
         raise UsageError(str(error).replace("train.device", "--device")) from error
 
 
-def open_run(directory: Path, device: torch.device, which: str = "last", split: Path | None = None) -> Trained:
+def open_run(
+    directory: Path, device: torch.device, which: str = "last", split: Path | None = None, *, trusting: bool = False
+) -> Trained:
     """Model, configuration and data of a run. From now on this process keeps the memory that it frees (`process`).
 
     Args:
         which: "last", the newest checkpoint that is whole; "best", the one of the lowest validation error; or a
             checkpoint's name. Its hash is verified.
         split: a shard set in place of the validation set.
+        trusting: see `read_config`.
 
     Raises RunError, ConfigError or ShardError, all UserErrors, if there is no such run, if it has no good checkpoint,
     or if its sets are gone or are not those that it was trained on.
     """
-    config = read_config(directory)
+    config = read_config(directory, trusting=trusting)
     keep_freed_memory(device)
     val = str(split or config.data.val)
     config = replace(config, data=replace(config.data, val=val, device="auto"))  # this machine may have no GPU
@@ -116,8 +120,12 @@ def _opened(
     return Trained(directory, config, model, train.classes, step, epoch, checkpoint.path.name, train, test)
 
 
-def read_config(directory: Path) -> Config:
-    """The validated configuration of a run. Raises RunError."""
+def read_config(directory: Path, *, trusting: bool = False) -> Config:
+    """The validated configuration of a run. Raises RunError.
+
+    Args:
+        trusting: code that it names as `module:name` may be imported.
+    """
     file = directory / "config.yaml"
     if not directory.is_dir():
         raise RunError(no_run(directory))
@@ -125,7 +133,7 @@ def read_config(directory: Path) -> Config:
         other = f"{RUNS / directory} is one" if (RUNS / directory / file.name).exists() else "name that of a run"
         raise RunError(f"{directory} has no config.yaml, so it is no directory of a run: {other}")
     try:
-        return parse(["--config", str(file), *_without_idle(file)])[0]
+        return parse(["--config", str(file), *_without_idle(file), *[FLAG] * trusting], strange=True)[0]
     except ConfigError as error:
         raise RunError(f"{file}: {error}") from error
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from dist_train import cli
 from dist_train.analysis import options
-from dist_train.config import OPTIONS
+from dist_train.flat import OPTIONS
 from pipelines.cli import Verb
 
 
@@ -32,7 +32,7 @@ def _experiments(args: Namespace) -> int:
 
 
 def _speed(args: Namespace) -> int:
-    config, _ = cli.parse(args.rest)  # what is misspelt does not wait for torch
+    config = cli.checked(cli.parse(args.rest)[0])  # what is misspelt does not wait for torch
     from dist_train.analysis import speed as verb
 
     return verb.start(args, config)

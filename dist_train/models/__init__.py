@@ -1,27 +1,31 @@
-"""Models by name: add a model of your own to OURS."""
+"""Nets by name: see `choices.NETS`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import inspect
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from dist_train.config import TORCHVISION, ConfigError, ModelConfig
-from dist_train.models.alexnet import AlexNet
-from dist_train.models.two_tower import TwoTowers
-from pipelines.words import nearest
+from dist_train.choices import NETS, PAPER_NETS, TORCHVISION, unknown_net
+from dist_train.config import ConfigError, ModelConfig
+from dist_train.models.trial import try_out
+from pipelines import resolve
+
+TAKES = "it takes (classes, crop, **options) and returns an nn.Module"
 
 
-class TorchvisionModel(nn.Module):
-    """A torchvision classifier with our calling convention. It brings its own randomness, so it is exact only at one
-    world size: torch's generators are seeded from (seed, step, rank) at each step."""
+class CalledByImages(nn.Module):
+    """A net that is called as net(images), with our calling convention. It may bring its own randomness, so it is exact
+    only at one world size: torch's generators are seeded from (seed, step, rank) at each step, unless it declares
+    `draws_numbers = False`."""
 
-    def __init__(self, name: str, classes: int) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        from torchvision import models  # takes seconds, and most runs do not need it
-
-        self.net = models.get_model(name, weights=None, num_classes=classes)
+        self.net = net
+        self.draws_numbers = draws_numbers(net)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """Logits [n, outputs] of x [n, 3, crop, crop]; keys are not used."""
@@ -35,29 +39,41 @@ def draws_numbers(model: nn.Module) -> bool:
     return bool(getattr(model, "draws_numbers", True))
 
 
-OURS: dict[str, Callable[..., nn.Module]] = {
-    "alexnet": AlexNet,
-    "alexnet_one_tower": partial(AlexNet, towers=1),
-    "alexnet_two_tower": TwoTowers,
-}
-
-
 def build(options: ModelConfig, *, classes: int, crop: int) -> nn.Module:
-    """The model called `options.name`, with `options.outputs` outputs or one per class. Raises ConfigError, with the
-    nearest name if that one is unknown."""
+    """The model called `options.name`, with `options.outputs` outputs or one per class. Raises UserError, with the
+    nearest name if that one is unknown, and for a net of somebody's own that cannot be called as it should.
+
+    A net whose `forward` has an argument `keys` is given one number per sample, for `dropout.Dropout`.
+    """
     outputs = options.outputs or classes
     if outputs < classes:
         raise ConfigError(f"model.outputs is {outputs}, fewer than the {classes} classes: raise it, or leave it 0")
-    if options.name in OURS:
-        return OURS[options.name](outputs, crop, options)
-    from torchvision import models
+    key = ("model.name", options.name)
+    if options.name.startswith(TORCHVISION):
+        return CalledByImages(_of_torchvision(options, outputs))
+    if options.name in PAPER_NETS:
+        return resolve.make(*key, resolve.resolve(*key, NETS), (outputs, crop, options), kind=nn.Module, remedy=TAKES)
+    if options.name not in NETS and not resolve.is_code(options.name):
+        raise ConfigError(unknown_net(options.name))
+    found = resolve.resolve(*key, NETS)
+    net = resolve.make(*key, found, (outputs, crop), options.options, kind=nn.Module, remedy=TAKES)
+    if "keys" not in inspect.signature(net.forward).parameters:
+        net = CalledByImages(net)
+    if any(map(is_lazy, net.parameters())):  # they take their shapes from a first batch
+        try_out(net, options, classes, crop, torch.device("cpu"))
+    return net
 
-    known = [TORCHVISION + model for model in models.list_models(module=models)]
-    if options.name in known:
-        return TorchvisionModel(options.name.removeprefix(TORCHVISION), outputs)
-    names = {name.removeprefix(TORCHVISION): name for name in known}
-    if not options.name.startswith(TORCHVISION):
-        names |= {name: name for name in OURS}
-    meant = names.get(nearest(options.name.removeprefix(TORCHVISION), names))
-    remedy = f"did you mean {meant!r}?" if meant else f"choose {', '.join(OURS)} or torchvision:<name>"
-    raise ConfigError(f"model.name {options.name!r} is unknown: {remedy}")
+
+def _of_torchvision(options: ModelConfig, outputs: int) -> nn.Module:
+    """A classifier of torchvision, with `options.options` for its builder."""
+    from torchvision import models  # takes seconds, and most runs do not need it
+
+    name = options.name.removeprefix(TORCHVISION)
+    if name not in models.list_models(module=models):
+        raise ConfigError(unknown_net(options.name))
+    given: dict[str, Any] = {"weights": None, "num_classes": outputs} | options.options
+    try:
+        net: nn.Module = models.get_model(name, **given)
+    except (TypeError, ValueError) as error:
+        raise resolve.failed("model.name", options.name, error, "does not take model.options") from error
+    return net

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_train import numbers
 from dist_train.config import ConfigError, ModelConfig
 from dist_train.models.dropout import Dropout
 from dist_train.models.lrn import local_response_norm
@@ -20,9 +21,13 @@ ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases begin wi
 
 
 class Layers(nn.Module):
-    """Activation, normalisation, pooling, dropout and initialisation, shared by all AlexNet variants."""
+    """Activation, normalisation, pooling, dropout and initialisation, shared by all AlexNet variants.
+
+    `self.log("fc7_max", x, "max")` in `forward` records a number; see `dist_train.numbers`.
+    """
 
     draws_numbers = False  # dropout's masks are hashed
+    log = staticmethod(numbers.log)
 
     def __init__(self, options: ModelConfig) -> None:
         super().__init__()
@@ -95,6 +100,11 @@ class AlexNet(Layers):
         x = self.drop7(self.activation(self.fc7(x)), keys)
         logits: Tensor = self.fc8(x)
         return logits
+
+
+def one_tower(outputs: int, crop: int, options: ModelConfig) -> AlexNet:
+    """The net without groups: 62,378,344 parameters."""
+    return AlexNet(outputs, crop, options, towers=1)
 
 
 def feature_side(crop: int) -> int:

@@ -31,15 +31,16 @@ HIDDEN = ("worst_rank",)  # a number, but no measurement
 
 def named(line: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line, by the names under which they are shown: loss/training, error/validation_top1, lr,
-    machine/images_per_s, machine/gpu-07/watts, probe/conv1/dead, ... The line's position (step, epoch, images,
-    progress, samples) is left out; a list, such as the reasons for throttling, counts by its length. Empty for other
-    kinds of lines."""
+    machine/images_per_s, machine/gpu-07/watts, probe/conv1/dead, numbers/fc7_max, ... The line's position (step, epoch,
+    images, progress, samples) is left out; a list, such as the reasons for throttling, counts by its length. Empty for
+    other kinds of lines."""
     kind = line.get("kind", "")
     if kind == "probe":
         layers = line.get("layers", {})
         return dict(_flat("probe", {"loss": line.get("loss"), "curvature": line.get("curvature"), **layers}))
     names = NAMES.get(kind, {})
     found = {name: float(line[key]) for key, name in names.items() if _is_number(line.get(key))}
+    found |= _flat("numbers", line.get("numbers", {}))
     machine = dict(line.get(MACHINE, {}))
     if kind == "step":
         machine |= {key: line[key] for key in RATES if key in line}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dist_train.ranks import beside
 from dist_train.rundir import confusion
+from pipelines.resolve import FLAG
 
 What = Literal["inputs", "wrong", "kernels"]
 FOLDER = "pictures"  # in the run directory
@@ -49,7 +50,7 @@ class Drawing:
         self._path, self._limit, self._until = run / FOLDER / f"{what}.png", limit, time.monotonic() + limit
         self._before, self._drawn = self._stamp(), False
         self._process: subprocess.Popen[bytes] | None = None
-        options = ("--only", what, "--out", str(run / FOLDER), "--device", "cpu", "--images", str(IMAGES))
+        options = ("--only", what, "--out", str(run / FOLDER), "--device", "cpu", "--images", str(IMAGES), FLAG)
         try:
             self._said = tempfile.TemporaryFile()  # noqa: SIM115, closed when it is over
             try:

@@ -97,12 +97,12 @@ class Reporter:
         seconds = {"seconds": self._run.ledger.last, "epoch_seconds": time.monotonic() - self._epoch_began}
         self._append("validation", state.progress, lr=lr, **values, machine=_rounded(seconds))
 
-    def division(self, error: float, chance: float, lr: float, progress: Progress, remedy: str) -> None:
+    def division(self, divisor: float, error: float, chance: float, lr: float, progress: Progress, remedy: str) -> None:
         """Reports that the learning rate was divided, to `lr`, after a validation error of `error`; `chance`: the error
         of always predicting the most common class; `remedy`: what to do if the net is no better than that."""
         where = {"step": progress.step, "epoch": progress.epoch}
         self._run.events.append("division", **where, lr=lr, error=error)
-        text = f"learning rate divided by {self._config.schedule.factor:g}, to {lr:g}"
+        text = f"learning rate divided by {divisor:g}, to {lr:g}"
         if error >= chance:
             text += (
                 f", but the net is still no better than always naming the most common class ({chance:.2%}): {remedy}"

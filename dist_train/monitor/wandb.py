@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from dist_train.config import as_dict
+from dist_train.flat import as_dict
 from dist_train.monitor import names, wandb_about, wandb_extras, wandb_files, wandb_process, wandb_variables
 from dist_train.monitor.reader import Anew, Shown, lines, one_line
 from dist_train.monitor.wandb_about import EPOCH, LONGEST, Mode, X

@@ -27,6 +27,7 @@ class Vote(NamedTuple):
         bad: samples that could not be decoded and were replaced.
         unread: ranks that cannot read their samples; they feed NaN to the net, so that all ranks refuse the step.
         square: squared gradient norm, each rank adding the parts of the net that it reports.
+        new: logged numbers that have no places yet (`ranks.logged`).
         rows: numbers about each rank, by rank; empty if none were given.
     """
 
@@ -39,15 +40,16 @@ class Vote(NamedTuple):
     bad: float = 0.0
     unread: float = 0.0
     square: float = 0.0
+    new: float = 0.0
     rows: tuple[tuple[float, ...], ...] = ()
 
     @staticmethod
-    def cast(world: World, row: Sequence[float] = (), /, **says: float | Tensor) -> PendingVote:
+    def cast(world: World, row: Sequence[float | Tensor] = (), /, **says: float | Tensor) -> PendingVote:
         """Begin the all-reduce of this rank's values, given by the names above as numbers or scalars on the device.
         Raises TypeError for an unknown name.
 
         Args:
-            row: numbers about this rank, equally many on all ranks; they are gathered, not summed.
+            row: numbers about this rank, as above, equally many on all ranks; they are gathered, not summed.
         """
         # One copy takes the plain numbers to the device, where the scalars are filled in: nothing waits.
         if unknown := says.keys() - set(SUMS):
@@ -55,12 +57,15 @@ class Vote(NamedTuple):
         numbers = np.zeros(len(SUMS) + world.size * len(row))
         numbers[: len(SUMS)] = [0.0 if isinstance(says.get(name), Tensor) else says.get(name, 0.0) for name in SUMS]
         mine = len(SUMS) + world.rank * len(row)
-        numbers[mine : mine + len(row)] = row
+        numbers[mine : mine + len(row)] = [0.0 if isinstance(value, Tensor) else value for value in row]
         pinned = world.device.type == "cuda"
         values = torch.tensor(numbers, pin_memory=pinned).to(world.device, non_blocking=True)
         for name, value in says.items():
             if isinstance(value, Tensor):
                 values[SUMS.index(name)] = value
+        for place, value in enumerate(row, mine):
+            if isinstance(value, Tensor):
+                values[place] = value
         work = world.reduce(values)
         if pinned:
             values, there = _returning(values, work)

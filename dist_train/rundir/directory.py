@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from dist_train.config import Config, dump
+from dist_train.config import Config
+from dist_train.flat import dump
 from dist_train.ranks import kin
 from dist_train.rundir import restarts
 from dist_train.rundir.checkpoint import newest_name

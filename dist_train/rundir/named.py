@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dist_train.rundir import checkpoint, record, status
 from pipelines.words import nearest
 
 RUNS = Path("runs")
@@ -18,6 +19,20 @@ def run_named(text: str, root: Path = RUNS) -> Path:
     places = (path, root / path)
     runs = (p for p in places if any(os.path.exists(p / file) for file in ("config.yaml", "meta.json")))
     return next(runs, None) or next((p for p in places if os.path.exists(p)), path)  # not Path.exists: it may raise
+
+
+def is_of_run(file: Path) -> bool:
+    """Whether a file, as named or where links lead, lies somewhere in the directory of a run: somebody else may have
+    chosen what it says."""
+    for place in (Path(os.path.abspath(file)), Path(os.path.realpath(file))):
+        if place.parent.name == "slurm" and place.name == "config.yaml":
+            return True
+        for folder in place.parents:
+            marks = (folder / name for name in (checkpoint.FOLDER, status.FILE, record.FILE))
+            near = folder == place.parent or os.path.exists(folder / "config.yaml")
+            if near and any(map(os.path.exists, marks)):
+                return True
+    return False
 
 
 def no_run(path: Path, root: Path = RUNS) -> str:

@@ -13,10 +13,11 @@ from zlib import crc32
 import torch
 from torch import nn
 
-from dist_train.config import Config, as_dict, idle_fields
+from dist_train.config import Config, ScheduleConfig, idle_fields
+from dist_train.flat import as_dict
 from dist_train.ranks.world import World
 from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find, newest_name, verified
-from dist_train.rundir.directory import RunDirectory
+from dist_train.rundir.directory import CONFIG, RunDirectory
 from dist_train.rundir.named import no_run
 from dist_train.rundir.state import TrainState
 from dist_train.rundir.store import load_state
@@ -24,7 +25,7 @@ from pipelines.quarantine import QUARANTINE
 from pipelines.shards import ShardSet
 
 # Keys of `data` that may change
-FREE = ("train", "val", "source", "device", "threads", "hw_decoder_load", "readers", "ahead", "max_bad")
+FREE = ("train", "val", "source", "raw", "device", "threads", "hw_decoder_load", "readers", "ahead", "max_bad")
 # Keys whose change is recorded
 TOLD = ("optim.", "schedule.", "train.epochs", "data.hw_decoder_load")
 SET, QUARANTINED = "training set", "quarantined"
@@ -94,6 +95,8 @@ def restore(
     _refuse_other_settings(found, run.path, ours)
     resumed.init_from = _begun_from(found, run.path, config.model.init_from)
     saved = load_state(found.path, world.device)
+    if found.meta["config"].get("schedule.name", ScheduleConfig.name) != config.schedule.name:
+        del saved["schedule"]  # another schedule begins with a state of its own
     state.load_state_dict(saved)
     progress = state.progress
     if found.meta.get(QUARANTINED, 0) != quarantined(training_set):  # unknown which of them still count
@@ -165,8 +168,8 @@ def _refuse_other_settings(found: Checkpoint, run: Path, ours: dict[str, Any]) -
             different.append(f"{key} was {was!r}, now {value!r}")
     if different:
         raise CheckpointError(
-            f"{run} was begun with other settings ({'; '.join(different)}): restore them, or choose another run.name "
-            f"or run.dir"
+            f"{run} was begun with other settings ({'; '.join(different)}): restore them, as --config {run / CONFIG} "
+            f"does, or choose another run.name or run.dir"
         )
 
 

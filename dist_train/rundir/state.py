@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dist_train import optim
+from dist_train.numbers import Number, combined
 from dist_train.ranks.tower_parallel import pair_of
+from dist_train.schedules import Schedule
 
 MEMORY = 50  # approximate number of steps in the running mean of the training error
 
@@ -73,19 +76,21 @@ class Progress:
 @dataclass
 class Window:
     """Sums over the steps since the last record, and over the epoch's: samples' losses in nats, wrong predictions,
-    and gradient norms. `skipped` counts steps that were not taken because fp16 overflowed."""
+    and gradient norms. `skipped` counts steps that were not taken because fp16 overflowed. `numbers`: those that were
+    logged since the last record, by name, each as the fields of a `Number`."""
 
     steps: int = 0
     loss: float = 0.0
     wrong: float = 0.0
     norm: float = 0.0
     skipped: int = 0
+    numbers: dict[str, list[Any]] = field(default_factory=dict)
     epoch_steps: int = 0
     epoch_loss: float = 0.0
     epoch_wrong: float = 0.0
 
-    def add(self, loss: float, wrong: float, norm: float) -> None:
-        """Add the sums of a step over its batch."""
+    def add(self, loss: float, wrong: float, norm: float, logged: Mapping[str, Number] | None = None) -> None:
+        """Add the sums of a step over its batch, and the numbers that were logged in it."""
         self.steps, self.loss, self.wrong = self.steps + 1, self.loss + loss, self.wrong + wrong
         self.epoch_steps, self.epoch_loss = self.epoch_steps + 1, self.epoch_loss + loss
         self.epoch_wrong += wrong
@@ -93,13 +98,20 @@ class Window:
             self.norm += norm
         else:
             self.skipped += 1
+        for name, number in (logged or {}).items():
+            before = Number(*self.numbers.get(name, number._replace(elements=0)))
+            if before.elements and before.over == number.over:  # else the code was changed in mid-window
+                number = combined([before, number])
+            self.numbers[name] = list(number)
 
     def means(self, batch: int) -> dict[str, Any]:
         """Means since the last record: per sample, for batches of this size; of the norm, per step taken."""
         images, taken = self.steps * batch, self.steps - self.skipped
         values: dict[str, Any] = {"loss": self.loss / images, "train_error": self.wrong / images}
         values["grad_norm"] = self.norm / taken if taken else None
-        return values | ({"skipped": self.skipped} if self.skipped else {})
+        values |= {"skipped": self.skipped} if self.skipped else {}
+        logged = {name: Number(*fields).result for name, fields in sorted(self.numbers.items())}
+        return values | ({"numbers": logged} if logged else {})
 
     def epoch_means(self, batch: int) -> dict[str, float]:
         """Means per sample over those steps of the epoch that are known."""
@@ -108,7 +120,7 @@ class Window:
 
     def clear(self) -> None:
         """Begin a new window, after a record."""
-        self.steps, self.loss, self.wrong, self.norm, self.skipped = 0, 0.0, 0.0, 0.0, 0
+        self.steps, self.loss, self.wrong, self.norm, self.skipped, self.numbers = 0, 0.0, 0.0, 0.0, 0, {}
 
     def clear_epoch(self) -> None:
         self.epoch_steps, self.epoch_loss, self.epoch_wrong = 0, 0.0, 0.0
@@ -120,7 +132,7 @@ class TrainState(NamedTuple):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    schedule: optim.Schedule
+    schedule: Schedule
     progress: Progress
     window: Window
 
@@ -147,6 +159,7 @@ class TrainState(NamedTuple):
         optim.load_moments(self.optimizer, optimizer)
         if saved["scaler"]:  # empty if it was saved without fp16
             self.scaler.load_state_dict(saved["scaler"])
-        self.schedule.load_state_dict(saved["schedule"])
+        if "schedule" in saved:
+            self.schedule.load_state_dict(saved["schedule"])
         vars(self.progress).update(saved["state"])
         vars(self.window).update(saved.get("window", {}))  # older versions recorded single steps

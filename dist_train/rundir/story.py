@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dist_train.config import Config, as_dict
+from dist_train.config import Config
+from dist_train.flat import as_dict
 from dist_train.ranks import launcher
 from dist_train.rundir import events
 from dist_train.rundir.directory import RunDirectory
