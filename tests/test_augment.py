@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipelines.augment import Augment, fixed_views, framed, random_views, resized
+from pipelines import order
+from pipelines.augment import Augment, fixed_views, framed, random_views, resized, uniform
 from tests.helpers.reference import reference_crop
 
 N = 40_000
@@ -77,8 +78,22 @@ def test_views_follow_from_the_position_alone() -> None:
     cuts = np.unique(np.concatenate([[0, 1, 500], rng.integers(0, 500, 12)]))
     for low, high in pairwise(cuts):
         piece = random_views(size[low:high], AUGMENT, COMPONENTS, seed=2, epoch=7, start=int(low))
-        for name in ("size", "corner", "mirror", "shift"):
-            assert getattr(piece, name).tobytes() == getattr(whole, name)[low:high].tobytes(), name
+        for name, values in vars(piece).items():
+            assert values.tobytes() == getattr(whole, name)[low:high].tobytes(), name
+
+
+@pytest.mark.parametrize("words", [1, 3, 4, 9])
+def test_a_stream_follows_from_the_position_alone(words: int) -> None:
+    """And shares no number with another, nor with that of crop, reflection and lighting."""
+    given = {"seed": 2, "epoch": 7}
+    whole = uniform("one", words, start=0, n=500, **given)
+    assert whole.shape == (500, words)
+    pieces = [uniform("one", words, start=low, n=high - low, **given) for low, high in pairwise((0, 1, 77, 500))]
+    assert np.array_equal(np.concatenate(pieces), whole)
+    others = [uniform(stream, words, start=0, n=500, **given) for stream in ("two", order.VIEWS)]
+    assert len(np.unique([whole, *others])) == 3 * 500 * words
+    assert whole.min() >= 0
+    assert whole.max() < 1
 
 
 def test_center_square_keeps_crops_in_the_central_square() -> None:

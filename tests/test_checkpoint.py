@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_train import optim
+from dist_train import optim, schedules
 from dist_train.analysis.trained import read_config
-from dist_train.config import Config, ModelConfig, OptimConfig, ScheduleConfig, as_dict, dump
+from dist_train.config import Config, ModelConfig, OptimConfig
+from dist_train.flat import as_dict, dump
 from dist_train.process import Settled
 from dist_train.ranks.world import World, join
 from dist_train.rundir.checkpoint import CheckpointError, find
@@ -236,7 +237,7 @@ class Start:
         self.config, self.shards, self.world = config, shards, world
         self.settled = vars(Settled(False, "by construction", "kept", precision=precision))
         self.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
-        schedule = optim.Schedule(ScheduleConfig(), 0.01)
+        schedule = schedules.build(Config())
         self.state = TrainState(net, optim.build(OptimConfig(), net), self.scaler, schedule, Progress(), Window())
 
     def restore(self) -> Resumed:

@@ -12,7 +12,9 @@ import yaml
 from dist_train import data
 from dist_train.analysis.gpu_site import Photographs
 from dist_train.cli import parse
-from dist_train.config import CONFIGS, Config, ConfigError, as_dict, dump
+from dist_train.config import CONFIGS, Config, ConfigError
+from dist_train.flat import as_dict, dump
+from pipelines import kinds
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest, ShardError
 
@@ -121,11 +123,19 @@ def test_what_is_no_directory_of_shards(shard_sets: Path, tmp_path: Path) -> Non
             data.open_sets(config)
 
 
+def test_another_source_needs_sets_of_its_own() -> None:
+    """Otherwise a run would train on the Fashion-MNIST that is there already."""
+    with pytest.raises(ConfigError, match=r"data\.source is cifar10, but data/fashion-mnist/train and .* name"):
+        parse(["--data.source=cifar10"])
+    assert parse(["--data.source=fashion-mnist"])[0].data.source == "fashion-mnist"
+    assert parse(["--data.source="])[0].data.source == ""
+
+
 def test_a_source_is_packed_into_nothing_of_the_users(
     shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither into a folder of photographs nor beside a set of another kind, and nothing is fetched for it."""
-    monkeypatch.setattr(data, "Torchvision", lambda *args: pytest.fail(f"fetched: {args}"))
+    monkeypatch.setattr(kinds, "Torchvision", lambda name, root, train: pytest.fail(f"fetched: {name}"))
     (tmp_path / "photos" / "ant").mkdir(parents=True)
     for train, val in ((tmp_path / "photos", tmp_path / "val"), (tmp_path / "train", tmp_path / "photos")):
         config, _ = parse([f"--data.train={train}", f"--data.val={val}", "--data.source=cifar10"])
@@ -138,7 +148,7 @@ def test_a_source_is_packed_into_nothing_of_the_users(
         assert sorted(os.listdir(tmp_path)) == ["photos"]
 
     photographs = Photographs(40, (30, 30))
-    monkeypatch.setattr(data, "Torchvision", lambda *args: photographs)
+    monkeypatch.setattr(kinds, "Torchvision", lambda name, root, train: photographs)
     config, _ = parse([f"--data.train={shard_sets}/train", f"--data.val={tmp_path}/vall", "--data.source=cifar10"])
     with pytest.raises(ShardError) as error:
         data.pack_source(config)
@@ -189,7 +199,7 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
         (["--optim.lrr", "3"], "unknown configuration key optim.lrr: did you mean optim.lr?"),
         (["--train.precison=bf16"], "unknown configuration key train.precison: did you mean train.precision?"),
         (["--train.epochs", "three"], "train.epochs is three: it must be int"),
-        (["--optim.name", "foo"], "optim.name is foo: it must be one of sgd, adam"),
+        (["--optim.name", "foo"], "optim.name foo is unknown: choose sgd, adam, or module:name of your own"),
         (["--optim.lr", "-3"], "optim.lr is -3.0: it must be above 0"),
         (["--train.epochs", "0"], "train.epochs is 0: it must be at least 1"),
         (["--model.dropout", "1"], r"model.dropout is 1.0: it must lie in \[0, 1\)"),
@@ -254,3 +264,20 @@ def test_a_configuration_is_read_again_whatever_its_paths_are(tmp_path: Path) ->
     config = replace(Config(), data=replace(Config().data, train=path))
     (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
     assert parse(["--config", str(tmp_path / "config.yaml")])[0].data.train == "sét/train"
+
+
+def test_a_name_that_is_typed_is_another_run_than_the_files(tmp_path: Path) -> None:
+    """Begun with the settings of a run, `--config RUN/config.yaml`, whose directory they hold."""
+    file = tmp_path / "config.yaml"
+    file.write_text("run: {name: old, dir: runs/old}")
+    assert parse(["--config", str(file)])[0].run.path("") == Path("runs/old")
+    assert parse(["--config", str(file), "--run.name=new"])[0].run.path("") == Path("runs/new")
+    assert parse(["--config", str(file), "--run.name=new", "--run.dir=x"])[0].run.path("") == Path("x")
+
+
+@pytest.mark.parametrize("text", ["'{a: {x: 1}}'", "'{a: [[1, 2]]}'"])
+def test_options_are_not_nested(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.options"):
+        parse(["--model.name=torchvision:resnet18", "--model.options", text.strip("'")])
+    with pytest.raises(ConfigError, match=r"model\.options takes numbers, words, true, false, null, and lists"):
+        parse(["--model.name=torchvision:resnet18", "--model.options.a", "{x: 1}"])

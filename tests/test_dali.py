@@ -261,10 +261,13 @@ def test_what_dali_reads_lives_until_its_batch_is_out(mixed: Path) -> None:
 
     def source() -> Feed:
         feed = next(feeds)
-        living.append([weakref.ref(array) for array in (*feed.encoded, *feed[1:])])
+        encoded, *others = (
+            feed[name] for name in ("encoded", "begin", "extent", "roi_begin", "scaled", "mirror", "mean")
+        )
+        living.append([weakref.ref(array) for array in (*encoded, *others)])
         return feed
 
-    pipeline = graph(source, batch=7, crop=67, resize=True, std=[1.0] * 3, decode=DECODE)
+    pipeline = graph(source, augment=AUGMENT, batch=7, resize=True, std=[1.0] * 3, decode=DECODE)
     pipeline.build()
     for step in range(steps):
         with suppress(StopIteration):
@@ -277,8 +280,8 @@ def test_what_dali_reads_lives_until_its_batch_is_out(mixed: Path) -> None:
 
 def test_what_dali_copies_is_not_held() -> None:
     """For the GPU."""
-    given = Feed([np.zeros(3, np.uint8)], *(np.zeros((1, 2)) for _ in Feed._fields[1:]))
-    alive, feeds = weakref.ref(given.encoded[0]), [given]  # type: ignore[type-var]
+    given: Feed = {"encoded": [np.zeros(3, np.uint8)], "mean": np.zeros((1, 3)), "mirror": np.zeros(1)}
+    alive, feeds = weakref.ref(given["encoded"][0]), [given]
     del given
     assert len(_asking(feeds.pop, ["encoded", "mean"], held=0)()) == 2
     assert alive() is None
@@ -530,8 +533,8 @@ def test_placement(resize: bool, device: Device) -> None:
     """Constructs the graph, which needs no GPU, and walks it from its output to its inputs."""
     pipeline = graph(
         lambda: pytest.fail("nothing is run"),
+        augment=AUGMENT,
         batch=8,
-        crop=67,
         resize=resize,
         std=[1.0, 1.0, 1.0],
         decode=Decode(device, 0 if device == "gpu" else None, threads=2),
@@ -608,7 +611,7 @@ def test_bytes_that_go_to_a_gpu_become_the_same_inputs(mixed: Path, inputs: Any)
         assert {tensor.device.type for tensor in (batch.inputs, batch.labels, batch.keys)} == {"meta"}
     std = scale(inputs, floats.shards.manifest)[1]
     feeds = make(mixed, decode=decode).feeds(0, range(floats.steps))
-    pipeline = graph(lambda: next(feeds), batch=11, crop=67, resize=True, std=std.tolist(), decode=decode)
+    pipeline = graph(lambda: next(feeds), augment=AUGMENT, batch=11, resize=True, std=std.tolist(), decode=decode)
     pipeline.build()
     bring = HandOver(torch.device("cpu"), std)
     for expected in floats.epoch():

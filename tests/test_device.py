@@ -26,10 +26,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_train import __main__, build, data, models, optim, process
-from dist_train.config import TORCHVISION, Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from dist_train.models.dropout import mask_keys
+from dist_train import __main__, build, data, models, numbers, optim, process
+from dist_train.choices import PAPER_NETS, TORCHVISION
+from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.ranks import vote
+from dist_train.ranks.logged import Logged
 from dist_train.ranks.world import World, join
 from dist_train.rundir.state import Progress
 from dist_train.train import Trainer
@@ -94,7 +96,7 @@ def trainer(name: str, accumulate: int) -> Trainer:
     made.state = cast(Any, SimpleNamespace(optimizer=optimizer, scaler=scaler, progress=made.progress))
     made.watch = cast(Any, SimpleNamespace(stop=False))
     made.run = cast(Any, SimpleNamespace(lease=SimpleNamespace(lost=False)))
-    made.unread = []
+    made.logged, made.unread = Logged(made.world), []
     made.report = cast(Any, SimpleNamespace(row=lambda _: (0.0, 0.0)))
     made.saver = cast(Any, SimpleNamespace(due_by_clock=lambda: False))
     return made
@@ -135,9 +137,29 @@ def test_what_a_step_copies(name: str, accumulate: int, fused_on_meta: None) -> 
     for _ in range(2):
         with Copies() as copies:
             pending = step.train_step(on_meta(), 0.01)
-        assert copies.found == [("cpu to meta", (11,), True)]
+        assert copies.found == [("cpu to meta", (12,), True)]
         assert pending.vote.values.device == META
     assert [values.dtype for values in cast(MetaWorld, step.world).summed] == [torch.float64] * 2
+
+
+def test_what_logged_numbers_copy(fused_on_meta: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once they are known, one vector more; in each piece, tensors and plain numbers are reduced on the device."""
+    plain = Dropout.forward
+
+    def logs(self: Dropout, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        for over in ("max", "mean"):
+            numbers.log(over, x, over)  # type: ignore[arg-type]
+        numbers.log("plain", 0.5)
+        return plain(self, x, *args)
+
+    monkeypatch.setattr(Dropout, "forward", logs)
+    step = trainer("alexnet", 3)
+    for known, copied in ((False, [(12,)]), (True, [(16,), (12,)])):
+        with Copies() as copies:
+            pending = step.train_step(on_meta(), 0.01)
+        assert copies.found == [("cpu to meta", shape, True) for shape in copied]
+        assert len(pending.numbers.new) == (0 if known else 3)
+        step.logged._place(set(pending.numbers.new))
 
 
 def test_what_waits_is_noticed(fused_on_meta: None) -> None:
@@ -146,7 +168,7 @@ def test_what_waits_is_noticed(fused_on_meta: None) -> None:
     with Copies() as copies:
         labels = torch.zeros(N, dtype=torch.int64).to(META)
         step.train_step(batch._replace(labels=labels), 0.01)
-    assert copies.found == [("cpu to meta", (N,), False), ("cpu to meta", (11,), True)]
+    assert copies.found == [("cpu to meta", (N,), False), ("cpu to meta", (12,), True)]
     with pytest.raises(RuntimeError, match="meta"):
         float(torch.ones((), device=META))
 
@@ -368,7 +390,7 @@ def test_only_nets_that_may_draw_numbers_are_seeded(monkeypatch: pytest.MonkeyPa
 
 def test_our_nets_draw_no_numbers() -> None:
     """What they declare is true, in training with dropout."""
-    for name in models.OURS:
+    for name in PAPER_NETS:
         net = models.build(ModelConfig(name=name, hidden=8, width=0.25), classes=3, crop=67)
         before = torch.get_rng_state()
         net(torch.randn(2, 3, 67, 67, generator=torch.Generator().manual_seed(0)), mask_keys(0, 0, np.arange(2)))

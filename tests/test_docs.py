@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zlib
 from collections import Counter
@@ -18,7 +17,7 @@ import pytest
 from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
 from tests.conftest import photograph
-from tests.helpers import docs
+from tests.helpers import adding, docs
 from tests.helpers.launch import finish, python, spawn
 
 ROOT = Path(__file__).parent.parent
@@ -70,12 +69,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, home: dict[str, str]) -> Iter
     """A clone with what a reader of the docs has by then, all small: .venv, photos/{train,val}/<class>/,
     data/fashion-mnist/{train,val} and the finished run runs/demo."""
     root = tmp_path_factory.mktemp("docs") / "dist_train"
-    files = ["git", "ls-files", "-coz", "--exclude-standard"]
-    listed = subprocess.run(files, cwd=ROOT, capture_output=True, check=True)
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, root / name)
+    adding.copied(root)
     (root / ".venv").mkdir()
     for part in ("bin", "lib", "pyvenv.cfg"):
         if (Path(sys.prefix) / part).exists():

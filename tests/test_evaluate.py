@@ -26,7 +26,7 @@ from dist_train.analysis.evaluate import describe
 from dist_train.analysis.predict import probabilities
 from dist_train.analysis.trained import Trained, open_run
 from dist_train.cli import parse
-from dist_train.config import dump
+from dist_train.flat import dump
 from dist_train.ranks.world import World
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.resume import identity

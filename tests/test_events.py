@@ -15,7 +15,8 @@ import pytest
 
 import dist_train
 from dist_train import code
-from dist_train.config import Config, OptimConfig, as_dict
+from dist_train.config import Config, OptimConfig
+from dist_train.flat import as_dict
 from dist_train.ranks import launcher
 from dist_train.rundir import events, restarts, status, story
 from dist_train.rundir.directory import RunDirectory

@@ -302,7 +302,7 @@ def test_right_and_wrong_ones_are_shown_whenever_there_are_both(
         assert (len(found.samples), found.looked) == (12, looked)
         assert (~found.right).sum() == min(12, len(wrong))
     monkeypatch.setattr(neighbours, "outputs", net(set(order[::2].tolist())))
-    monkeypatch.setattr("dist_train.analysis.figures.open_run", lambda *_: run)
+    monkeypatch.setattr("dist_train.analysis.figures.open_run", lambda *_, **__: run)
     shown: list[int] = []
     monkeypatch.setattr(
         "dist_train.analysis.figures.top5_figure",
@@ -348,7 +348,7 @@ def test_what_the_net_is_shown(run: Trained, tmp_path: Path) -> None:
     np.testing.assert_array_equal(*pictures)
     square = replace(run.config.data, center_square=True)
     title = title_of(inputs_figure(replace(run.config, data=square)))
-    assert title.endswith("crop of the central square of images resized to shorter side 72, reflection, lighting")
+    assert title.endswith("crop of the central square of images resized to shorter side 72, mirror, lighting")
 
 
 @pytest.mark.integration
@@ -435,7 +435,7 @@ def test_a_net_without_dense_layers_has_the_other_figures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     squeezenet = with_net(run, ModelConfig("torchvision:squeezenet1_1"))
-    monkeypatch.setattr("dist_train.analysis.figures.open_run", lambda *_: squeezenet)
+    monkeypatch.setattr("dist_train.analysis.figures.open_run", lambda *_, **__: squeezenet)
     assert main(["figures", "anywhere", "--out", str(tmp_path), "--images=1"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.png", "top5.png"]
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,14 +1,15 @@
 """The update rule and the learning rate."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dist_train import cli, optim
-from dist_train.config import Config, OptimConfig, ScheduleConfig
+from dist_train import cli, optim, schedules
+from dist_train.config import Config, OptimConfig, ScheduleConfig, TrainConfig
 
 MILESTONES = ScheduleConfig(name="milestones", milestones=(2,))
 OFF = torch.amp.GradScaler("cpu", enabled=False)
@@ -34,7 +35,7 @@ def test_update_rule_of_section_5() -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 3)
-    optimizer = optim.build(OptimConfig(name=name), layer)  # type: ignore[arg-type]
+    optimizer = optim.build(OptimConfig(name=name), layer)
     for i in range(3):
         before = [p.detach().clone() for p in layer.parameters()]
         moments = {k: v.clone() for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v)}
@@ -49,21 +50,28 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float)
     assert all(torch.equal(moments[k], after[k]) for k in after)
 
 
-def errors(schedule: optim.Schedule, values: list[float]) -> list[float]:
+def made(lr: float = 0.01, epochs: int = 90, **settings: Any) -> Any:
+    """The schedule of these settings."""
+    settings = {"name": "plateau"} | settings
+    train = TrainConfig(epochs=epochs)
+    return schedules.build(Config(schedule=ScheduleConfig(**settings), optim=OptimConfig(lr=lr), train=train))
+
+
+def errors(of: schedules.Schedule, values: list[float]) -> list[float]:
     """The learning rate after each of these validation errors, of epochs of 10 steps."""
     rates = []
     for epoch, value in enumerate(values):
-        schedule.step(value, epoch, 10)
-        rates.append(round(schedule.lr(epoch + 1, 0, 10), 9))
+        of.end_epoch(value, 0.0, epoch, 10)
+        rates.append(round(of.lr(epoch + 1, 0, 10), 9))
     return rates
 
 
 def test_divided_when_the_error_stops_improving() -> None:
-    schedule = optim.Schedule(ScheduleConfig(patience=2, max_divisions=2, min_improvement=0.01), 0.01)
+    plateau = made(patience=2, max_divisions=2, min_improvement=0.01)
     values = [0.9, 0.8, 0.8, 0.795, 0.7, 0.7, 0.71, 0.7, 0.7]
     #        better better  bad  bad:/10 better bad bad:/10  bad  bad: exhausted
-    assert errors(schedule, values) == [0.01, 0.01, 0.01, 0.001, 0.001, 0.001, 0.0001, 0.0001, 0.0001]
-    assert schedule.exhausted
+    assert errors(plateau, values) == [0.01, 0.01, 0.01, 0.001, 0.001, 0.001, 0.0001, 0.0001, 0.0001]
+    assert plateau.exhausted
 
 
 def test_epochs_of_few_steps_have_to_be_more() -> None:
@@ -74,40 +82,40 @@ def test_epochs_of_few_steps_have_to_be_more() -> None:
         21: [1, 1, 0.1, 0.1],
         40: [1, 1, 1, 0.1],
     }.items():
-        schedule = optim.Schedule(ScheduleConfig(patience=2, patience_steps=steps), 1.0)
-        assert errors(schedule, [0.9, 0.9, 0.9, 0.9, 0.9])[1:] == rates, steps
+        plateau = made(1.0, patience=2, patience_steps=steps)
+        assert errors(plateau, [0.9, 0.9, 0.9, 0.9, 0.9])[1:] == rates, steps
 
 
 def test_not_exhausted_before_the_last_division_is_used() -> None:
-    schedule = optim.Schedule(ScheduleConfig(patience=1, max_divisions=3), 0.01)
-    errors(schedule, [0.5, 0.5, 0.5, 0.5])
-    assert schedule.divisions == 3
-    assert not schedule.exhausted
-    errors(schedule, [0.5])
-    assert schedule.exhausted
+    plateau = made(patience=1, max_divisions=3)
+    errors(plateau, [0.5, 0.5, 0.5, 0.5])
+    assert plateau.divisions == 3
+    assert not plateau.exhausted
+    errors(plateau, [0.5])
+    assert plateau.exhausted
 
 
 def test_state_survives() -> None:
-    a = optim.Schedule(ScheduleConfig(patience=2), 0.01)
+    a = made(patience=2)
     errors(a, [0.9, 0.9])
-    b = optim.Schedule(ScheduleConfig(patience=2), 0.01)
+    b = made(patience=2)
     b.load_state_dict(a.state_dict())
     assert errors(b, [0.9]) == [0.001] == errors(a, [0.9])
 
 
 def test_warmup_rises_linearly_and_does_not_count() -> None:
-    schedule = optim.Schedule(ScheduleConfig(warmup_epochs=2, patience=1), 0.08)
-    rates = [schedule.lr(e, s, 4) for e in range(3) for s in range(4)]
+    plateau = made(0.08, warmup_epochs=2, patience=1)
+    rates = [plateau.lr(e, s, 4) for e in range(3) for s in range(4)]
     np.testing.assert_allclose(rates, [0.08 * min(1, (i + 1) / 8) for i in range(12)])
-    schedule.step(0.9, 0, 4)
-    schedule.step(0.9, 1, 4)
-    assert (schedule.divisions, schedule.best) == (0, float("inf"))
+    plateau.end_epoch(0.9, 0.0, 0, 4)
+    plateau.end_epoch(0.9, 0.0, 1, 4)
+    assert (plateau.divisions, plateau.best) == (0, float("inf"))
 
 
 def test_milestones() -> None:
-    schedule = optim.Schedule(ScheduleConfig(name="milestones", milestones=(2, 5)), 1.0)
-    assert [round(schedule.lr(e, 0, 3), 9) for e in range(7)] == [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]
-    assert [schedule.step(0.9, epoch, 3) for epoch in range(6)] == [False, True, False, False, True, False]
+    milestones = made(1.0, name="milestones", milestones=(2, 5))
+    assert [round(milestones.lr(e, 0, 3), 9) for e in range(7)] == [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]
+    assert [milestones.end_epoch(0.9, 0.0, epoch, 3) for epoch in range(6)] == [1, 10, 1, 1, 10, 1]
 
 
 def test_a_remedy_says_where_the_milestones_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +123,10 @@ def test_a_remedy_says_where_the_milestones_came_from(tmp_path: Path, monkeypatc
     quickstart = "schedule.milestones [2] is the default of configs/quickstart.yaml, made for Fashion-MNIST; for"
     for words, remedy in (
         (mine, f"{quickstart} images of your own begin a run with --config configs/own.yaml"),
+        (
+            [*mine, "--data.source=imagefolder"],
+            f"{quickstart} images of your own begin a run with --config configs/own.yaml",
+        ),
         ([], "move schedule.milestones [2] to later epochs"),  # Fashion-MNIST itself
         ([*mine, "--schedule.milestones=[3]"], "move schedule.milestones [3] to later epochs"),
         (
@@ -122,8 +134,10 @@ def test_a_remedy_says_where_the_milestones_came_from(tmp_path: Path, monkeypatc
             "raise schedule.patience_steps above 500, the steps that it has waited for",
         ),
     ):
-        assert optim.remedy(cli.parse(words)[0], 100) == remedy
+        config, _ = cli.parse(words)
+        assert schedules.remedy(config, schedules.build(config), 100) == remedy
     for text in ("", "schedule: {milestones: [2]", "schedule: 3"):  # nothing that is wrong with the file ends a run
         (tmp_path / "quickstart.yaml").write_text(text)
-        monkeypatch.setattr(optim, "DEFAULT", tmp_path / "quickstart.yaml")
-        assert optim.remedy(Config(schedule=MILESTONES), 100) == "move schedule.milestones [2] to later epochs"
+        monkeypatch.setattr(schedules, "DEFAULT", tmp_path / "quickstart.yaml")
+        config = Config(schedule=MILESTONES)
+        assert schedules.remedy(config, schedules.build(config), 100) == "move schedule.milestones [2] to later epochs"

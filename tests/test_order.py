@@ -29,6 +29,8 @@ def test_words_are_philox() -> None:
     assert philox_4x64([WORD] * 4, [WORD] * 2)[0] == 0x87B092C3013FE90B
     expected = [word for block in (1, 2, 3) for word in philox_4x64([block, 7, 2, 0], [5, 11])]
     assert philox(5, 11, 2, 7).random_raw(12).tolist() == expected
+    named = philox_4x64([1, 7, 2**32 + 0xCBF43926, 0], [5, 11])  # the check value of CRC-32
+    assert philox(5, 11, "123456789", 7).random_raw(4).tolist() == named
 
 
 def test_permutation_sorts_philox_words() -> None:

@@ -741,9 +741,9 @@ def test_index_of_a_harmed_tar(shard_sets: Path, tmp_path: Path, harm: str) -> N
 
 def test_torchvision_names() -> None:
     with pytest.raises(SourceError, match=r"torchvision has no data set 'no-such-set'; it has .*FashionMNIST"):
-        _ = Torchvision("no-such-set", True, Path("raw")).items
+        _ = Torchvision("no-such-set", Path("raw"), True).items
     with pytest.raises(SourceError, match="EuroSAT has no train and test split: save it as folders and pack those"):
-        _ = Torchvision("eurosat", True, Path("raw")).items
+        _ = Torchvision("eurosat", Path("raw"), True).items
 
 
 def test_torchvision_with_other_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -757,7 +757,7 @@ def test_torchvision_with_other_splits(tmp_path: Path, monkeypatch: pytest.Monke
         for i in range(count):
             Image.new("RGB", (20, 30)).save(folder / "images" / f"pet{i}_{split}.jpg")
     for training, count in ((True, 3), (False, 2)):
-        source = Torchvision("oxfordiiitpet", training, tmp_path)
+        source = Torchvision("oxfordiiitpet", tmp_path, training)
         assert [item.label for item in source.items] == list(range(count))
         assert source.classes == [f"Pet{i}" for i in range(count)]
         assert source.load(0).size == (20, 30)
@@ -767,10 +767,10 @@ def test_torchvision_with_other_splits(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
     with pytest.raises(SourceError, match=r"Imagenette is unavailable \(network is unreachable\)"):  # has train and val
-        _ = Torchvision("imagenette", False, tmp_path).items
+        _ = Torchvision("imagenette", tmp_path, False).items
     told = "Places365 has the splits .*'train-challenge'.* and neither train nor trainval: save it as folders and pack"
     with pytest.raises(SourceError, match=told):
-        _ = Torchvision("places365", True, tmp_path).items
+        _ = Torchvision("places365", tmp_path, True).items
 
 
 def test_torchvision_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -779,11 +779,11 @@ def test_torchvision_without_a_network(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
     with pytest.raises(SourceError, match=r"STL10 is unavailable \(.*\): fetch it where there is a network and put it"):
-        _ = Torchvision("stl10", True, tmp_path).items
+        _ = Torchvision("stl10", tmp_path, True).items
     monkeypatch.setattr("pipelines.torchvision_sets.INSTALLED", tmp_path)
     monkeypatch.setattr("subprocess.Popen", None)  # no package manager is called
     with pytest.raises(SourceError, match=r"FashionMNIST is unavailable \(.*\): .* install Debian's package dataset-"):
-        _ = Torchvision("fashion-mnist", True, tmp_path).items
+        _ = Torchvision("fashion-mnist", tmp_path, True).items
 
 
 def test_what_index_does_not_touch(image_folder: Path, tmp_path: Path) -> None:

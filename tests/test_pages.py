@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 import dist_train
-from dist_train.config import Config, as_dict
+from dist_train.config import Config
+from dist_train.flat import as_dict
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dist_train", "pipelines", "slurm")

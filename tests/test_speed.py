@@ -24,7 +24,8 @@ from dist_train.analysis import pace as measuring
 from dist_train.analysis.pace import Pace, Stretch, without_data
 from dist_train.analysis.speed import describe, profile_of
 from dist_train.cli import parse
-from dist_train.config import ModelConfig, as_dict
+from dist_train.config import ModelConfig
+from dist_train.flat import as_dict
 from dist_train.outcomes import Refused
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import join

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.config import Config, as_dict
+from dist_train.config import Config
+from dist_train.flat import as_dict
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import pipelines.__main__
 import slurm.__main__
 from dist_train.__main__ import main
 from dist_train.analysis.verbs import SHARED, VERBS
-from dist_train.config import OPTIONS
+from dist_train.flat import OPTIONS
 from pipelines import words
 from pipelines.cli import Parser, Verb
 from pipelines.shards import ShardSet
@@ -317,7 +317,9 @@ def test_a_folder_that_is_not_packed(
     assert "did you mean" not in tell("pack cifar10", "pipelines"), "the name of a data set, whatever lies here"
     for name, why in (("photo", "does not exist in"), ("nope.zip", "does not exist in")):
         said = tell(f"pack ./{name} d", "pipelines")
-        assert said.startswith("pack wants the kind of source first, imagefolder or a data set of torchvision; ")
+        assert said.startswith(
+            "pack wants the kind of source first, imagefolder, a data set of torchvision, or module:name; "
+        )
         assert why in said
     assert not (tmp_path / "sets").exists()
     monkeypatch.setattr("sys.argv", ["pipelines", *line.split()[3:]])

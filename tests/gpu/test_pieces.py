@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from dist_train import optim
 from dist_train.config import OptimConfig
 from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.monitor.gpus import GpuSampler
+from pipelines import ImageLoader, resolve
 from tests.helpers.drills import until
 from tests.helpers.gpu import DEVICE, MARKS, needs_cuda
 
@@ -98,6 +101,31 @@ def test_an_overflow_under_a_scaler_changes_nothing_but_the_scale(first: int) ->
         descent.check()
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "skips"),
+    [
+        ("sgd", {}, True),
+        ("adam", {}, True),
+        ("torch.optim:AdamW", {"fused": True}, True),
+        ("torch.optim:AdamW", {}, False),
+        ("torch.optim:RMSprop", {}, False),
+    ],
+)
+def test_whether_an_optimizer_skips_on_the_device(name: str, options: dict[str, Any], skips: bool) -> None:
+    """It is tried when it is built; in either case a gradient that is not finite changes nothing."""
+    resolve.trust(name)
+    layer = torch.nn.Linear(4, 3).to(DEVICE)
+    optimizer = optim.build(OptimConfig(name, options=options), layer)
+    assert optimizer._step_supports_amp_scaling == skips  # type: ignore[attr-defined]
+    off = torch.amp.GradScaler(DEVICE, enabled=False)
+    for poison, refused in ((0.5, 0), (torch.nan, 1), (0.5, 0)):
+        before = [p.detach().clone() for p in layer.parameters()]
+        for p in layer.parameters():
+            p.grad = torch.full_like(p, poison)
+        assert optim.update(optimizer, off).refused == refused
+        assert all(map(torch.equal, before, layer.parameters())) == bool(refused)
+
+
 @needs_cuda("it is NVIDIA's driver that is asked")
 def test_what_the_gpu_does() -> None:
     said: list[str] = []
@@ -113,3 +141,14 @@ def test_what_the_gpu_does() -> None:
     assert held.nbytes / 1e6 < sample.memory_mb < torch.cuda.get_device_properties(0).total_memory / 1e6
     assert 0 <= sample.watts < 2000
     assert 0 <= sample.celsius < 120
+
+
+def test_the_loader_of_a_script_of_ones_own(shard_sets: Path) -> None:
+    """Decoded on the device of the net: the CPU's labels and, but for the rounding of the decoder, its images."""
+    options: dict[str, Any] = {"batch": 24, "crop": 67, "resize": 72, "inputs": "mean_subtracted"}
+    here, there = (ImageLoader(shard_sets / "train", device=device, **options) for device in (DEVICE, "cpu"))
+    for (images, labels), (expected, their_labels) in zip(here, there, strict=True):
+        assert images.device.type == labels.device.type == DEVICE
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(labels.cpu(), their_labels)
+        assert (images.cpu() - expected).abs().mean() < 2  # levels of 255

@@ -26,7 +26,7 @@ import yaml
 from tests.helpers.launch import finish, spawn
 
 NEEDS = ("GPU", "ImageNet", "cluster", "network")
-LANGUAGES = ("bash", "text", "python", "yaml", "mermaid")
+LANGUAGES = ("bash", "text", "python", "yaml", "mermaid", "diff")
 FENCE = re.compile(r"( *)(`{3,}|~{3,})(.*)")
 MARK = re.compile(r"<!--\s*([\w-]+):(.*?)-->", re.DOTALL)
 ITEM = re.compile(r" *([-*+]|\d+[.)]) +")

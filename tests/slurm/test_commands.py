@@ -16,8 +16,9 @@ import pytest
 from dist_train.rundir import events
 from pipelines.errors import UserError
 from slurm.cluster import Entry
+from slurm.packing import submit_pack
 from slurm.submissions import SubmittedRun
-from slurm.submit import TEARDOWN, minutes, submit_pack
+from slurm.submit import TEARDOWN, minutes
 from slurm.table import duration, row
 from tests.helpers.compare import status
 from tests.helpers.launch import alive, children
@@ -123,7 +124,9 @@ def test_a_pack_that_would_be_refused_is_not_submitted(image_folder: Path, tmp_p
         (photographs, photographs / "set", "lies in .*, whose folders are the classes"),
         (tmp_path / "nowhere", tmp_path / "set", "nowhere is not a folder: give the one whose sub-folders are the"),
     ):
-        options = Namespace(source=source, directory=directory, shorter_side=256, quality=90, shard_mb=64.0, seed=0)
+        options = Namespace(
+            first=source, second=directory, more=[], shorter_side=None, quality=90, shard_mb=64.0, seed=0
+        )
         options.keep_small = False
         with pytest.raises(UserError, match=complaint):
             submit_pack(options)
@@ -134,6 +137,8 @@ def test_a_pack_that_would_be_refused_is_not_submitted(image_folder: Path, tmp_p
     ("words", "complaint"),
     [
         (["--optim.lrr=1"], "unknown configuration key optim.lrr: did you mean optim.lr?"),
+        (["--optim.name=adm"], "optim.name adm is unknown: did you mean adam?"),
+        (["--schedule.name=own_schedul:Mine"], "there is no module own_schedul in /"),
         (["--gpus-per-nod=2"], "unknown option --gpus-per-nod: did you mean --gpus-per-node?"),
         (["--nodes=9", "--gpus-per-node=3"], "train.global_batch 24 is smaller than ranks (27)"),
         (["--data.train=nowhere", "--data.source="], "nowhere`, which does not exist yet in /"),

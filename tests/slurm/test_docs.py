@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.cli import parse
-from dist_train.config import dump
+from dist_train.flat import dump
 from tests.helpers import docs
 from tests.slurm.conftest import REPOSITORY, User
 

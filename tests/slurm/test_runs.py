@@ -13,12 +13,14 @@ import yaml
 
 from dist_train.rundir import events
 from pipelines.pack import Options, pack
+from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 from tests.helpers.compare import assert_same_run, records, status
 from tests.helpers.launch import alive
 from tests.helpers.wandb_file import files, logged
 from tests.slurm.conftest import EPOCHS, User, job_of
 from tests.slurm.private_cluster import parent, wait_for
+from tests.test_sources import documented
 
 pytestmark = pytest.mark.slurm
 
@@ -107,7 +109,10 @@ def test_a_node_crash_and_one_run_in_wandb(user: User, uninterrupted: Path) -> N
 
 
 def test_cancel_saves_and_requeue_goes_on(user: User, uninterrupted: Path) -> None:
-    job = user.submit("mind changed")
+    """With a schedule of the user's own, whose word is taken by `submit`; of the run, by `requeue --trust`."""
+    code = "from dist_train.schedules import Plateau\n\nclass Same(Plateau):\n    pass\n"
+    (user.home / "own_schedule.py").write_text(code)
+    job = user.submit("mind changed", "--schedule.name=own_schedule:Same")
     process = user.freeze("mind changed", job, rank=0)
     cancelling = user.start("cancel", "mind changed")
     user.thaw(process, signal.SIGUSR2)
@@ -118,7 +123,9 @@ def test_cancel_saves_and_requeue_goes_on(user: User, uninterrupted: Path) -> No
     assert status(user.run("mind changed"))["state"] == "stopped"
     assert "mind changed" in user.slurm("status", "mind changed")
 
-    job = job_of(user.slurm("requeue", "mind changed", f"--exclude={user.cluster.nodes[0]}"))
+    again = ("requeue", "mind changed", f"--exclude={user.cluster.nodes[0]}")
+    assert "own_schedule:Same comes from a run directory" in user.slurm(*again, code=2)
+    job = job_of(user.slurm(*again, "--trust"))
     user.wait("mind changed", job, "done")
     assert user.starts("mind changed") == ["", last]
     assert_same_run(user.run("mind changed"), uninterrupted)
@@ -281,8 +288,13 @@ def test_no_progress_in_three_starts_ends_the_run(user: User) -> None:
 def test_packing_as_an_array_gives_the_same_bytes(user: User, image_folder: Path) -> None:
     options = ("--shorter-side=72", "--keep-small", "--shard-mb=0.3", "--time=5")
     said = user.slurm("submit", "pack", str(image_folder / "train"), "a set", "--tasks=3", *options)
-    last = job_of(said.partition(";")[2])
-    wait_for(lambda: user.cluster.job(last) == "COMPLETED", 120, "the manifest")
+    last = [job_of(said.partition(";")[2])]
+    (user.home / "photographs.py").write_text(documented(), encoding="utf-8")  # in the directory of who submits
+    source = ("photographs:EveryFifth", str(image_folder / "val"), "halves")
+    said = user.slurm("submit", "pack", *source, "--tasks=1", "--time=5")
+    last += [job_of(line.partition(";")[2]) for line in said.splitlines()[:2]]
+    wait_for(lambda: all(user.cluster.job(job) == "COMPLETED" for job in last), 180, "the manifests")
+    assert [len(ShardSet(user.home / "halves" / split)) for split in ("train", "val")] == [50, 13]
     pack(
         ImageFolder(image_folder / "train"),
         user.home / "whole",
