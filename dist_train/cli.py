@@ -63,13 +63,12 @@ def parse(argv: Sequence[str], *, strange: bool = False) -> tuple[Config, str]:
         of_files = parser.parse_args(files).data
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), given)) from error
+    except ImportError as error:  # jsonargparse's, for a class_path
+        raise ConfigError("a setting has a class_path, which is not taken here: write the value itself") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config is not a text file in UTF-8 ({error.reason}): write it anew") from error
     config = Config(**{f.name: groups[f.name] for f in fields(Config)})
-    own = [] if strange else [path for path in map(_file, files[1::2]) if not is_of_run(path)]
-    for code in (config.model.name, config.optim.name, config.schedule.name, config.data.source):
-        if resolve.is_code(code) and (trusting or _says(code, argv, own)):
-            resolve.trust(code)
+    _trust(config, argv, None if trusting else [] if strange else files[1::2])
     data = config.data
     here = (data.train, data.val) == (of_files.train, of_files.val)
     if not here and data.source == of_files.source and not any("data.source" in word for word in argv):
@@ -87,6 +86,14 @@ def parse(argv: Sequence[str], *, strange: bool = False) -> tuple[Config, str]:
     if not run.dir and root.parts and not name.is_absolute() and root in name.parents and not run.path("").exists():
         raise ConfigError(f"run.name is {run.name}, and would lie in {run.root}/ again: leave {run.root}/ out")
     return _at_home(config), Path(str(namespace.config[-1])).stem
+
+
+def _trust(config: Config, argv: Sequence[str], files: Sequence[str] | None) -> None:
+    """Allows the import of the code that the user has named, in words or in these files; None: of all."""
+    own = [path for path in map(_file, files or ()) if not is_of_run(path)]
+    for code in (config.model.name, config.optim.name, config.schedule.name, config.data.source):
+        if resolve.is_code(code) and (files is None or _says(code, argv, own)):
+            resolve.trust(code)
 
 
 def checked(config: Config) -> Config:
@@ -149,7 +156,8 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # A class_path in a file would be imported before it is refused, and the file may be a stranger's.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
     parser = ArgumentParser(
         prog="dist_train",
         description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
@@ -182,9 +190,9 @@ def _file(word: str) -> Path:
 
 
 def _says(code: str, argv: Sequence[str], own: Sequence[Path]) -> bool:
-    """Whether the user himself has named code: in a word that is no file's name, or in the text of one of his files,
-    not in a file that these name in turn."""
-    if any(code in word for word in argv if not _file(word.rpartition("=")[2]).exists()):
+    """Whether the user himself has named code: as a word, or in the text of one of his files, not in a file that these
+    name in turn."""
+    if any(code in (word, word.partition("=")[2]) for word in argv):
         return True
     with suppress(OSError, ValueError, yaml.YAMLError):
         return any(code in _scalars(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in own)
@@ -232,6 +240,8 @@ def _explain(message: str, argv: Sequence[str]) -> str:
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message):
         return _unknown(f"{found[1]}.{found[2]}")
     if found := re.search(r"Parser key \"(\w+)\":\s+Unable to load config '(.*?)'\s", message):
+        return _no_group(found[1], found[2])
+    if found := re.search(r"Parser key \"(\w+)\":\s+Importing '(.*?)' is not allowed", message):
         return _no_group(found[1], found[2])
     if found := re.search(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'", message):
         names = {file.stem: file for file in CONFIGS.glob("*.yaml")}

@@ -7,6 +7,7 @@ import re
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +83,8 @@ def _log(name: str, value: Tensor | float, over: str) -> None:
         raise UserError(f"number {name!r} is logged over {over!r}: choose {', '.join(REDUCE)}")
     if _step.device is None:
         return
+    if isinstance(value, np.generic):
+        value = value.item()
     if not (isinstance(value, float | int) or (isinstance(value, Tensor) and not value.is_complex())):
         raise UserError(f"number {name!r} is logged as {type(value).__name__}: give a real number or a tensor")
     if isinstance(value, Tensor):

@@ -44,7 +44,11 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     make = resolve.resolve(*key, OPTIMIZERS)
     taken = resolve.argument_names(make)
     for name in FIELDS:
-        if name not in taken and (value := getattr(config, name)) != getattr(OptimConfig, name):
+        if (
+            resolve.is_code(config.name)
+            and name not in taken
+            and (value := getattr(config, name)) != getattr(OptimConfig, name)
+        ):
             raise ConfigError(f"optim.{name} is {value}, but {config.name} does not have it: leave it out")
     options = {name: getattr(config, name) for name in FIELDS if name in taken} | config.options
 
@@ -66,6 +70,13 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
         if group["lr"] != config.lr:
             group[RATIO] = group["lr"] / config.lr
     like = next(p for p in parameters if p.requires_grad)
+    # torch's own mark of optimizers that skip on the device; GradScaler goes by it, too.
+    optimizer._step_supports_amp_scaling = _tried(config.name, made, like)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _tried(name: str, made: Make, like: nn.Parameter) -> bool:
+    """Whether an optimizer skips a step on the device. Raises NameProblem if a run could not be continued with it."""
     device = torch.device("cpu") if like.is_meta else like.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         numbers = [torch.ones(shape, dtype=like.dtype, device=device) for shape in ((2, 2), (2,))]
@@ -74,15 +85,14 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
         except resolve.NameProblem:
             raise
         except Exception as error:
-            raise resolve.failed(*key, error, "failed when it was tried on a matrix and a vector of ones") from error
+            how = "failed when it was tried on a matrix and a vector of ones"
+            raise resolve.failed("optim.name", name, error, how) from error
     if not resumes:
         raise resolve.NameProblem(
-            f"optim.name {config.name} steps otherwise once its state was saved and loaded: keep what changes in "
+            f"optim.name {name} steps otherwise once its state was saved and loaded: keep what changes in "
             f"self.state[parameter]"
         )
-    # torch's own mark of optimizers that skip on the device; GradScaler goes by it, too.
-    optimizer._step_supports_amp_scaling = skips  # type: ignore[attr-defined]
-    return optimizer
+    return skips
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -156,7 +166,7 @@ def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Fills missing velocities with zeros. Fused, torch would use uninitialised memory at the first step, and skipping
     that step would leave it there."""
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
-        if group["momentum"]:
+        if group["momentum"] and (group["fused"] or not group["dampening"]):  # else the first velocity is the gradient
             for parameter in group["params"]:
                 optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 

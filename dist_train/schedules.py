@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -86,9 +87,14 @@ class Schedule:
         return divisor
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint, with the numbers of numpy and torch as Python's."""
+        """State for a checkpoint, with the numbers of numpy and torch as Python's. Raises TypeError for what is no
+        number, string, list, or dict with strings as keys."""
         state = {name: getattr(self, name) for name in self.saved}
         plain: dict[str, Any] = json.loads(json.dumps(state, default=_number))
+        if odd := [
+            key for value in state.values() if isinstance(value, dict) for key in value if not isinstance(key, str)
+        ]:
+            raise TypeError(f"keys of dicts in a checkpoint are strings, and {odd[0]!r} is none")
         return plain
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,11 +180,15 @@ def build(config: Config) -> Schedule:
             kind=Schedule,
             remedy="it takes schedule.options, and derives from dist_train.schedules.Schedule",
         )
+        for name in set(schedule.saved) - vars(schedule).keys():  # a list of the class would be shared
+            setattr(schedule, name, copy.deepcopy(getattr(schedule, name)))
         schedule.settings, schedule.base, schedule.epochs = config.schedule, config.optim.lr, config.train.epochs
         return schedule
 
+    most = min(len(TRIAL), config.train.epochs)
     try:
-        resumes = all(_resumes(made, epochs) for epochs in range(1, len(TRIAL)))
+        made().lr(0, 0, 2)
+        resumes = all(_resumes(made, epochs, most) for epochs in range(1, most))
     except NoRate as error:
         raise ConfigError(str(error)) from error
     except resolve.NameProblem:
@@ -192,8 +202,9 @@ def build(config: Config) -> Schedule:
     return made()
 
 
-def _resumes(made: Callable[[], Schedule], epochs: int) -> bool:
-    """Whether a schedule that is saved and loaded after so many epochs of TRIAL goes on as one that never was."""
+def _resumes(made: Callable[[], Schedule], epochs: int, most: int) -> bool:
+    """Whether a schedule that is saved and loaded after so many of the first `most` epochs of TRIAL goes on as one that
+    never was."""
     undisturbed, resumed = made(), made()
 
     def rates(schedule: Schedule, epochs: range) -> list[tuple[float, float, float]]:
@@ -201,7 +212,7 @@ def _resumes(made: Callable[[], Schedule], epochs: int) -> bool:
 
     rates(undisturbed, range(epochs))
     resumed.load_state_dict(undisturbed.state_dict())
-    rest = range(epochs, len(TRIAL))
+    rest = range(epochs, most)
     return rates(resumed, rest) == rates(undisturbed, rest) and resumed.exhausted == undisturbed.exhausted
 
 

@@ -39,18 +39,17 @@ def trust(name: str) -> None:
     _trusted.add(name)
 
 
-def check(key: str, name: str, table: Table, others: str = "") -> None:
+def check(key: str, name: str, table: Table) -> None:
     """Raises NameProblem, with the remedy, for a name that cannot be resolved, as far as this shows without importing
     it.
 
     Args:
         key: the setting, for messages: `optim.name`.
-        others: what the setting takes besides the table's names and `module:name`, for messages.
     """
     if not is_code(name):
         if name not in table:
             meant = of_a_module(name) or nearest(name, table) or next(iter(get_close_matches(name, table, 1, 0.6)), "")
-            known = ", ".join(filter(None, (*table, others, "or module:name of your own")))
+            known = ", ".join((*table, "or module:name of your own"))
             raise NameProblem(f"{key} {name} is unknown: " + (f"did you mean {meant}?" if meant else f"choose {known}"))
         return
     module, _, attribute = name.partition(":")
@@ -63,8 +62,8 @@ def check(key: str, name: str, table: Table, others: str = "") -> None:
         )
     if name not in _trusted:
         raise NameProblem(
-            f"{key} {name} comes from a run directory, and importing it would run its code: if you trust whoever made "
-            f"the run, add {FLAG}"
+            f"{key} {name} comes from a run directory, or an included file, and is code: if you trust its author, "
+            f"add {FLAG}"
         )
     if find_spec(module.partition(".")[0]) is None:  # imports nothing
         raise NameProblem(
@@ -82,9 +81,9 @@ def of_a_module(name: str) -> str:
     return f"{module}:{attribute}" if module else f"{name}:NAME, with one of its names"
 
 
-def resolve(key: str, name: str, table: Table, others: str = "") -> Callable[..., Any]:
+def resolve(key: str, name: str, table: Table) -> Callable[..., Any]:
     """The callable that a name stands for. Raises NameProblem; see `check` for the arguments."""
-    check(key, name, table, others)
+    check(key, name, table)
     module, _, attribute = table.get(name, name).partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -136,7 +135,7 @@ def make(
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        if not is_code(name):
+        if not is_code(name) and make.__module__.startswith(("dist_train.", "pipelines.")):
             raise
         raise failed(key, name, error) from error
     if not isinstance(made, kind):

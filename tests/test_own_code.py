@@ -208,6 +208,28 @@ class Says(Silent):
         return self.what
 
 
+class PerEpoch(Silent):
+    rates = (0.1, 0.05, 0.01)
+
+    def rate(self, lr, epoch, step, steps):
+        return self.rates[epoch]
+
+
+class Shared(Silent):
+    saved = ("seen",)
+    seen = []
+
+    def end_epoch(self, error, loss, epoch, steps):
+        self.seen.append(error)
+
+
+class Keys(Silent):
+    saved = ("seen",)
+
+    def __init__(self):
+        self.seen = {3: 0.1}
+
+
 class Misled(Silent):
     def end_epoch(self, error):
         pass
@@ -344,16 +366,36 @@ def test_code_that_a_run_names_is_not_imported(own: Path, tmp_path: Path, monkey
         resolve.resolve("model.name", "stranger:net", {})
 
 
-def test_a_setting_is_not_made_into_an_object(tmp_path: Path) -> None:
-    """jsonargparse calls what a mapping with a class_path names, if any type will do: reading a stranger's
+def test_a_setting_is_not_made_into_an_object(own: Path, tmp_path: Path) -> None:
+    """jsonargparse imports what a class_path names, and calls it for a type that allows it: reading a stranger's
     configuration would be enough."""
-    for text in ("{x: {class_path: os.mkdir, init_args: {path: %s}}}", "{class_path: os.mkdir, init_args: {path: %s}}"):
-        for group in ("model", "optim", "schedule"):
-            file = tmp_path / "config.yaml"
-            file.write_text(f"{group}: {{options: {text % (tmp_path / 'made')}}}")
-            with pytest.raises((ConfigError, RunError)):
-                read_config(tmp_path)
-    assert not (tmp_path / "made").exists()
+    (own / "evil.py").write_text("import pathlib\npathlib.Path('imported').touch()\nclass Evil: pass")
+    spec = "{class_path: evil.Evil, init_args: {x: 1}}"
+    texts = [f"{group}: {spec}" for group in ("model", "optim", "schedule", "data", "run", "train")]
+    texts += [f"{group}: {{options: {spec}}}" for group in ("model", "optim", "schedule")]
+    texts += [f"model: {{options: {{x: {spec}}}}}", "data: 'class_path: evil.Evil'", "config: included.yaml"]
+    (tmp_path / "included.yaml").write_text(f"model: {spec}")
+    for text in texts:
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises((ConfigError, RunError)):
+            read_config(tmp_path)
+        with pytest.raises(ConfigError):
+            cli.parse(["--config", str(tmp_path / "config.yaml")])
+    assert "evil" not in sys.modules
+
+
+def test_only_what_was_typed_is_trusted(own: Path, tmp_path: Path) -> None:
+    """Not a name that another one contains; and a long word is no name of a file."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("optim: {name: code:Slower}")
+    long = f"--schedule.milestones={list(range(1, 200))}"
+    config, _ = cli.parse(["--config", str(run / "config.yaml"), "--model.name=own_code:Slower", long])
+    with pytest.raises(ConfigError, match=r"optim\.name code:Slower comes from a run directory"):
+        cli.checked(replace(config, model=ModelConfig()))
+    (tmp_path / "checkpoints").mkdir()  # beside a file of the user's own, which is no run for that
+    (tmp_path / "mine.yaml").write_text("optim: {name: own_code:Slower}")
+    assert cli.checked(cli.parse(["--config", str(tmp_path / "mine.yaml")])[0])
 
 
 NAMES = {
@@ -363,7 +405,7 @@ NAMES = {
     "./own_code.py:net": "such as own_code:net",
     "own_code:NUMBER": "is an object of type int, which cannot be called",
     "own_code:fails": r"failed: ZeroDivisionError: division by zero \(own_code.py, line \d+\)",
-    "own_code:Slower": r"takes \(parameters, lr, decay=0.0\), .*, which is no|failed|takes",
+    "own_code:Slower": r"failed: TypeError|returned an object of type Slower, which is no Module",
     "torch.nn.Linear": "did you mean .torch.nn:Linear",
     "own_code": "did you mean .own_code:NAME, with one of its names",
     "own_code.sub:net": "cannot be imported: ModuleNotFoundError|there is no module own_code.sub",
@@ -598,6 +640,7 @@ def test_a_run_that_is_all_warm_up() -> None:
         ("own_code:NUMBER", {}, "cannot be called"),
         ("own_code:Losses", {"x": 1}, r"takes \(divisor=2.0\), and is called with \(x=1\)"),
         ("own_code:Forgets", {}, "goes on otherwise once its state was saved and loaded: name in `saved` what changes"),
+        ("own_code:Keys", {}, "keys of dicts in a checkpoint are strings, and 3 is none"),
         ("own_code:Misled", {}, r"failed when it was tried on some epochs: TypeError: .*end_epoch\(\)"),
         ("own_code:Says", {"what": 0}, "divides the learning rate by 0: end_epoch must return a number above 0"),
         ("own_code:Says", {"what": "x"}, "divides the learning rate by x: end_epoch must return a number above 0"),
@@ -615,6 +658,9 @@ def test_a_learning_rate_that_is_none(own: Path) -> None:
     negative = made("own_code:Negative")
     assert negative.lr(0, 1, 9) == 0.4
     assert made("own_code:Silent").lr(0, 2, 9) == 0.4
+    assert made("own_code:PerEpoch", epochs=3).lr(2, 2, 9) == 0.01
+    shared: Any = made("own_code:Shared")
+    assert shared.seen == [], "the trial left nothing"
     assert made("own_code:Silent").ended(0.5, 1.0, 0, 9) == 1
     with pytest.raises(NoRate, match=r"own_code:Negative gives -0.4 as the learning rate of epoch 1, step 3: it must"):
         negative.lr(0, 2, 9)

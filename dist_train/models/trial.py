@@ -17,8 +17,9 @@ from pipelines.errors import UserError
 
 
 def try_out(net: nn.Module, options: ModelConfig, classes: int, crop: int, device: torch.device) -> None:
-    """Shows a net two grey images on this device, in evaluation and in training mode, and changes nothing. Raises
-    UserError if it does not give their logits, if not all of it would be trained, or if no checkpoint could hold it."""
+    """Shows a net two grey images on this device, in evaluation and in training mode, and leaves its state as it was.
+    Raises UserError if it does not give their logits, if not all of it would be trained, or if no checkpoint could hold
+    it."""
     if options.name in PAPER_NETS or options.name.startswith(TORCHVISION):
         return
     key, training = ("model.name", options.name), net.training

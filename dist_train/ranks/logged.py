@@ -36,7 +36,7 @@ class Logged:
     Numbers that all ranks know have places in a small all-reduce of their own, beside the vote: the vote's length, and
     with it the order in which NCCL sums the loss, must not depend on when a start heard of a number. A number that is
     new to the ranks is announced in the vote. When that is read they exchange it as an object, which waits for the
-    device, and from the next step on it has places. So no step's number is missing, and nothing needs to be saved.
+    device, and from the next step but one it has places. So no step's number is missing, and nothing needs to be saved.
     """
 
     def __init__(self, world: World) -> None:

@@ -28,9 +28,8 @@ def is_of_run(file: Path) -> bool:
         if place.parent.name == "slurm" and place.name == "config.yaml":
             return True
         for folder in place.parents:
-            marks = (folder / name for name in (checkpoint.FOLDER, status.FILE, record.FILE))
-            near = folder == place.parent or os.path.exists(folder / "config.yaml")
-            if near and any(map(os.path.exists, marks)):
+            marks = ("config.yaml", checkpoint.FOLDER, status.FILE, record.FILE)
+            if sum(os.path.exists(folder / name) for name in marks) > 1:
                 return True
     return False
 
