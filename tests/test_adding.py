@@ -124,6 +124,7 @@ def test_an_augmentation_takes_two_files() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_contrast_is_what_numpy_makes_of_the_levels(
     contrast: Path, shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
