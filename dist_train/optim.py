@@ -43,12 +43,8 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     key = ("optim.name", config.name)
     make = resolve.resolve(*key, OPTIMIZERS)
     taken = resolve.argument_names(make)
-    for name in FIELDS:
-        if (
-            resolve.is_code(config.name)
-            and name not in taken
-            and (value := getattr(config, name)) != getattr(OptimConfig, name)
-        ):
+    for name in FIELDS if resolve.is_code(config.name) else ():
+        if name not in taken and (value := getattr(config, name)) != getattr(OptimConfig, name):
             raise ConfigError(f"optim.{name} is {value}, but {config.name} does not have it: leave it out")
     options = {name: getattr(config, name) for name in FIELDS if name in taken} | config.options
 

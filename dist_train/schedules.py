@@ -187,8 +187,7 @@ def build(config: Config) -> Schedule:
 
     most = min(len(TRIAL), config.train.epochs)
     try:
-        made().lr(0, 0, 2)
-        resumes = all(_resumes(made, epochs, most) for epochs in range(1, most))
+        resumes = all(_resumes(made, epochs, most) for epochs in range(most))
     except NoRate as error:
         raise ConfigError(str(error)) from error
     except resolve.NameProblem:
