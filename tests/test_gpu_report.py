@@ -171,6 +171,7 @@ def test_what_comes_after_ctrl_c_has_no_turn(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_keeps_what_is_known(number: int, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose disk is nearly full, too, which the first part warns of."""
     monkeypatch.chdir(tmp_path)
     words = python("dist_train", "gpu-report", "machine", "speed", "--out=r")
     run = spawn(words, env={"TMPDIR": str(short)}, how="exec")
@@ -186,11 +187,10 @@ def test_ctrl_c_keeps_what_is_known(number: int, short: Path, tmp_path: Path, mo
     assert not any(map(alive, workers))
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["command"] == "python -m dist_train gpu-report machine speed --minutes=10 --out=r"
-    states = {name: (p["state"], p["reason"].partition(";")[0]) for name, p in found["parts"].items()}
-    assert states == {
-        "machine": ("ok", ""),
-        "speed": ("cut off", "interrupted"),
-    }
+    assert list(found["parts"]) == ["machine", "speed"]
+    assert found["parts"]["machine"]["state"] in ("ok", "warn")
+    speed = found["parts"]["speed"]
+    assert (speed["state"], speed["reason"].partition(";")[0]) == ("cut off", "interrupted")
     assert "interrupted" in (tmp_path / "r.txt").read_text()
     assert sorted(os.listdir(tmp_path)) == ["r.json", "r.txt"]
     assert os.listdir(short) == []

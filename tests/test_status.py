@@ -231,3 +231,43 @@ def test_a_run_directory_that_does_not_answer_holds_nobody(tmp_path: Path, how: 
     )
     assert done.returncode == 1
     assert ("the stacks" if how == "hang" else "ValueError: as it is") in done.stderr
+
+
+LATE = """
+import sys, threading, time
+from pathlib import Path
+from dist_train.outcomes import Done
+from dist_train.rundir.last_words import LastWords
+from dist_train.rundir.lease import Lease
+from dist_train.rundir.status import Status
+from dist_train.rundir.writer import Writer
+
+run = Path(sys.argv[1])
+lease = Lease(run)
+lease.acquire()
+words, status = LastWords(run), Status(lease, print, Writer(), writes=True)
+words.claimed(run, status, 2)
+words.ended(Done())
+threading.Timer(float(sys.argv[2]), lambda: status.set("done")).start()
+status._state = "done"
+try:
+    raise RuntimeError("while it leaves")
+except RuntimeError as error:
+    words.fail(error)
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("late", "code"), [(0.3, 0), (3600, 1)])
+def test_a_rank_that_fails_before_the_end_is_recorded_waits_for_it(tmp_path: Path, late: float, code: int) -> None:
+    """Rank 0 writes it while the others leave already. If it never does, the failure is one."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, str(tmp_path), str(late)],
+        env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert ("the run had ended before: RuntimeError: while it leaves" in done.stderr) == (code == 0)

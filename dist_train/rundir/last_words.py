@@ -35,6 +35,7 @@ LIMIT, EACH = 5.0, 2.0  # seconds for everything, and for each piece: a file sys
 LEAST = 0.5  # seconds kept for what needs no file system of the run, if that has used up all others
 BACK, TELLING = 1.0, 3.0  # further seconds: to ask whether the job is requeued, and for all tellers together
 GATHERING = 2.0  # seconds for the other ranks to report where they are stuck
+RECORDING = 1.0  # seconds for rank 0 to record the end of the run
 SHOWING = 1.0  # seconds for ranks ended by a signal to print their stacks
 KILLED = "another rank is gone and gave no reason: it was killed, perhaps for lack of memory"
 LOST = re.compile(r"(Connection (closed|reset) by peer|Broken pipe)( \[[^\]]*\]:\d+)?")  # gloo's, with the address
@@ -202,10 +203,17 @@ class LastWords:
         self._leaving.acquire()
         self._until = time.monotonic() + LIMIT
         end, status = self._end, self._status
-        if end and (not end.state or (status and self._ask(status.over, False))):
+        if end and (not end.state or (status and self._ask(partial(self._recorded, status), False))):
             self._print(f"rank {self._rank}: leaving, the run had ended before: {why}")
             self._close()
             os._exit(self._ask(lambda: launcher.end(end.code, str(end)), launcher.exit_code(end.code)))
+
+    def _recorded(self, status: Status) -> bool:
+        """Whether status.json says how the run has ended. Rank 0 may be about to write it, which others wait for."""
+        until = time.monotonic() + RECORDING * (self._rank > 0)
+        while not (over := status.over()) and time.monotonic() < until:
+            time.sleep(0.02)
+        return over
 
     def _close(self) -> None:
         for close in self.close:
