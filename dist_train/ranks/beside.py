@@ -21,6 +21,9 @@ from dist_train.ranks.launcher import leave
 
 PARENT = "DIST_TRAIN_BESIDE"  # environment variable with the pid of the process that it ends with
 LEAST = 19  # niceness
+ROOT = Path(__file__).parents[2]
+# `python -m`, but of the packages that this process runs: in the current directory there may be others.
+PROGRAM = "import runpy, sys; sys.path.insert(0, {root!r}); runpy.run_module({module!r}, None, '__main__', True)"
 # Variables of launchers and readers that are meant for the rank alone; the last of the prefixes include secrets.
 RANKS = ("RANK", "WORLD_SIZE")
 PREFIXES = ("MASTER_", "TORCHELASTIC_", "SUBMITIT_", "SLURM_", "DIST_TRAIN_", "WANDB_")
@@ -37,7 +40,7 @@ def start(module: str, words: Sequence[str], output: IO[bytes]) -> subprocess.Po
     told = {PARENT: str(os.getpid()), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # No preexec_fn: it could deadlock, since a trainer has threads.
     return subprocess.Popen(
-        [sys.executable, "-m", module, *words],
+        [sys.executable, "-c", PROGRAM.format(root=str(ROOT), module=module), *words],
         env=kept | told,
         stdin=subprocess.DEVNULL,
         stdout=output,

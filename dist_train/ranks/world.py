@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
-import uuid
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -20,12 +18,16 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from dist_train.machine import use_gpu
 from dist_train.outcomes import Refused
+from dist_train.ranks import launcher, network, peers
+from dist_train.ranks.share import by_host
 from pipelines.errors import UserError
-from pipelines.misc import cpus
+from pipelines.misc import CpuShare, cpu_share
 
 T = TypeVar("T")
-LISTENING = 5.0  # seconds that rank 0 waits for the others to learn why it exits
+PATIENCE = timedelta(hours=1)  # for other ranks; `Watch` has less
+NEAR = timedelta(minutes=5)  # for a rank 0 that can only be on this machine
 CAUGHT = (UserError, OSError)  # errors that a user can fix; others are raised where they happen
 
 
@@ -36,6 +38,7 @@ class World:
     Attributes:
         mesh: (data, tower) if the towers of a net are on two ranks; None if each rank has the whole net.
         nodes: name of each rank's node, by rank.
+        shares: each rank's share of the CPUs of its node, by rank.
     """
 
     rank: int
@@ -45,11 +48,12 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None = None
     nodes: list[str] = field(default_factory=list)
+    shares: list[CpuShare] = field(default_factory=list)
 
     @classmethod
     def single(cls, device: torch.device) -> World:
         """A world of one rank, which needs no process group."""
-        return cls(0, 1, device.index or 0, 1, device, nodes=[socket.gethostname()])
+        return cls(0, 1, device.index or 0, 1, device, nodes=[socket.gethostname()], shares=[cpu_share()])
 
     def in_pairs(self) -> World:
         """The same ranks, an even number, in pairs: rank 2 d + t has tower t of data-parallel rank d."""
@@ -87,8 +91,8 @@ class World:
 
     @property
     def threads(self) -> int:
-        """Number of CPUs in this process's share of the node."""
-        return max(1, cpus() // self.local_size)
+        """Threads that suit this process's share of the CPUs."""
+        return self.shares[self.rank].threads
 
     def reduce(self, values: Tensor) -> dist.Work | None:
         """Begin to sum `values` over all ranks in place; `wait` on the result before reading them."""
@@ -139,15 +143,16 @@ class World:
 
 
 def pick_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """Device of this process. `name`: auto (a GPU if there is one), cpu or cuda. Raises UserError if it has no GPU."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """Device of this process. `name`: auto (a GPU if there is one), cpu or cuda. Raises UserError if it has no GPU, or
+    was given one that torch cannot use."""
+    if name == "cpu" or (not use_gpu() and name == "auto"):
         return torch.device("cpu")
-    if torch.cuda.device_count() <= local_rank:
+    if (index := peers.gpu_index(local_rank, torch.cuda.device_count())) is None:
         raise UserError(
             f"train.device is {name}, but this node has {torch.cuda.device_count()} GPUs for {local_size} processes: "
             f"start fewer, or set train.device to cpu"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
 
 
 def flight_record(folder: Path) -> None:
@@ -160,84 +165,79 @@ def join(device: str) -> World:
     """Join the process group described by torchrun's (or submitit's) environment, or a group of one without a launcher.
 
     `device`: as for `pick_device`. Backend: nccl on GPUs, gloo on CPUs. `Watch` ends a collective that hangs, long
-    before the group's own time-out. Raises UserError on all ranks if one of them has no such device, and if the
-    launcher's environment is incomplete.
+    before the group's own time-out. Raises UserError on all ranks if one of them has no such device, or two the same,
+    and if the launcher's environment is incomplete.
     """
     try:
         size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     except ValueError as error:
         raise UserError(f"the environment is not a launcher's, use torchrun: {error}") from error
-    complaint = ""
+    gpu, complaint = "", ""
     try:
         place = pick_device(device, local_rank, local_size)
     except UserError as error:
         place, complaint = torch.device("cpu"), str(error)
     if place.type == "cuda":
-        torch.cuda.set_device(place)
-        # float32 means float32, in matrix products (torch's default) and in convolutions (TF32 by default): speed is
-        # what mixed precision is for.
-        with warnings.catch_warnings():  # torch 2.9 recommends a newer API, which the compiler does not support
-            warnings.simplefilter("ignore")
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
-    else:
-        torch.set_num_threads(max(1, cpus() // local_size))
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        _prepare(place)
+        gpu = _name(place) if size > 1 else ""
+    mine = peers.introduction(gpu, network.route_to_master(), complaint)
     if "MASTER_ADDR" in os.environ:
-        try:
-            shared, rank, size = next(rendezvous("env://", timeout=timedelta(hours=1)))
-        except ValueError as error:
-            raise UserError(f"the environment is not a launcher's, use torchrun: {error}") from error
-        store: Store = PrefixStore(_meet(shared, rank, size), shared)
-        complaint = _heard(store, rank, size, complaint)
+        shared, rank, size = _launchers_store(mine.master, several=size > local_size)
+        store: Store = PrefixStore(peers.meet(shared, rank, size), shared)
+        known = peers.exchange(store, rank, size, mine)
     else:
-        store, rank, size = HashStore(), 0, 1
-    if complaint:
+        store, rank, size, known = HashStore(), 0, 1, [mine]
+    complaints = [*(peer.complaint for peer in known), peers.twice(known), network.unreachable(known)]
+    if complaint := next(filter(None, complaints), ""):
+        if rank == 0 and size > 1:
+            peers.await_hearers(store, size)
         raise UserError(complaint)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
-    nodes = [""] * size
-    dist.all_gather_object(nodes, socket.gethostname())
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, place, nodes=nodes)
+    if chosen := network.interface(mine, known, network.interfaces()):
+        os.environ.setdefault(network.VARIABLE, chosen)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise RuntimeError(network.disconnected(error)) from error
+    shares = by_host([peer.machine for peer in known], [peer.mask for peer in known])
+    if place.type == "cpu":
+        torch.set_num_threads(shares[rank].threads)
+    nodes = [peer.host for peer in known]
+    return World(rank, size, local_rank, local_size, place, nodes=nodes, shares=shares)
 
 
-def _meet(store: Store, rank: int, size: int) -> str:
-    """Agree on a name for this start, shared by all its ranks and used by no earlier start.
+def _prepare(place: torch.device) -> None:
+    """Make this GPU the current one, on which float32 means float32, in matrix products (torch's default) and in
+    convolutions (TF32 by default): speed is what mixed precision is for."""
+    torch.cuda.set_device(place)
+    with warnings.catch_warnings():  # torch 2.9 recommends a newer API, which the compiler does not support
+        warnings.simplefilter("ignore")
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
 
-    torchrun may give a restarted run the store of the run that died, with the addresses of dead processes (torch 2.14,
-    `--standalone`). So each rank asks under a name of its own, which only the live rank 0 can answer.
+
+def _name(place: torch.device) -> str:
+    found = str(torch.cuda.get_device_properties(place).uuid)
+    return peers.gpu_name(found, place.index, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+
+def _launchers_store(master: str, *, several: bool) -> tuple[Store, int, int]:
+    """The store in which the ranks of a launcher meet, this rank and the number of ranks. Raises UserError.
+
+    Args:
+        master: address that MASTER_ADDR has here; "" if it has none.
+        several: whether there seem to be several nodes. If the address is then one by which a machine reaches itself,
+            rank 0 either answers soon, being on the same machine, or never will; nor does a name without an address.
     """
-    mine = uuid.uuid4().hex
-    if rank:
-        store.set(f"ask/{rank}", mine)
-        name = str(store.get(f"answer/{mine}").decode())
-        store.set(f"joined/{name}/{rank}", "")
-        return name
-    missing, answered = set(range(1, size)), set[str]()
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"ask/{other}"]) and (asked := store.get(f"ask/{other}").decode()) not in answered:
-                store.set(f"answer/{asked}", mine)
-                answered.add(asked)
-            if store.check([f"joined/{mine}/{other}"]):
-                missing.remove(other)
-        time.sleep(0.02)
-    return mine
-
-
-def _heard(store: Store, rank: int, size: int, complaint: str) -> str:
-    """Complaint of one of the ranks, the same on all, so that none waits for a rank that cannot continue."""
-    if complaint:
-        store.set("complaint", complaint)
-    store.add("ready", 1)
-    if rank == 0:
-        while store.add("ready", 0) < size:
-            time.sleep(0.02)
-        store.set("answer", store.get("complaint").decode() if store.check(["complaint"]) else "")
-    answer = str(store.get("answer").decode())
-    store.add("heard", 1)
-    if rank == 0 and answer:  # the store may live in this process
-        until = time.monotonic() + LISTENING
-        while store.add("heard", 0) < size and time.monotonic() < until:
-            time.sleep(0.02)
-    return answer
+    doubtful = several and (not master or (launcher.rank() > 0 and network.loops(master)))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=NEAR if doubtful else PATIENCE))
+    except ValueError as error:
+        raise UserError(f"the environment is not a launcher's, use torchrun: {error}") from error
+    except dist.DistError as error:
+        if doubtful:
+            raise UserError(network.no_master(master)) from error
+        raise
+    store.set_timeout(PATIENCE)
+    return store, rank, size

@@ -37,7 +37,7 @@ SlurmdLogFile={root}/slurmd-%n.log
 SlurmdParameters=config_overrides
 MailProg=/bin/true
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={task_plugin}
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -50,6 +50,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=1,bf_interval=1,sched_interval=1,sched_min_interval=1
 KillWait=20
 MinJobAge=3600
+FirstJobId={first_job}
 SlurmdTimeout=6
 MessageTimeout=10
 ReturnToService=2
@@ -71,10 +72,13 @@ class Cluster:
     Args:
         root: an empty directory for all its files.
         nodes: how many.
+        cpus: of each node. May be more than the machine has, unless tasks are bound to them.
+        bound: whether each task is given its own CPUs (task/affinity), which the nodes then share with each other.
     """
 
-    def __init__(self, root: Path, nodes: int) -> None:
+    def __init__(self, root: Path, nodes: int, *, cpus: int = 8, bound: bool = False) -> None:
         self.root = root
+        self._cpus, self._bound = cpus, bound
         # Without namespaces there is no /etc/hosts of our own; this is how inet_aton spells 127.0.1.1 and so on.
         self.nodes = [f"node{i}" if ROOT else f"0x7f0001{i:02d}" for i in range(1, nodes + 1)]
         self.environment = os.environ | {
@@ -175,10 +179,13 @@ class Cluster:
     def _write_configuration(self) -> None:
         host, *ports = socket.gethostname().split(".")[0], *_free_ports(1 + len(self.nodes))
         user = "root" if ROOT else subprocess.check_output(["id", "-un"], text=True).strip()
-        text = CONF.format(host=host, port=ports[0], user=user, root=self.root)
+        plugin = "task/affinity" if self._bound else "task/none"
+        first = 1 + os.getpid() % 10000  # a job's port follows from its number: two clusters at once need others
+        text = CONF.format(host=host, port=ports[0], user=user, root=self.root, task_plugin=plugin, first_job=first)
         hosts = Path("/etc/hosts").read_text()
         for i, (node, port) in enumerate(zip(self.nodes, ports[1:], strict=True), 1):
-            text += f"NodeName={node} NodeAddr=127.0.1.{i} Port={port} CPUs=8 CoresPerSocket=8 Gres=gpu:4\n"
+            layout = f"CPUs={self._cpus} CoresPerSocket={self._cpus}"
+            text += f"NodeName={node} NodeAddr=127.0.1.{i} Port={port} {layout} Gres=gpu:4\n"
             hosts += f"127.0.1.{i} {node}\n"
         (self.root / "slurm.conf").write_text(text)
         (self.root / "hosts").write_text(hosts)
