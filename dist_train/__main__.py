@@ -1,4 +1,4 @@
-"""`torchrun --nproc_per_node=N -m dist_train [--config FILE] [--key value ...]`, or `python -m dist_train`.
+"""`torchrun --nproc_per_node=N -m dist_train [--config FILE] [--key value ...]`, `python -m dist_train`, `dist-train`.
 
 `python -m dist_train VERB ...` runs another command instead of training; see `analysis.verbs`.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dist_train import cli
 from dist_train.analysis.verbs import SHARED, VERBS
 from dist_train.ranks import beside, kin, launcher
-from pipelines.cli import refuse, run_verb
+from pipelines.cli import as_module, refuse, run_verb
 from pipelines.speech import begin
 
 
@@ -27,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         speaks = launcher.rank() == 0 or words[0] not in SHARED
         return launcher.exit_code(run_verb("python -m dist_train", VERBS, words, speaks=speaks, told=launcher.end))
     return cli.train(words)
+
+
+def console() -> NoReturn:
+    """The console script."""
+    as_module()
+    launcher.leave_with(main)
 
 
 if __name__ == "__main__":

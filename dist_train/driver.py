@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+HIDING = ("", "-1", "NoDevFiles")  # its values that hide all GPUs
+GIVEN = "SLURM_GPUS_ON_NODE"  # Slurm's number of them for this job; it leaves SLURM_JOB_GPUS of an outer job as it is
 ANSWER = 10.0  # time limit of nvidia-smi, seconds
 CARDS = "--query-gpu=index,uuid,name,memory.total,compute_cap,mig.mode.current,driver_version"
 APPS = "--query-compute-apps=pid,gpu_uuid,used_memory"
@@ -67,7 +69,29 @@ def device_files() -> list[str]:
 
 def hidden() -> bool:
     """Whether the user has hidden all GPUs."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") in HIDING
+    return os.environ.get(VISIBLE) in HIDING
+
+
+def given(files: Sequence[str], variables: Mapping[str, str]) -> str:
+    """What shows that this process was given GPUs, in words; "" if nothing does.
+
+    In a Slurm job only Slurm's variables count: a node that does not constrain devices shows its device files to jobs
+    without GPUs, too, and a container may hide those of a job with GPUs. Elsewhere the device files count, or
+    CUDA_VISIBLE_DEVICES, but not submitit's local one, which follows from --gpus-per-node on any machine.
+
+    Args:
+        files: device files of the GPUs.
+        variables: the environment.
+    """
+    visible, in_slurm = variables.get(VISIBLE), "SLURM_JOB_ID" in variables
+    if visible in HIDING:
+        return ""
+    if files and not in_slurm:
+        return ", ".join(files)
+    if visible and variables.get("SUBMITIT_EXECUTOR") != "local":
+        return f"{VISIBLE}={visible}"
+    number = (variables.get(GIVEN) if in_slurm else "") or "0"
+    return "" if number == "0" else f"{GIVEN}={number}"
 
 
 def version() -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dist_train import driver
 from dist_train.driver import Card
-from pipelines.errors import first_line
+from pipelines.errors import UserError, first_line
 from pipelines.misc import cpus
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ JPEG_ENGINES = ("8.0", "8.9", "9.", "10.", "11.", "12.")
 FEW_CPUS = 4  # per GPU
 WITHOUT_CUDA = "it is built without CUDA"  # "it" is torch
 # PyTorch's own index has builds for CUDA 12.6, of torch 2.9 to 2.14; pip prefers 2.14.1+cu126 to 2.14.1.
-REMEDY = """Install a newer driver, or reinstall with the builds for CUDA 12:
-rm -rf .venv && PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 make .venv/ready EXTRA=cuda12"""
+CUDA_12 = "rm -rf .venv && PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 make .venv/ready EXTRA=cuda12"
+REMEDY = f"Install a newer driver, or reinstall with the builds for CUDA 12:\n{CUDA_12}"
 
 
 class Check(NamedTuple):
@@ -108,6 +108,30 @@ def usable() -> tuple[int, str]:
     if count or not said:
         return count, "" if torch.version.cuda else WITHOUT_CUDA
     return count, str(said[-1].message).splitlines()[0]
+
+
+def use_gpu() -> bool:
+    """Whether torch can use a GPU. Raises UserError if it cannot, but this process was given one: a run would train on
+    the CPUs of a node with GPUs."""
+    count, why = usable()
+    if shown := "" if count else driver.given(driver.device_files(), os.environ):
+        raise UserError(unusable(shown, why, enough(driver.version(), _of_torch().get("CUDA", ""), works=False)))
+    return count > 0
+
+
+def unusable(shown: str, why: str, version: Check) -> str:
+    """The sentence on GPUs that torch cannot use: `shown` by what, `why` as `usable` says, and the driver's version."""
+    remedy = "`python -m dist_train gpu-report machine`, typed on that node, may tell"
+    if why == WITHOUT_CUDA:
+        remedy = "install a torch that is built with CUDA"
+    elif version.level == "fail":
+        why = f"the driver {version.found}"
+        older = "" if "CUDA 12" in version.found else f", or the builds for CUDA 12 (in a clone by `{CUDA_12}`)"
+        remedy = f"install a newer driver{older}"
+    return (
+        f"torch cannot use the GPUs of this node ({shown}), {why or 'and does not say why'}: {remedy}, or do "
+        f"without them by --train.device cpu"
+    )
 
 
 def versions_of_training() -> dict[str, str]:
@@ -242,11 +266,15 @@ def occupied(apps: str, known: Sequence[Card]) -> Check:
 
 
 def cpus_of_a_gpu(count: int, shared_by: int) -> Check:
-    """Whether there are enough CPUs to read images, decode some of them, and launch kernels."""
-    found = f"{count}, {count / shared_by:.3g} per GPU"
-    if count >= FEW_CPUS * shared_by:
-        return Check("CPUs", "ok", found)
-    return Check("CPUs", "warn", found, f"Ask for {FEW_CPUS} or more per GPU (under Slurm with --cpus-per-task).")
+    """Whether there are enough CPUs."""
+    found, remedy = f"{count}, {count / shared_by:.3g} per GPU", few_cpus(count / shared_by)
+    return Check("CPUs", "warn" if remedy else "ok", found, remedy and remedy[0].upper() + remedy[1:] + ".")
+
+
+def few_cpus(of_a_gpu: float, option: str = "--cpus-per-task") -> str:
+    """Remedy if a GPU has too few CPUs to read images, decode some of them, and launch kernels; else "". `option`: of
+    Slurm."""
+    return f"ask for {FEW_CPUS} or more per GPU (under Slurm with {option})" if of_a_gpu < FEW_CPUS else ""
 
 
 def compiler(path: str, *, header: bool) -> Check:

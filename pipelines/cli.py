@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,9 +26,15 @@ PRINT_CONFIG = "--print_config"  # the one option that is passed on without a va
 
 class Parser(ArgumentParser):
     """argparse's parser, which answers an unknown option with what to type in its place and raises UsageError instead
-    of exiting. Its help shows the default of each option that has one."""
+    of exiting. Its help shows the default of each option that has one.
+
+    Attributes:
+        instead: what to type in place of an option of a certain other program, asked first: from the option and the
+            command line to an answer, which is empty for others.
+    """
 
     def __init__(self, prog: str, description: str) -> None:
+        self.instead: Callable[[str, Sequence[str]], str] = lambda *_: ""
         self.names: list[str] = []  # of all options; before argparse adds its own --help
         super().__init__(prog, description=description, allow_abbrev=False)
 
@@ -52,8 +60,10 @@ class Parser(ArgumentParser):
             if word == "--":  # what follows are no options
                 break
             # Looked for first: argparse would rather complain of a required option that the misspelt one was to be.
-            if word.startswith("--") and (name := word.partition("=")[0]) not in self.names:
-                raise UsageError(self._unknown(name, argv, passes_on))
+            name = word.partition("=")[0]
+            strange = word.startswith("--") and name not in self.names
+            if strange or (re.match("-[A-Za-z]", word) and word != "-h" and self.instead(word, argv)):
+                raise UsageError(self._unknown(name if strange else word, argv, passes_on))
         args, left = self.parse_known_args(own)
         if left and re.match("-[A-Za-z]", left[0]):
             raise UsageError(self._unknown(left[0], argv, passes_on))
@@ -64,7 +74,8 @@ class Parser(ArgumentParser):
         return args
 
     def _unknown(self, name: str, argv: Sequence[str], passes_on: Collection[str]) -> str:
-        return f"unknown option {name}: {instead_of_option(name, [*self.names, *passes_on], self.prog, argv)}"
+        known = [*self.names, *passes_on]
+        return f"unknown option {name}: {self.instead(name, argv) or instead_of_option(name, known, self.prog, argv)}"
 
 
 def _divided(argv: Sequence[str], passed: Collection[str]) -> tuple[list[str], list[str]]:
@@ -148,6 +159,14 @@ def _run_verb(
         return interrupted(speaks=speaks)
     except SystemExit as exiting:  # of --help
         return exiting.code if isinstance(exiting.code, int) else int(bool(exiting.code))
+
+
+def as_module() -> None:
+    """Let a console script find modules of the current directory, as `python -m` does. They come last: in a clone, the
+    installed packages would otherwise import the rest of themselves from there."""
+    if not getattr(sys.flags, "safe_path", False):  # since Python 3.11
+        with suppress(OSError):  # it has been removed
+            sys.path.append(os.getcwd())
 
 
 def refuse(error: Exception | str, code: int = USAGE, *, speaks: bool = True) -> int:

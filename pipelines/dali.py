@@ -14,13 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Augment, Inputs, Views, framed
+from pipelines.dali_wheel import for_another, not_importable
+from pipelines.errors import UserError
 from pipelines.misc import cpus
 from pipelines.reading import Encoded
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from nvidia.dali import Pipeline, fn, types
-    from nvidia.dali.data_node import DataNode
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from nvidia.dali import Pipeline, __cuda_version__, fn, types
+        from nvidia.dali.data_node import DataNode
+except ImportError as error:
+    raise UserError(not_importable(error, torch.version.cuda)) from error
 
 Device = Literal["cpu", "gpu"]
 DEPTH = 2  # batches that DALI works on ahead of the one being collected
@@ -46,7 +51,7 @@ def feed_of(encoded: Encoded, views: Views, crop: int, mean: NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Decode:
-    """Decoding settings.
+    """Decoding settings. Raises UserError if DALI shall use a GPU and is not the one for torch's CUDA.
 
     Attributes:
         device: where DALI decodes; "gpu" needs `device_id`.
@@ -63,6 +68,10 @@ class Decode:
     inputs: Inputs = "mean_subtracted"
     hw_decoder_load: float = 1.0
     wanted: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        if self.device == "gpu" and (wrong := for_another(__cuda_version__, torch.version.cuda)):
+            raise UserError(wrong)
 
     @property
     def place(self) -> torch.device:
