@@ -1,88 +1,65 @@
-"""`python -m slurm submit|status|logs|cancel|requeue`: a run on a Slurm cluster."""
+"""`python -m slurm submit|status|logs|cancel|requeue`, or `dist-train-slurm`: a run on a Slurm cluster."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from argparse import SUPPRESS, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dist_train.flat import OPTIONS
 from dist_train.rundir.named import RUNS
-from pipelines.cli import Parser, Verb, natural, positive, run_verb
-from pipelines.kinds import SIDE_HELP
+from pipelines.cli import Parser, Verb, as_module, positive, run_verb
 from pipelines.resolve import FLAG
 from pipelines.speech import begin, say, show
-from slurm import cluster, submissions
+from slurm import cluster, options, submissions
 from slurm.submissions import SlurmError, Submission, SubmittedRun
-
-PACK_USAGE = """
-submit pack SRC DST --tasks N --time T             SRC/<class>/<image> into the shard set DST
-submit pack KIND [SRC ...] DST --tasks N --time T  any source of `python -m pipelines pack`
-"""
-PATIENCE = 30  # seconds that a stopped job may take to end, besides those of its save
-
-
-def _submit_options(parser: Parser) -> None:
-    parser.epilog = (
-        "Every other option goes to the trainer: --config FILE, --optim.lr 0.02 (see `python -m dist_train --help`)."
-    )
-    _resources(parser, gpus=1)
-    parser.add_argument("--array", type=Path, metavar="FILE", help="a sweep: one line of overrides per run")
-    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script")
-    parser.add_argument("--local", action="store_true", help="run the same job in processes of this machine")
 
 
 def _submit(args: Namespace) -> int:
     """Check, submit, and say how to go on."""
-    from slurm.submit import parameters, plan, script, submit
+    from slurm.chain import chained
+    from slurm.script import parameters, script, too_few_cpus
+    from slurm.site import fill_in
+    from slurm.snapshot import beside
+    from slurm.submit import plan, submit
 
-    if args.local and args.nodes > 1:
-        raise SlurmError("--local has one node: leave --nodes out")
+    site = fill_in(args)
+    options.refuse_pairs(args)
     planned = plan(args, args.rest)
     folder = planned.top / "slurm"
-    wanted = parameters(args, planned.top.name, folder)
+    wanted = parameters(args, planned.top.name, folder, site)
+    if args.chain:
+        wanted = chained(wanted, folder)
     if args.dry_run:
-        show(script(folder, wanted, len(planned.runs) if args.array else 0))
-        return 0
-    ranks = f"{args.nodes} nodes x {wanted['ntasks_per_node']} tasks"
-    runs = [run for run, _ in planned.runs]
-    for run, submission in zip(runs, submit(planned, folder, wanted, local=args.local), strict=True):
-        show(f"job {submission.job}: {ranks}, {run.directory}")
-    name, first = shlex.quote(SubmittedRun(planned.top).name), shlex.quote(runs[0].name)
-    for verb, words in (("watch", f"status {name}"), ("read", f"logs {first} --follow"), ("stop", f"cancel {name}")):
-        show(f"  {verb:6} python -m slurm {words}")
+        code = None if args.live_code else beside(folder)
+        show(script(folder, wanted, len(planned.runs) if args.array else 0, code, args.origins, site.path))
+    else:
+        jobs = submit(planned, folder, wanted, local=args.local, live=args.live_code, chain=args.chain or 0)
+        _show_jobs(planned.top, [run for run, _ in planned.runs], jobs, wanted)
+    if not args.local and (advice := too_few_cpus(wanted)):
+        say(advice)
     return 0
 
 
-def _pack_options(parser: Parser) -> None:
-    parser.usage = PACK_USAGE
-    parser.add_argument(
-        "first",
-        type=Path,
-        metavar="[KIND] SRC",
-        help="the folder to pack, or another kind of source, such as module:name, before its own",
-    )
-    parser.add_argument("second", type=Path, metavar="DST", help="the shard set to make, or the folder of two")
-    parser.add_argument("more", type=Path, nargs="*", help=SUPPRESS)
-    parser.add_argument(
-        "--tasks", type=positive, required=True, help="tasks of the array, each of which packs a range of shards"
-    )
-    parser.add_argument("--shorter-side", type=natural, metavar="PX", help=SIDE_HELP)
-    parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
-    parser.add_argument("--quality", type=positive, default=90, help="quality of re-encoded JPEGs, 1 to 95")
-    parser.add_argument("--shard-mb", type=float, default=64.0, help="target size of a shard in 10^6 bytes")
-    parser.add_argument("--seed", type=natural, default=0, help="seed of the order of the samples in the shards")
-    _resources(parser, gpus=0)
+def _show_jobs(top: Path, runs: list[SubmittedRun], jobs: list[Submission], wanted: dict[str, Any]) -> None:
+    nodes, tasks = wanted["nodes"], wanted["ntasks_per_node"]
+    ranks = f"{nodes} node{'s' * (nodes > 1)} x {tasks} task{'s' * (tasks > 1)}"
+    for run, submission in zip(runs, jobs, strict=True):
+        show(f"job {', then '.join(link.job for link in submission.links)}: {ranks}, {run.directory}")
+    name, first = shlex.quote(SubmittedRun(top).name), shlex.quote(runs[0].name)
+    for verb, words in (("watch", f"status {name}"), ("read", f"logs {first} --follow"), ("stop", f"cancel {name}")):
+        show(f"  {verb:6} python -m slurm {words}")
 
 
 def _submit_pack(args: Namespace) -> int:
     """Submit a packing array."""
     from slurm.packing import submit_pack
+    from slurm.site import fill_in
 
-    sets = submit_pack(args)
+    sets = submit_pack(args, fill_in(args))
     for array, last, directory, _ in sets:
         show(f"job {array}: {args.tasks} tasks pack {directory}; job {last} then writes its manifest.json")
     jobs, logs = ([job for one in sets for job in one[:2]], " ".join(f"{one.folder}/*_log.out" for one in sets))
@@ -147,99 +124,69 @@ def _cancel_options(parser: Parser) -> None:
 
 def _cancel(args: Namespace) -> int:
     """Save, end, and never requeue."""
-    from dist_train.rundir.checkpoint import newest_name
+    from slurm.cancel import cancel
 
-    for run in submissions.find_runs(args.run):
-        submission = run.last
-        if cluster.ended(submission):
-            show(f"{run.name}: job {submission.job} has ended already")
-            continue
-        submission.no_requeue.touch()
-        if cluster.entry(submission).state == "RUNNING" and not args.now:
-            _stop(run, submission)
-        if not cluster.ended(submission):
-            cluster.end(submission)
-        newest = newest_name(run.directory)
-        show(f"{run.name}: job {submission.job} is cancelled; {f'saved: {newest}' if newest else 'nothing was saved'}")
+    cancel(submissions.find_runs(args.run), now=args.now)
     return 0
-
-
-def _stop(run: SubmittedRun, submission: Submission) -> None:
-    """Ask a run to save and end, and wait for it as long as its configuration allows."""
-    cluster.stop(submission)
-    patience = PATIENCE + run.config()["run"]["stop_timeout"]
-    try:
-        cluster.wait(partial(cluster.ended, submission), patience, "it does not stop")
-    except SlurmError as error:
-        say(f"{run.name}: {error}; ending it without a save")
 
 
 def _requeue_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--exclude", metavar="NODE", help="nodes to avoid")
     parser.add_argument(
-        FLAG, action="store_true", help="let a new job import the code (module:name) that the run names"
+        FLAG, action="store_true", help="run what the directory says, although it is not as you submitted it"
     )
 
 
 def _requeue(args: Namespace) -> int:
     """Put a run back into the queue: the same job if Slurm still has it there, otherwise a new one."""
     from dist_train.cli import checked, parse
+    from dist_train.rundir import status
+    from slurm import receipts
+    from slurm.site import kept
+    from slurm.snapshot import beside
     from slurm.submit import launch
 
-    for run in submissions.find_runs(args.run):
+    here: list[SubmittedRun] = []  # of a sweep on this machine, to be run in turn
+    runs = submissions.find_runs(args.run)
+    for run in [] if args.trust else runs:
+        receipts.check(run)
+    for run in runs:
         submission, active = run.last, not cluster.ended(run.last)
-        if active and submission.local:
-            raise SlurmError(f"{run.name} runs on this machine: cancel it first")
-        if not active:
-            checked(parse(["--config", str(run.config_file), *[FLAG] * args.trust])[0])
+        if not active and status.read(run.directory).get("state") == "done":
+            raise SlurmError(
+                f"{run.name} is done: to train it further, submit its command line again with more --train.epochs"
+            )
+        if active and (submission.local or submission.chain):
+            where = "runs on this machine" if submission.local else "is in the queue as a chain, which is not requeued"
+            raise SlurmError(f"{run.name} {where}: cancel it first")
+        if not active and not beside(Path(submission.folder)).is_dir():  # the copy of its code took it already
+            checked(parse(["--config", str(run.config_file), FLAG])[0])
         submission.no_requeue.unlink(missing_ok=True)
+        if submission.local:
+            here.append(run)
+            continue
         if active:
             cluster.requeue(submission, args.exclude or "")
             run.append(submitted=submission.job)
         else:
-            wanted = submission.parameters | ({"exclude": args.exclude} if args.exclude else {})
-            (submission,) = launch([run], Path(submission.folder), wanted, local=submission.local, trusting=args.trust)
-        show(f"{run.name}: job {submission.job} is in the queue")
+            wanted = submission.parameters | kept(run.directory)
+            wanted |= {"exclude": args.exclude} if args.exclude else {}
+            folder, chain = Path(submission.folder), len(submission.chain)
+            (submission,) = launch([run], folder, wanted, local=False, chain=chain)
+        show(f"{run.name}: {submission.subject} in the queue")
+    if here:
+        last = here[0].last
+        for run, submission in zip(here, launch(here, Path(last.folder), last.parameters, local=True), strict=True):
+            show(f"{run.name}: {submission.subject} in the queue")
     return 0
 
 
-def _resources(parser: Parser, *, gpus: int) -> None:
-    """Declare the resources of a job."""
-    parser.add_argument("--nodes", type=positive, default=1, help="nodes of the job")
-    parser.add_argument(
-        "--gpus-per-node", type=natural, default=gpus, help="one task per GPU; 0: one task per node, on its CPUs"
-    )
-    parser.add_argument(
-        "--time",
-        type=_time,
-        required=True,
-        help="time limit of one start, 12:00:00; the run is then requeued and continues",
-    )
-    for name in ("partition", "account", "qos", "constraint", "exclude", "mem", "comment"):
-        parser.add_argument(f"--{name}", help="as for sbatch")
-    parser.add_argument("--cpus-per-gpu", type=positive, metavar="N", help="CPUs per task")
-    parser.add_argument(
-        "--signal-before",
-        type=natural,
-        default=120,
-        metavar="S",
-        help="seconds before the limit at which the run saves",
-    )
-
-
-def _time(text: str) -> int:
-    from slurm.submit import minutes
-
-    try:
-        return minutes(text)
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is not a time: write 12:00:00 or 2-12:00:00") from error
-
-
 VERBS = {
-    "submit": Verb("check a run and put it into the queue", _submit_options, _submit, passes_on=OPTIONS),
-    "submit pack": Verb("pack a large image folder, or another source, as an array", _pack_options, _submit_pack),
+    "submit": Verb("check a run and put it into the queue", options.submit_options, _submit, passes_on=OPTIONS),
+    "submit pack": Verb(
+        "pack an image folder, or another source, as an array", options.submit_pack_options, _submit_pack
+    ),
     "status": Verb("a table of runs", _status_options, _status),
     "logs": Verb("the log of a rank, over all restarts", _logs_options, _logs),
     "cancel": Verb("save, then end the run; it is not requeued", _cancel_options, _cancel),
@@ -251,6 +198,12 @@ def main(argv: Sequence[str]) -> int:
     """Run a verb. Returns its exit code: 0, 2 after one sentence, or 130."""
     begin()
     return run_verb("python -m slurm", VERBS, argv)
+
+
+def console() -> int:
+    """The console script; returns the exit code."""
+    as_module()
+    return main(sys.argv[1:])
 
 
 if __name__ == "__main__":

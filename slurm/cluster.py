@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm.submissions import SlurmError, Submission
@@ -25,14 +25,23 @@ FINISHED = {
     "TIMEOUT",
 }
 
+CONTROLLER, QUEUE = b"submitit.local._local", b"slurm.local"  # programs that run a local job, and a sweep of them
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A job in the queue: Slurm's state, the reason for it, and the time left in Slurm's format."""
+    """A job in the queue: Slurm's state, the reason for it, and the time left in Slurm's format.
+
+    Attributes:
+        job: its number; of a chain that of the job which runs, will run next, or ran last.
+        waiting: how many further jobs of its chain are in the queue.
+    """
 
     state: str
     reason: str = ""
     left: str = ""
+    job: str = ""
+    waiting: int = 0
 
     @property
     def active(self) -> bool:
@@ -41,13 +50,17 @@ class Entry:
 
 
 def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
-    """Entries by job, from squeue or the process table. Slurm forgets finished jobs after some minutes."""
+    """Entries by job, of a chain one per job, from squeue or the process table. Slurm forgets finished jobs after some
+    minutes."""
     entries, jobs = {}, []
     for submission in submissions:
+        job = submission.job
         if not submission.local:
-            jobs.append(submission.job)
-        elif _controller(submission.job):
-            entries[submission.job] = Entry("RUNNING", "local")
+            jobs += [link.job for link in submission.links]
+        elif not submission.waits and _is(job, CONTROLLER):
+            entries[job] = Entry("RUNNING", "local", job=job)
+        elif submission.waits and _is(job.split("_")[0], QUEUE) and not submission.no_requeue.exists():
+            entries[job] = Entry("PENDING", "local, after others", job=job)
     if jobs:
         try:
             text = command(
@@ -59,13 +72,27 @@ def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
             if line.count("|") >= 3:
                 job, state, rest = line.split("|", 2)
                 reason, _, left = rest.rpartition("|")
-                entries[job] = Entry(state, "" if reason == "None" else reason, left)
+                entries[job] = Entry(state, "" if reason == "None" else reason, left, job)
     return entries
 
 
+def current(submission: Submission, queue: Mapping[str, Entry], started: str = "") -> Entry | None:
+    """Entry of a submission; of a chain that of the job which runs or will run next, or else of the one that ran last.
+
+    Args:
+        queue: from `look`.
+        started: the job that was the last to start, if that is known.
+    """
+    entries = [queue[link.job] for link in submission.links if link.job in queue]
+    active = sorted((entry for entry in entries if entry.active), key=lambda entry: entry.state == "PENDING")
+    if active:
+        return replace(active[0], waiting=len(active) - 1)
+    return next((entry for entry in entries if entry.job == started), next(iter(entries), None))
+
+
 def entry(submission: Submission) -> Entry:
-    """Entry of one job; an unknown job counts as completed."""
-    return look([submission]).get(submission.job, Entry("COMPLETED", "not in the queue"))
+    """Entry of one submission; an unknown job counts as completed."""
+    return current(submission, look([submission])) or Entry("COMPLETED", "not in the queue")
 
 
 def ended(submission: Submission) -> bool:
@@ -78,15 +105,21 @@ def stop(submission: Submission) -> None:
     if submission.local:
         os.kill(int(submission.job), signal.SIGTERM)  # the controller passes it on
     else:
-        command("scancel", "--signal=USR2", submission.job)
+        command("scancel", "--signal=USR2", entry(submission).job)
 
 
 def end(submission: Submission) -> None:
-    """Cancels the job, whatever its state."""
+    """Cancels the job, whatever its state, and all others of its chain."""
     if not submission.local:
-        command("scancel", submission.job)
-    elif _controller(submission.job):
+        end_jobs([job for job, place in look([submission]).items() if place.active])
+    elif not submission.waits and _is(submission.job, CONTROLLER):
         os.kill(int(submission.job), signal.SIGINT)
+
+
+def end_jobs(jobs: Sequence[str]) -> None:
+    """Cancels jobs of Slurm, if there are any."""
+    if jobs:
+        command("scancel", *jobs)
 
 
 def requeue(submission: Submission, exclude: str) -> None:
@@ -122,9 +155,9 @@ def command(*words: str) -> str:
         raise SlurmError(f"{words[0]} failed: {' '.join(error.stderr.split())}") from error
 
 
-def _controller(process: str) -> bool:
-    """True if this process is a live submitit controller, and not another process that reuses its number."""
+def _is(process: str, program: bytes) -> bool:
+    """True if this process is alive and runs this program; another process may have its number by now."""
     try:
-        return b"submitit.local._local" in Path(f"/proc/{process}/cmdline").read_bytes()
+        return program in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return False

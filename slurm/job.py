@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from submitit import JobEnvironment
 from submitit.core.utils import UncompletedJobError
@@ -26,10 +26,12 @@ from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.last_words import LastWords
 from pipelines import kinds
+from pipelines.cli import refuse
 from pipelines.misc import cpus
 from pipelines.resolve import FLAG, trust
 from pipelines.speech import begin, say
 from slurm.cluster import entry
+from slurm.snapshot import stranger
 from slurm.submissions import Submission, SubmittedRun
 
 PORTS = range(20000, 32000)  # below the ephemeral ports of Linux
@@ -42,16 +44,27 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
     flag; the ranks save and leave `train` together, and only then is the old handler called.
     """
 
-    trusting = False  # pickles from before there was such a thing have none
+    # Of pickles from before there were such things.
+    trusting = False
+    code: Path | None = None
+    link = (0, 0)
 
-    def __init__(self, directory: Path, *, trusting: bool = False) -> None:
-        self.directory, self.trusting = directory, trusting
+    def __init__(self, directory: Path, code: Path | None = None, link: tuple[int, int] = (0, 0)) -> None:
+        """
+        Args:
+            code: the copy from which everything is imported; None: what is there when the job starts.
+            link: number in its chain, and length of that; the length is 0 without a chain.
+        """
+        self.directory, self.code, self.link = directory, code, link
+        self.trusting = True  # whoever submitted this has typed the configuration, or trusts its author
 
     def __call__(self) -> None:
         begin()
         here, announcement = JobEnvironment(), Announcement(self.directory, writes=False)
         _bind(here)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and the trainer's watch is not running yet
+        if self.code and (wrong := stranger(self.code)):
+            _refuse(wrong, here, announcement, self.directory)
         try:
             self._start(here)
         except UncompletedJobError:  # raised by submitit's handler, before the trainer replaced it: cancelled
@@ -67,24 +80,29 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         # Neighbouring job numbers give different ports, so that jobs on one node do not collide.
         os.environ["MASTER_PORT"] = str(PORTS[int(here.raw_job_id) % len(PORTS)])
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
-        os.environ[OVER] = str(_submission(here).no_requeue)
+        over, (number, length) = _submission(here).no_requeue, self.link
+        if number:
+            os.environ["SLURM_RESTART_COUNT"] = str(number)  # to the run it is a restart
+        if not length or number < length - 1:  # else nothing comes after it
+            os.environ[OVER] = str(over)
         _remove_stale(here)
         if rank == 0 and not _begin(run, here):
             os._exit(DIVERGED)  # like a run that diverged, it must not be tried again
         from dist_train.cli import train  # only once this start is recorded: the import may fail
 
         code = train(["--config", str(run.config_file), "--run.dir", str(self.directory), *[FLAG] * self.trusting])
-        if code == STOPPED:
-            leave(_come_back(here, rank, requeue, STOPPED))
-        if code in FINAL:  # a retry would end the same way
-            _submission(here).no_requeue.touch()
+        if code == STOPPED:  # a chain goes on with its next job
+            leave(0 if length and not over.exists() else _come_back(here, rank, requeue, STOPPED))
+        if code in FINAL or (length and not code):  # a retry would end the same way
+            over.touch()
         if code:
             leave(code)
         atexit.register(leave, 0)  # once submitit has written the result
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """The same job, for submitit to requeue; None if the run is over."""
-        return None if _submission(JobEnvironment()).no_requeue.exists() else DelayedSubmission(self)
+        """The same job, for submitit to requeue; None if the run is over, or another job of its chain goes on."""
+        over = self.link[1] or _submission(JobEnvironment()).no_requeue.exists()
+        return None if over else DelayedSubmission(self)
 
 
 class Pack(Checkpointable):  # type: ignore[misc]
@@ -124,6 +142,19 @@ class Pack(Checkpointable):  # type: ignore[misc]
             pack(*task, split=split, workers=workers)
 
 
+def _refuse(why: str, here: JobEnvironment, announcement: Announcement, directory: Path) -> NoReturn:
+    """Ends a job whose code is not the one that it was submitted with; another try would end the same way."""
+    code = refuse(why)
+    with suppress(OSError):
+        _submission(here).no_requeue.touch()
+    who = {"rank": here.global_rank, "node": here.hostname, "error": "Refused"}
+    if announcement.fail(why, **who):
+        with suppress(OSError):
+            events.tell(directory, "end", state="failed", reason=why, code=code, requeued=False, **who)
+        tell_now(SubmittedRun(directory).name, directory, "end", state="failed", reason=why, code=code, **who)
+    leave(code)
+
+
 def _bind(here: JobEnvironment) -> None:
     """Ties this process to the one that started it; exits at once if that one is gone."""
     bind()
@@ -157,7 +188,8 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
         # The start that crashed, if it had claimed the run.
         claimed = {"start": found["start"]} if "start" in found and status.CRASH not in found else {}
         status.write(run.directory, "failed", crash, **where, **claimed, **{status.CRASH: True})
-    submission.crash.unlink(missing_ok=True)
+    for link in run.last.links:
+        link.crash.unlink(missing_ok=True)
     last = max((i for i, line in enumerate(history) if "submitted" in line), default=-1)
     starts = history[last + 1 :]
     if restarts.stuck([start["checkpoint"] for start in starts], newest):

@@ -13,7 +13,8 @@ from pipelines.resolve import is_code, trust
 from pipelines.sources import SOURCES, ImageFolder, inventory
 from pipelines.speech import say
 from slurm.job import Pack
-from slurm.submit import check_text, hand_over, parameters
+from slurm.script import check_text, hand_over, parameters
+from slurm.site import SiteFile
 
 
 class SubmittedPack(NamedTuple):
@@ -26,7 +27,7 @@ class SubmittedPack(NamedTuple):
     folder: Path
 
 
-def submit_pack(options: Namespace) -> list[SubmittedPack]:
+def submit_pack(options: Namespace, site: SiteFile) -> list[SubmittedPack]:
     """Submits, per set, a packing array and a final task that writes the manifest. Raises UserError or OSError."""
     name, paths = kind_first([options.first, options.second, *options.more])
     trust(name)  # it was typed
@@ -44,20 +45,20 @@ def submit_pack(options: Namespace) -> list[SubmittedPack]:
         say(f"{', '.join(map(str, one.paths)) or name}: {origin.named(classes)}")
         origin.refuse_strangers(one.directory, source)
     side = kind.shorter_side if options.shorter_side is None else options.shorter_side
-    return [_submit_set(options, name, one, side) for one in planned]
+    return [_submit_set(options, name, one, side, site) for one in planned]
 
 
-def _submit_set(options: Namespace, name: str, planned: kinds.SetPlan, side: int) -> SubmittedPack:
+def _submit_set(options: Namespace, name: str, planned: kinds.SetPlan, side: int, site: SiteFile) -> SubmittedPack:
     from pipelines.pack import Options
 
     paths, train, directory = planned
     stored = asdict(Options(side, options.quality, options.shard_mb, options.seed, options.keep_small))
     folder = directory / "slurm"
-    wanted = parameters(options, f"pack {directory.name}", folder)
+    wanted = parameters(options, f"pack {directory.name}", folder, site)
     del wanted["teardown"]  # the final task packs what a crashed task leaves undone
     shares = [Pack(paths, directory, stored, (i, options.tasks), name, train) for i in range(options.tasks)]
     array, _, _ = hand_over(folder, wanted, shares, local=False)[0].partition("_")
-    wanted["additional_parameters"] = {"requeue": True, "dependency": f"afterany:{array}"}
+    wanted["additional_parameters"] = {**wanted["additional_parameters"], "dependency": f"afterany:{array}"}
     (last,) = hand_over(folder, wanted, [Pack(paths, directory, stored, None, name, train)], local=False)
     return SubmittedPack(array, last, directory, folder)
 

@@ -5,16 +5,19 @@
 <run>/slurm/starts.jsonl         one line per submission and per start
 <folder>/<job>_<rank>_log.out    log of one rank over all restarts; `folder` is <run>/slurm, or the sweep's
 <folder>/<job>.started           this start reached the trainer: a crash is worth a retry
-<folder>/<job>.over              never requeue this job
+<folder>/<job>.over              never requeue this job; it holds a word if that is because the run was cancelled
 <folder>/<job>.crash             how the last start ended, as seen by its batch script
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from pipelines.errors import UserError, first_line
 from pipelines.files import read_json, read_jsonl, read_text, write_atomically
 from pipelines.words import nearest
 
+CANCELLED = "cancelled\n"  # what `cancel` writes into <job>.over
+
 
 class SlurmError(UserError):
     """A request that cannot be met; its message names the request and the remedy."""
@@ -36,10 +41,12 @@ class Submission:
     """One submission of a run.
 
     Attributes:
-        job: Slurm's job number, `12`, or `12_3` in an array; the process ID of submitit's controller if `local`.
+        job: Slurm's job number, `12`, or `12_3` in an array, or the first one of a chain; if `local` the process ID of
+            submitit's controller, or `12_3` while the run waits for its turn in the queue of process 12.
         folder: folder of submitit's files and the logs.
         tasks: number of ranks.
         parameters: submitit's parameters, to submit the same again.
+        chain: all jobs of a chain, in order; empty without one.
     """
 
     job: str
@@ -47,6 +54,23 @@ class Submission:
     tasks: int
     local: bool
     parameters: dict[str, Any] = field(default_factory=dict)
+    chain: list[str] = field(default_factory=list)
+
+    @property
+    def links(self) -> list[Submission]:
+        """One submission per job of a chain; itself without one."""
+        return [replace(self, job=job, chain=[]) for job in self.chain] or [self]
+
+    @property
+    def subject(self) -> str:
+        """Its jobs as the subject of a sentence, and the verb."""
+        jobs = [link.job for link in self.links]
+        return f"job {jobs[0]} is" if len(jobs) == 1 else f"jobs {', '.join(jobs)} are"
+
+    @property
+    def waits(self) -> bool:
+        """True if it is in a queue of this machine (`slurm.local`), not yet started."""
+        return self.local and "_" in self.job
 
     @property
     def started(self) -> Path:
@@ -57,6 +81,18 @@ class Submission:
     def no_requeue(self) -> Path:
         """Marker file that forbids a requeue."""
         return Path(self.folder) / f"{self.job}.over"  # queued jobs have this name in their teardown
+
+    def cancel(self) -> None:
+        """Forbids a requeue, and notes that it was the user who did."""
+        for link in self.links:
+            link.no_requeue.write_text(CANCELLED, encoding="utf-8")
+
+    @property
+    def cancelled(self) -> bool:
+        """True if the user has cancelled it."""
+        with suppress(OSError, ValueError):
+            return self.links[0].no_requeue.read_text(encoding="utf-8") == CANCELLED
+        return False
 
     @property
     def crash(self) -> Path:
@@ -93,6 +129,11 @@ class SubmittedRun:
         """File of the checked configuration."""
         return self.folder / "config.yaml"
 
+    @property
+    def job_file(self) -> Path:
+        """File of the newest submission."""
+        return self.folder / "job.json"
+
     def config(self) -> dict[str, Any]:
         """The configuration as nested dicts."""
         try:
@@ -103,8 +144,7 @@ class SubmittedRun:
 
     def submission(self) -> Submission | None:
         """Latest submission; None before the first."""
-        path = self.folder / "job.json"
-        return Submission(**read_json(path)) if path.exists() else None
+        return Submission(**read_json(self.job_file)) if self.job_file.exists() else None
 
     @property
     def last(self) -> Submission:
@@ -121,10 +161,11 @@ class SubmittedRun:
             told: content of status.json.
         """
         try:
-            text = self.last.crash.read_text(encoding="utf-8", errors="replace")
+            file = next(link.crash for link in reversed(self.last.links) if link.crash.exists())
+            text = file.read_text(encoding="utf-8", errors="replace")
             end, seconds, code, error = text.rstrip("\n").split(" ", 3)
             ended, began = float(end), float(end) - float(seconds)
-        except (OSError, ValueError):  # missing or half written
+        except (OSError, StopIteration, ValueError):  # missing or half written
             return ""
         heartbeat = told.get("heartbeat", 0)
         said = told.get("state") in status.OVER and status.CRASH not in told  # else it is of the start before that one
@@ -134,8 +175,14 @@ class SubmittedRun:
 
     def submitted(self, submission: Submission) -> None:
         """Records a new submission. It gets three starts of its own to make progress."""
-        write_atomically(self.folder / "job.json", json.dumps(asdict(submission), indent=1).encode())
-        self.append(submitted=submission.job)
+        before = self.submission()
+        self.record(submission)
+        if not (before and before.waits and not submission.waits):  # it was submitted when it began to wait
+            self.append(submitted=submission.job)
+
+    def record(self, submission: Submission) -> None:
+        """Writes the newest submission, or more of it: a job that its chain has got meanwhile."""
+        write_atomically(self.job_file, json.dumps(asdict(submission), indent=1).encode())
 
     def append(self, **values: Any) -> None:
         """Appends a line to starts.jsonl."""
@@ -148,12 +195,22 @@ class SubmittedRun:
 
 
 def find_runs(text: str) -> list[SubmittedRun]:
-    """The run at this path or of this name under `runs/`, or the members of this sweep. Raises SlurmError."""
+    """The run at this path or of this name under `runs/`, or the members of this sweep; `SWEEP/0` is its first one.
+    Raises SlurmError."""
     for path in (Path(text).absolute(), (RUNS / text).absolute()):
         if SubmittedRun(path).submission():
             return [SubmittedRun(path)]
-        if members := sorted(path.glob("*/slurm/job.json")):
-            return [SubmittedRun(record.parent.parent) for record in members]
+        if members := _members(path):
+            return members
+        of_sweep = os.sep in text and path.parent != RUNS.absolute() and path.name.isdecimal()
+        if of_sweep and (members := _members(path.parent)):
+            found = [run for run in members if run.directory.name.startswith(f"{int(path.name)}-")]
+            if not found:
+                raise SlurmError(
+                    f"{Path(text).parent} has no run {path.name}: its {len(members)} runs are numbered "
+                    f"{_number(members[0])} to {_number(members[-1])}"
+                )
+            return found
     if (run := run_named(text)).is_dir():
         raise SlurmError(f"{run} was never submitted, so it has no job: `python -m slurm submit` submits a run")
     names = [run.name for run in all_runs()]
@@ -163,8 +220,21 @@ def find_runs(text: str) -> list[SubmittedRun]:
     raise SlurmError(f"no submitted run {text!r}: give its directory, or its name under {RUNS}/ (there: {known})")
 
 
+def _members(sweep: Path) -> list[SubmittedRun]:
+    """Submitted runs of a sweep, in the order of their numbers."""
+    runs = [SubmittedRun(record.parent.parent) for record in sweep.glob("*/slurm/job.json")]
+    return sorted(runs, key=lambda run: (_number(run), run.directory))
+
+
+def _number(run: SubmittedRun) -> int:
+    """Number of a run in its sweep: `1-optim.lr=0.02` is 1."""
+    found = re.match(r"\d+(?=-)", run.directory.name)
+    return int(found[0]) if found else 0
+
+
 def all_runs() -> list[SubmittedRun]:
     """Submitted runs under `runs/`, including members of sweeps, oldest first."""
-    records = [*RUNS.glob("*/slurm/job.json"), *RUNS.glob("*/*/slurm/job.json")]
-    records.sort(key=lambda path: path.stat().st_mtime)
-    return [SubmittedRun(path.parent.parent.absolute()) for path in records]
+    found = [[SubmittedRun(path.parent.parent.absolute())] for path in RUNS.glob("*/slurm/job.json")]
+    found += [_members(sweep.absolute()) for sweep in RUNS.glob("*/")]
+    found = sorted(filter(None, found), key=lambda runs: min(run.job_file.stat().st_mtime for run in runs))
+    return [run for runs in found for run in runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from dist_train.rundir.ledger import spent
 from pipelines.errors import UserError
 from pipelines.files import parsed_json
 from pipelines.speech import show, unheard
-from slurm.cluster import Entry, entry, look
+from slurm.cluster import Entry, current, entry, look
 from slurm.submissions import SlurmError, Submission, SubmittedRun
 
 HEAD = (
@@ -31,17 +32,19 @@ HEAD = (
     "GOODPUT",
     "TIME LEFT",
 )
+ENDED = ("done", "diverged", "failed")  # states that say more than that the run was cancelled
 TAIL = 1 << 16  # bytes read from the end of the record
 
 
 def in_queue(runs: list[SubmittedRun]) -> dict[str, Entry]:
     """Queue entries by run name, without runs that have none or whose file is damaged."""
-    submissions: dict[str, Submission] = {}
+    submissions: dict[str, tuple[Submission, str]] = {}
     for run in runs:
         with suppress(UserError):
-            submissions[run.name] = run.last
-    queue = look(submissions.values())
-    return {name: queue[submission.job] for name, submission in submissions.items() if submission.job in queue}
+            submissions[run.name] = (run.last, _started(run))
+    queue = look(submission for submission, _ in submissions.values())
+    places = {name: current(submission, queue, started) for name, (submission, started) in submissions.items()}
+    return {name: place for name, place in places.items() if place}
 
 
 def status_table(runs: list[SubmittedRun], queue: Mapping[str, Entry]) -> str:
@@ -65,13 +68,15 @@ def row(run: SubmittedRun, place: Entry | None, now: float) -> tuple[str, ...]:
     if crash := run.crash(now_at):
         now_at |= {"state": "failed", "reason": crash}
     state, heartbeat = _state(now_at, place, now)
+    if run.last.cancelled and not (place and place.active) and now_at.get("state") not in ENDED:
+        state = "cancelled"
     rate, error = _newest_numbers(run.directory / record.FILE)
     starts = sum("start" in line for line in run.history())
     seconds = spent(now_at)
     whole = sum(seconds.values())
     return (
         run.name,
-        run.last.job,
+        _job(run, place),
         _slurms(place),
         state,
         f"{now_at['epoch']}/{run.config()['train']['epochs']}" if "epoch" in now_at else "-",
@@ -99,20 +104,22 @@ def read_log(run: SubmittedRun, rank: int, follow: bool) -> Iterator[str]:
     SlurmError."""
     if not 0 <= rank < run.last.tasks:
         raise SlurmError(f"{run.name} has no rank {rank}: its ranks are 0 to {run.last.tasks - 1}")
-    path = run.last.log(rank)
-    if not path.exists() and not follow:
+    if not follow and not any(link.log(rank).exists() for link in run.last.links):
+        path = run.last.log(rank)
         raise SlurmError(f"{run.name} has not started yet, so there is no {path}: see `status`, or add --follow")
-    place, asked = 0, float("-inf")
+    places, asked = defaultdict[Path, int](int), float("-inf")
     active = follow
     while True:
+        submission = run.last  # anew, since a run that waits for its turn gets its job later
         if follow and time.monotonic() - asked > 3:
-            active, asked = entry(run.last).active, time.monotonic()
-        if path.exists():
-            with open(path, "rb") as file:
-                file.seek(place)
-                text = file.read()
-                place += len(text)
-            yield text.decode(errors="replace")
+            active, asked = entry(submission).active, time.monotonic()
+        for path in (link.log(rank) for link in submission.links):
+            if path.exists():
+                with open(path, "rb") as file:
+                    file.seek(places[path])
+                    text = file.read()
+                places[path] += len(text)
+                yield text.decode(errors="replace")
         if not active:  # determined before the last read, so nothing is missed
             return
         time.sleep(0.3)
@@ -141,6 +148,20 @@ def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str,
         if not (place and place.active):
             return f"{state}, but not in the queue", heartbeat
     return (state if state in ("running", "stopped") else told), heartbeat
+
+
+def _started(run: SubmittedRun) -> str:
+    """The job that was the last to start; empty before the first."""
+    return next((str(line["start"]) for line in reversed(run.history()) if "start" in line), "")
+
+
+def _job(run: SubmittedRun, place: Entry | None) -> str:
+    """Cell of the job; of a chain which one it is, and how many are left."""
+    jobs = [link.job for link in run.last.links]
+    job = (place.job if place else "") or _started(run)
+    if len(jobs) == 1 or job not in jobs:
+        return run.last.job
+    return f"{job} ({jobs.index(job) + 1} of {len(jobs)}, {place.waiting if place else 0} left)"
 
 
 def _slurms(place: Entry | None) -> str:

@@ -43,6 +43,7 @@ class User:
         self.training = [*TRAINING, f"--data.train={sets / 'train'}", f"--data.val={sets / 'val'}"]
         variables = cluster.environment if cluster else os.environ
         self.environment = {**variables, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        self.environment |= {"XDG_CONFIG_HOME": str(home / ".config"), "XDG_STATE_HOME": str(home / ".state")}
         self.python = sys.executable
 
     @property

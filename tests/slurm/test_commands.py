@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pytest
 from dist_train.rundir import events
 from pipelines.errors import UserError
 from slurm.cluster import Entry
+from slurm.options import minutes
 from slurm.packing import submit_pack
+from slurm.script import TEARDOWN
+from slurm.site import SiteFile
 from slurm.submissions import SubmittedRun
-from slurm.submit import TEARDOWN, minutes
 from slurm.table import duration, row
 from tests.helpers.compare import status
 from tests.helpers.launch import alive, children
@@ -29,26 +32,26 @@ GOLDEN = """\
 #!/bin/bash
 
 # Parameters
-#SBATCH --account=vision
-#SBATCH --comment='a b'
-#SBATCH --cpus-per-task=6
-#SBATCH --exclude=n7
-#SBATCH --gpus-per-node=8
-#SBATCH --job-name='été 1'
-#SBATCH --mem=200G
-#SBATCH --nodes=4
-#SBATCH --ntasks-per-node=8
-#SBATCH --open-mode=append
-#SBATCH --output='{home}/runs/été 1/slurm/%j_0_log.out'
-#SBATCH --partition=gpu
-#SBATCH --requeue
-#SBATCH --signal=USR2@120
-#SBATCH --time=720
+#SBATCH --account=vision                # typed
+#SBATCH --comment='a b'                 # typed
+#SBATCH --cpus-per-task=6               # typed
+#SBATCH --exclude=n7                    # typed
+#SBATCH --gpus-per-node=8               # typed
+#SBATCH --job-name='été 1'              # submit
+#SBATCH --mem=200G                      # typed
+#SBATCH --nodes=4                       # typed
+#SBATCH --ntasks-per-node=8             # typed
+#SBATCH --open-mode=append              # submit
+#SBATCH --output='{home}/runs/été 1/slurm/%j_0_log.out' # submit
+#SBATCH --partition=gpu                 # typed
+#SBATCH --requeue                       # submit
+#SBATCH --signal=USR2@120               # default
+#SBATCH --time=720                      # typed
 
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output '{home}/runs/été 1/slurm/%j_%t_log.out' --kill-on-bad-exit=1 --open-mode=append \
---cpus-per-task=6 {python} -u -m submitit.core._submit '{home}/runs/été 1/slurm'
+--cpus-per-task=6 {python} -u '{home}/runs/été 1/code/slurm/entry.py' '{home}/runs/été 1/slurm'
 
 
 # teardown
@@ -68,8 +71,7 @@ if [ $code -ne 0 ]; then
       END {{ for (file in said) print said[file] }}' {{}} + | grep .)
     error=$(grep -v -e 'stopped before the first step' -e 'Terminated$' <<< "$said" | tail -n 1)
     [ -n "$error" ] || [ -z "$said" ] && echo "$(date +%s.%N) $lasted $code $error" > "$job".crash
-    # Requeue if it had reached the trainer.
-    [ -n "$reached" ] && [ ! -e "$job".over ] && scontrol requeue "$job"
+    [ -n "$reached" ] && [ ! -e "$job".over ] && scontrol requeue "$job"  # if it had reached the trainer
   fi
 fi
 exit $code
@@ -100,6 +102,7 @@ def outsider(tmp_path: Path, shard_sets: Path) -> User:
     return user
 
 
+@pytest.mark.integration
 def test_the_sbatch_script(outsider: User) -> None:
     words = [*ASKED.split(), "--exclude=n7", "--comment=a b", "--run.name=été 1", "--train.global_batch=32"]
     said = outsider.slurm("submit", "--dry-run", *outsider.training, *words)
@@ -107,6 +110,7 @@ def test_the_sbatch_script(outsider: User) -> None:
     assert not list(outsider.home.iterdir()), "a dry run writes nothing"
 
 
+@pytest.mark.integration
 def test_what_goes_to_the_trainer_takes_its_value_with_it(outsider: User) -> None:
     words = ["--time=30", *outsider.training, "--run.name", "x", "--optim", '{"lr": 0.5}', "--config", "small.yaml"]
     (outsider.home / "small.yaml").write_text("train: {device: cpu}")
@@ -129,10 +133,11 @@ def test_a_pack_that_would_be_refused_is_not_submitted(image_folder: Path, tmp_p
         )
         options.keep_small = False
         with pytest.raises(UserError, match=complaint):
-            submit_pack(options)
+            submit_pack(options, SiteFile())
         assert not (directory / "slurm").exists()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -146,6 +151,10 @@ def test_a_pack_that_would_be_refused_is_not_submitted(image_folder: Path, tmp_p
         (["--run.name=100%"], "contains '%', which Slurm replaces in file names: choose another name"),
         (["--time=1", "--signal-before=60"], "--signal-before 60 s leaves nothing of --time"),
         (["--local", "--nodes=2"], "--local has one node"),
+        (["--local", "--chain=2"], "--local has no time limit that a chain would be needed for"),
+        (["--local", "--dry-run"], "--local has no sbatch script to print"),
+        (["--array=sweep.txt", "--chain=2"], "--chain is for one run: submit each line of --array by itself"),
+        (["--at-once=2"], "--at-once is for the runs of a sweep"),
         ([], "there is no sbatch here: use a node of the cluster, or --local"),
     ],
 )
@@ -156,6 +165,7 @@ def test_what_is_refused_before_it_is_submitted(outsider: User, words: list[str]
     assert error.count("\n") == 1, "one sentence"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -172,12 +182,65 @@ def test_a_damaged_sweep_is_one_sentence(outsider: User, text: bytes, complaint:
     assert error.count("\n") == 1, "one sentence"
 
 
+@pytest.mark.integration
 def test_other_verbs_name_what_they_miss(outsider: User) -> None:
     assert outsider.slurm("status") == "no submitted runs under runs/\n"
+    assert "--time is missing: type --time 12:00:00, the time limit of one start" in outsider.slurm("submit", code=2)
     for verb in ("logs", "cancel", "requeue", "status"):
         assert "no submitted run 'nobody'" in outsider.slurm(verb, "nobody", code=2)
 
 
+@pytest.mark.integration
+def test_a_run_of_a_sweep_by_its_number(outsider: User) -> None:
+    for name in ("lr/0-optim.lr=0.01", "lr/2-optim.lr=0.03", "lr/10-optim.lr=0.1", "10-plain"):
+        submitted(outsider.run(name))
+    table = outsider.slurm("status", "lr").splitlines()[1:]
+    assert [line.split()[0] for line in table] == ["lr/0-optim.lr=0.01", "lr/2-optim.lr=0.03", "lr/10-optim.lr=0.1"]
+    for text in ("lr/10", "runs/lr/10", f"{outsider.run('lr')}/10", "lr/10-optim.lr=0.1"):
+        (line,) = outsider.slurm("status", text).splitlines()[1:]
+        assert line.startswith("lr/10-optim.lr=0.1 ")
+    said = outsider.slurm("logs", "lr/3", code=2)
+    assert said == "error: lr has no run 3: its 3 runs are numbered 0 to 10\n"
+    assert "no submitted run '10'" in outsider.slurm("logs", "10", code=2), "runs/ is no sweep"
+
+
+@pytest.mark.integration
+def test_a_sweep_may_run_few_at_a_time(outsider: User) -> None:
+    (outsider.home / "sweep.txt").write_text("--optim.lr 0.01\n--optim.lr 0.02\n--optim.lr 0.03\n")
+    words = ("--array=sweep.txt", "--time=30", "--dry-run", *outsider.training)
+    assert "#SBATCH --array=0-2%3 " in outsider.slurm("submit", *words)
+    assert "#SBATCH --array=0-2%2 " in outsider.slurm("submit", *words, "--at-once=2")
+
+
+def test_a_cancelled_run_is_called_so(tmp_path: Path) -> None:
+    folder = submitted(tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({"state": "stopped", "heartbeat": time.time()}))
+    (folder / "12.over").touch()  # as a refused start leaves it
+    assert state(tmp_path) == "stopped"
+    SubmittedRun(tmp_path).last.cancel()
+    assert (state(tmp_path), state(tmp_path, "RUNNING")) == ("cancelled", "stopped")
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done", "heartbeat": time.time()}))
+    assert state(tmp_path) == "done"
+
+
+@pytest.mark.integration
+def test_the_sbatch_script_of_a_chain(outsider: User) -> None:
+    words = ["--chain=3", "--run.name=été 1", "--time=30", *outsider.training]
+    script = outsider.slurm("submit", "--dry-run", *words)
+    assert "scontrol" not in script
+    assert "#SBATCH --requeue" not in script
+    options = {line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH ")}
+    assert {"--no-requeue", "--dependency=singleton"} <= options
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    (outsider.home / "other").mkdir()
+    names = [script]
+    outsider.home /= "other"
+    names += [outsider.slurm("submit", "--dry-run", *words)]
+    here, there = (re.findall("--job-name='été 1-(.+)'", name) for name in names)
+    assert here != there, "a run of the same name elsewhere is another chain"
+
+
+@pytest.mark.integration
 def test_torch_is_not_imported_until_the_job_runs(outsider: User) -> None:
     program = "import sys, slurm.__main__ as m; m.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     for words in (
@@ -209,6 +272,7 @@ def test_durations() -> None:
     ]
 
 
+@pytest.mark.integration
 def test_a_silent_run_is_not_running(outsider: User) -> None:
     """Nor is one that Slurm does not know; there is neither sacct nor squeue here."""
     for name, age in (("silent", 720), ("lost", 5)):
@@ -328,3 +392,13 @@ def test_a_local_run_ends_with_its_controller(outsider: User) -> None:
     ranks = children(controller)
     os.kill(controller, signal.SIGKILL)
     wait_for(lambda: not any(map(alive, ranks)), 5, "the ranks to leave")
+
+
+@pytest.mark.integration
+def test_a_run_that_is_done_is_not_requeued(outsider: User) -> None:
+    submitted(outsider.run("ended"))
+    (outsider.run("ended") / "status.json").write_text(json.dumps({"state": "done", "heartbeat": time.time()}))
+    said = outsider.slurm("requeue", "ended", "--trust", code=2)
+    assert said == (
+        "error: ended is done: to train it further, submit its command line again with more --train.epochs\n"
+    )
