@@ -52,7 +52,7 @@ def _loader(config: Config, world: World, plan: Plan, statistics: ShardSet, batc
     on_gpu = data.device == "gpu" or (data.device == "auto" and world.device.type == "cuda")
     decode = Decode(
         device="gpu" if on_gpu else "cpu",
-        device_id=world.local_rank if on_gpu else None,
+        device_id=_gpu(world) if on_gpu else None,
         threads=data.threads or world.threads,
         inputs=data.inputs,
         hw_decoder_load=1.0 if config.train.deterministic else data.hw_decoder_load,
@@ -68,6 +68,11 @@ def _loader(config: Config, world: World, plan: Plan, statistics: ShardSet, batc
         decode=decode,
         reading=reading,
     )
+
+
+def _gpu(world: World) -> int:
+    """The rank's GPU, or that which it would have, for decoding only."""
+    return world.local_rank if world.device.index is None else world.device.index
 
 
 def model(config: Config, world: World, classes: int, *, compiled: bool) -> nn.Module:

@@ -17,10 +17,11 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dist_train import __version__, choices
-from dist_train.config import CONFIGS, DEFAULT, Config, ConfigError
+from dist_train.config import Config, ConfigError
 from dist_train.data import to_pack
 from dist_train.flat import OPTIONS, as_dict
 from dist_train.monitor import notify
+from dist_train.packaged import DEFAULT, instead_of_config, with_packaged
 from dist_train.ranks import kin, launcher
 from dist_train.ranks.watch import Watch
 from dist_train.rundir import events, restarts
@@ -32,7 +33,7 @@ from pipelines.cli import interrupted
 from pipelines.errors import UserError
 from pipelines.opened import raise_limit
 from pipelines.speech import train_on
-from pipelines.words import instead_of_argument, instead_of_option, nearest
+from pipelines.words import instead_of_argument, instead_of_option
 
 PROGRAM = "python -m dist_train"
 KNOWN = ("--help", "--version", *OPTIONS)
@@ -53,6 +54,7 @@ def parse(argv: Sequence[str], *, strange: bool = False) -> tuple[Config, str]:
     parser = _parser()
     given, trusting = list(argv), resolve.FLAG in argv
     argv = _lists(word for word in argv if word != resolve.FLAG)
+    argv = with_packaged(argv, speaks=launcher.rank() == 0)
     files = _files(argv)
     if not files:
         files = ["--config", str(DEFAULT)]
@@ -143,13 +145,12 @@ def train(argv: Sequence[str]) -> int:
         if launcher.rank() == 0:
             with suppress(OSError):  # the claim will tell
                 restarts.count(path)
-    except UserError as error:
+        announcement.say("torch is imported")
+        from dist_train import run  # torch takes seconds, which no misspelt option should cost
+    except UserError as error:  # no progress, or no DALI
         announcement.fail(str(error))
         notify.tell_now(config.run.name or path.name, path, "given_up", reason=str(error))
         return launcher.end_refused(error)
-    try:
-        announcement.say("torch is imported")
-        from dist_train import run  # torch takes seconds, which no misspelt option should cost
     except BaseException as error:
         words.fail(error)
     return run.start(config, name, watch, words, announcement)
@@ -244,10 +245,7 @@ def _explain(message: str, argv: Sequence[str]) -> str:
     if found := re.search(r"Parser key \"(\w+)\":\s+Importing '(.*?)' is not allowed", message):
         return _no_group(found[1], found[2])
     if found := re.search(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'", message):
-        names = {file.stem: file for file in CONFIGS.glob("*.yaml")}
-        meant = nearest(Path(found[1]).stem, names)
-        remedy = f"did you mean {os.path.relpath(names[meant])}?" if meant else "name a YAML file"
-        return f"--config {found[1]} does not exist, or is no file: {remedy}"
+        return f"--config {found[1]} does not exist, or is no file: {instead_of_config(found[1])}"
     if found := re.search(r"Parser key \"([\w.]+)\":\s+Expected an? (.+?)\. Got value: (.*)", message):
         kind = re.sub(r"<class '(\w+)'>", r"\1", found[2])
         if choices := re.fullmatch(r"typing.Literal\[(.*)\]", kind):

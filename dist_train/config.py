@@ -14,8 +14,6 @@ from pipelines.augment import Augment, Inputs
 from pipelines.bounds import above, broken, least, within
 from pipelines.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DEFAULT = CONFIGS / "quickstart.yaml"
 Options = dict[str, bool | int | float | str | list[bool | int | float | str] | None]
 # Not Any: for a mapping with a class_path, jsonargparse would import and call what it names.
 
@@ -44,7 +42,7 @@ class DataConfig(Augment):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device on which DALI decodes; auto: the model's."""
     threads: int = least(0, 0)
-    """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks on the node."""
+    """DALI's decoding threads per rank; 0: the rank's share of the CPUs of its node."""
     hw_decoder_load: float = within(0, 1, 0.65, closed=True)
     """On a GPU, fraction of a batch for its JPEG decoder (0.65 is DALI's default); the rest is decoded by CUDA, which
     rounds differently. train.deterministic sets it to 1, so that an image has the same decoder in any batch."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from dist_train import code, machine
 from dist_train.choices import PAPER_NETS
 from dist_train.config import Config
+from dist_train.ranks.share import fewest, in_words
 from dist_train.ranks.world import World
 
 # Raised whenever the same settings give other bits than before. 2: the gradient of LRN is computed by its formula; on
@@ -62,16 +63,29 @@ def prepare(config: Config, world: World, say: Callable[[str], None]) -> Settled
     return Settled(_compiled(config, world, say), how, keep_freed_memory(world.device), _accelerator(world))
 
 
-def described(world: World, settled: Settled) -> dict[str, Any]:
+def described(world: World, settled: Settled, config: Config) -> dict[str, Any]:
     """Machines, devices, versions and process of a start, for its line in events.jsonl; see `rundir.events`."""
+    named = (config.model.name, config.optim.name, config.schedule.name, config.data.source)
     return {
         "nodes": list(dict.fromkeys(world.nodes)),
         "world_size": world.size,
         "device": settled.accelerator or world.device.type,
         "versions": machine.versions_of_training(),
-        "code": code.version(),
+        "code": code.version(named),
         "pid": os.getpid(),
     }
+
+
+def cpu_warning(world: World) -> str:
+    """Warning if a rank has too few CPUs for its GPU; empty otherwise."""
+    if world.device.type == "cpu" or not (remedy := machine.few_cpus(fewest(world.shares))):
+        return ""
+    return f"{in_words(world.shares)} may be too few to feed a GPU: {remedy}"
+
+
+def surroundings() -> dict[str, str]:
+    """Texts that would say too much for that line, by kind: changes of the code since its commit, what is installed."""
+    return {"changes.diff": code.changes(), "packages.txt": code.installed()}
 
 
 def _compiled(config: Config, world: World, say: Callable[[str], None]) -> bool:

@@ -18,9 +18,10 @@ from dist_train.monitor.readers import Readers
 from dist_train.monitor.terminal import Terminal
 from dist_train.outcomes import FAILED, STOPPED, Done, Ended, NotBegun, NotHere, Refused, Stopped
 from dist_train.ranks import launcher
+from dist_train.ranks.share import in_words
 from dist_train.ranks.watch import Watch
 from dist_train.ranks.world import World, flight_record, join
-from dist_train.rundir import resume, story
+from dist_train.rundir import environment, resume, story
 from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.errors import Failure
@@ -94,8 +95,7 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         terminal = Terminal(is_first=world.rank == 0)
         path = Path(config.run.dir)
         run = RunDirectory(path, terminal.say, keep=config.checkpoint.keep, writes=world.rank == 0)
-        compiled = config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda")
-        announcement.say("the net is compiled" if compiled else "the net is built")
+        _tell_building(config, world, announcement, terminal)
         try:  # before anything is claimed
             run.record.told = terminal.take
             trainer = Trainer(config, world, watch, run, sets, terminal)
@@ -117,14 +117,16 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
 
     def tell_start() -> None:
         if world.rank == 0:
-            about = process.described(world, trainer.settled)
+            about = process.described(world, trainer.settled, config)
+            about["environment"] = environment.keep(path, process.surroundings())
             story.tell_start(run, announcement.before, config, **place, **about)
 
     _attempt(run, tell_start)
-    size = f"{world.size} x {world.device.type}, {len(sets[0])} images"
+    size = f"{world.size} x {world.device.type}, {in_words(world.shares)}, {len(sets[0])} images"
     _announce(run, trainer.progress, resumed, asdict(trainer.settled), size)
-    if advice := data.small_share(config, world.size, world.device.type):
-        run.say(advice)
+    for advice in (data.small_share(config, world.size, world.device.type), process.cpu_warning(world)):
+        if advice:
+            run.say(advice)
     end = _end_of(trainer.fit, trainer.state, config, resumed=resumed.found)
     words.ended(end)
     terminal.end_epoch()
@@ -132,6 +134,14 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
     watch.heartbeat(config.run.step_timeout + (config.run.stop_timeout if world.rank else 0))
     _conclude(end, run, trainer.progress, readers, watch)
     return end
+
+
+def _tell_building(config: Config, world: World, announcement: Announcement, terminal: Terminal) -> None:
+    """Says what the run is at now, in status.json and, if that takes long, in its log."""
+    compiled = config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda")
+    announcement.say("the net is compiled" if compiled else "the net is built")
+    if compiled:
+        terminal.say("compiling the net, which may take minutes")
 
 
 def _open_sets(config: Config, world: World, watch: Watch, announcement: Announcement) -> tuple[ShardSet, ShardSet]:
@@ -203,7 +213,8 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: 
         run.say("changed since the checkpoint: " + ", ".join(told))
     if resumed.changed:
         run.record.append("changed", step=progress.step, **resumed.changed)
-    run.status.set("starting", "the first step is under way", step=progress.step, epoch=progress.epoch)
+    under_way = "the first step is under way" + ("; the net is compiled" if settled["compiled"] else "")
+    run.status.set("starting", under_way, step=progress.step, epoch=progress.epoch)
     how = settled["deterministic"]
     deterministic = "not deterministic" if how == "no" else f"deterministic {how}"
     run.say(f"{run.path}: {size}, {deterministic}, epoch {progress.epoch + 1}")

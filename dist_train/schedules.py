@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import yaml
 
 from dist_train import choices
-from dist_train.config import DEFAULT, Config, ConfigError, ScheduleConfig
+from dist_train.config import Config, ConfigError, ScheduleConfig
 from dist_train.outcomes import NoRate
+from dist_train.packaged import DEFAULT
 from pipelines import resolve
 
 # Errors and summed losses of epochs on which a schedule is tried: they fall, rise, and stay.

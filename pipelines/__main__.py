@@ -1,4 +1,4 @@
-"""`python -m pipelines pack|index|verify|preview|bench`: make shard sets and look at them."""
+"""`python -m pipelines pack|index|verify|preview|bench`, or `dist-train-data`: make shard sets and look at them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from pipelines import kinds, origin
-from pipelines.cli import Parser, Verb, interrupted, natural, positive, run_verb
+from pipelines.cli import Parser, Verb, as_module, interrupted, natural, positive, run_verb
 from pipelines.errors import SourceError, UsageError, UserError
 from pipelines.files import read_text
 from pipelines.folders import PASSED_OVER
@@ -287,6 +287,12 @@ VERBS = {
 def main() -> int:
     begin()
     return run_verb("python -m pipelines", VERBS, sys.argv[1:])
+
+
+def console() -> int:
+    """The console script; returns the exit code."""
+    as_module()
+    return main()
 
 
 if __name__ == "__main__":

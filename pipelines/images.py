@@ -22,7 +22,7 @@ from pipelines.dali import Decode
 from pipelines.errors import UserError
 from pipelines.loader import Batch, Loader, Read
 from pipelines.manifest import ShardError
-from pipelines.misc import cpus
+from pipelines.misc import cpu_share
 from pipelines.plan import FixedPlan, TrainingPlan
 from pipelines.shards import ShardSet
 from pipelines.words import nearest
@@ -40,7 +40,7 @@ class ImageOptions(Augment):
     shuffle_shards: int = least(1, 16)
     """Shards per block; samples are shuffled within a block."""
     threads: int = least(0, 0)
-    """DALI's decoding threads per rank; 0: the CPUs of the process divided by the ranks on the node."""
+    """DALI's decoding threads per rank; 0: the rank's share of the CPUs of its node."""
     readers: int = least(1, 32)
     """Read-ahead threads per rank."""
     ahead: int = least(1, 4)
@@ -205,7 +205,7 @@ def decoding(device: torch.device, options: ImageOptions) -> Decode:
     return Decode(
         device="gpu" if on_gpu else "cpu",
         device_id=device.index if on_gpu else None,
-        threads=options.threads or max(1, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        threads=options.threads or cpu_share().threads,
         inputs=options.inputs,
         wanted=device,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -35,7 +37,8 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images
     """
     _place_socket()
     context = get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])  # import it once, not once per worker: it takes seconds
+    if _found_first(work.__module__):
+        context.set_forkserver_preload([work.__module__])  # import it once, not once per worker: it takes seconds
     count = context.Value("q", 0)
     pool = ProcessPoolExecutor(max(1, min(workers, len(tasks))), context, _start, (count,))
     try:
@@ -58,6 +61,14 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images
                 f"{label}: a worker was killed, perhaps for lack of memory: repeat the command with fewer --workers"
             ) from error
         raise
+
+
+def _found_first(module: str) -> bool:
+    """Whether the fork server, which looks in the current directory first, would import this module, and not another of
+    its name. The workers look where this process does."""
+    package = module.partition(".")[0]
+    here, other = getattr(sys.modules.get(package), "__file__", None), Path.cwd() / package
+    return not other.exists() or (here is not None and other.resolve() == Path(here).resolve().parent)
 
 
 def _place_socket() -> None:

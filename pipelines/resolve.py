@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,19 @@ def of_a_module(name: str) -> str:
     if not re.fullmatch(r"[\w.]+", name) or not top.isidentifier() or find_spec(top) is None:
         return ""
     return f"{module}:{attribute}" if module else f"{name}:NAME, with one of its names"
+
+
+def places(name: str) -> list[Path]:
+    """Where the top-level module of a dotted or `module:name` lies: its file, its folder, or each folder of a namespace
+    package. Empty if there is none, or it is built in. Imports nothing."""
+    try:
+        spec = find_spec(re.split(r"[.:]", name, maxsplit=1)[0])
+    except ValueError:  # `__main__`
+        spec = None
+    if spec is None:
+        return []
+    found = list(spec.submodule_search_locations or ([spec.origin or ""] if spec.has_location else []))
+    return [Path(place) for place in found if place and os.path.exists(place)]
 
 
 def resolve(key: str, name: str, table: Table) -> Callable[..., Any]:

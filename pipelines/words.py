@@ -22,7 +22,7 @@ OPTIONS = (
     ("--config", "cfg c config-file yaml hparams", ""),
     (
         "--batch --train.global_batch",
-        "batch-size batchsize bs b train-batch-size per-device-train-batch-size samples-per-gpu mini-batch-size",
+        "batch batch-size batchsize bs b train-batch-size per-device-train-batch-size samples-per-gpu mini-batch-size",
         "samples per update, over all ranks",
     ),
     (

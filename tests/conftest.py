@@ -34,6 +34,12 @@ def photograph(rng: np.random.Generator, width: int, height: int, tint: NDArray[
     return Image.fromarray((smooth + rng.normal(0, 3, smooth.shape)).clip(0, 255).astype(np.uint8))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Receipts of submissions do not go into the home of whoever runs the tests."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture
 def wandb_alone() -> Iterator[None]:
     """Of wandb in the process of the tests nothing is left: neither its own process, nor the variable by which others

@@ -296,6 +296,7 @@ def test_bench_of_a_small_set_has_a_batch_of_its_own(
     assert " classes in a batch of 3; " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_bench_tells_how_many_images_are_resized(image_folder: Path, tmp_path: Path) -> None:
     """A part of the set, by an independent count."""

@@ -12,8 +12,9 @@ import yaml
 from dist_train import data
 from dist_train.analysis.gpu_site import Photographs
 from dist_train.cli import parse
-from dist_train.config import CONFIGS, Config, ConfigError
+from dist_train.config import Config, ConfigError
 from dist_train.flat import as_dict, dump
+from dist_train.packaged import CONFIGS
 from pipelines import kinds
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest, ShardError

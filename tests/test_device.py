@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -39,6 +40,7 @@ from pipelines import handover
 from pipelines.augment import Augment
 from pipelines.handover import HandOver
 from pipelines.loader import Batch, Loader, Read
+from pipelines.misc import CpuShare
 from pipelines.plan import TrainingPlan
 from pipelines.shards import ShardSet
 from tests.helpers.compare import assert_same_run, records, status
@@ -407,9 +409,6 @@ def test_full_precision_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_train.ranks.world.pick_device", lambda *_: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(dist, "all_gather_object", lambda *_: None)
     try:
         join("cuda")
         assert not torch.backends.cudnn.allow_tf32
@@ -457,7 +456,7 @@ def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, "")  # so that it is as before after the test
         monkeypatch.delenv(name)
     place, threads, deterministic, triton = INDUCTOR
-    world = World(5, 8, 1, 4, CPU)
+    world = World(5, 8, 1, 4, CPU, shares=[CpuShare(Fraction(rank), True) for rank in range(8)])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     process.prepare_compiler(world, deterministic=False)
     cache = Path(os.environ[place])
@@ -466,7 +465,7 @@ def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyP
     assert cache.stat().st_mode & 0o077 == 0
     assert list(cache.iterdir()) == []
     assert Path(os.environ[triton]) == cache / f"triton-{socket.gethostname()}-1"
-    assert os.environ[threads] == str(world.threads)
+    assert os.environ[threads] == "5"
     assert deterministic not in os.environ
     mine = dict(zip(INDUCTOR, ("mine", "5", "0", "here"), strict=True))
     for name, value in mine.items():
@@ -507,6 +506,7 @@ def test_a_compiler_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch, m
 # With the real trainer ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_ddp_around_the_net_of_one_rank(shard_sets: Path, tmp_path: Path) -> None:
     """`train.ddp always`: the same bits, in pieces too, and continued after a stop."""
@@ -554,7 +554,7 @@ def test_another_gpu_is_told(shard_sets: Path, tmp_path: Path) -> None:
 
 def test_what_holds_on_one_rank_alone_is_not_what_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler works on this rank, and not on another; another has another card."""
-    world = World(0, 2, 0, 2, torch.device("cuda", 0))
+    world = World(0, 2, 0, 2, torch.device("cuda", 0), shares=[CpuShare(Fraction(1), True)] * 2)
     said: list[str] = []
 
     def together(_: World, work: Any, *, failure: type[Exception], **options: Any) -> None:

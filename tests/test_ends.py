@@ -68,7 +68,7 @@ def test_a_reader_that_hangs_after_a_stop(ranks: int, code: int, shard_sets: Pat
 @pytest.mark.parametrize(
     ("moment", "do", "rank", "told"),
     [
-        ("summary", "hang", 0, "no progress for 3 s in do"),
+        pytest.param("summary", "hang", 0, "no progress for 3 s in do", marks=pytest.mark.slow),
         pytest.param("summary", "SIGTERM SIGTERM, hang", 0, "second stop signal", marks=pytest.mark.slow),
         pytest.param("summary", "SIGTERM, hang", 0, "the stop took longer than 3 s", marks=pytest.mark.slow),
         pytest.param("leaving", "hang", 0, "no progress for 3 s in do", marks=pytest.mark.slow),

@@ -18,7 +18,7 @@ from dist_train import code
 from dist_train.config import Config, OptimConfig
 from dist_train.flat import as_dict
 from dist_train.ranks import launcher
-from dist_train.rundir import events, restarts, status, story
+from dist_train.rundir import environment, events, restarts, status, story
 from dist_train.rundir.directory import RunDirectory
 from tests.helpers.drills import EVERY
 from tests.helpers.launch import at, launch
@@ -189,6 +189,7 @@ def test_another_program_and_other_settings(tmp_path: Path) -> None:
     changed = events.read(tmp_path)[-1]
     assert (changed["event"], changed["step"], changed["settings"]) == ("changed", 7, {"optim.lr": [0.01, 0.5]})
     assert changed["code"] == [CODE, {"version": "1", "sources": "b"}]
+    assert changed["exact_until"] == 7
     assert story.differences(as_dict(now) | {"run.name": "another"}, now) == {}
     (tmp_path / "config.yaml").write_text("optim: {lr: 2026-01-01}")
     begun(tmp_path, {}, now, code={"version": "1", "sources": "b"})
@@ -197,6 +198,60 @@ def test_another_program_and_other_settings(tmp_path: Path) -> None:
     assert kinds(events.read(tmp_path))[-1] == "changed"
     begun(tmp_path, {}, now, code={"version": "1", "sources": "b"})
     assert kinds(events.read(tmp_path))[-1] == "start"
+
+
+def test_a_run_that_goes_on_with_other_code_says_from_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A module of the user's own is code, too; the commit is not, nor is anything said of a run that has no step."""
+    sentence = "the code has changed since the last start: after step 7 the bits may differ"
+    begun(tmp_path, {})
+    for about, step, changes in (
+        ({"sources": "b"}, 0, True),
+        ({"sources": "b", "commit": "c"}, 7, False),
+        ({"sources": "b", "own": {"my_nets": "d"}}, 7, True),
+        ({"sources": "b", "own": {"my_nets": "d"}}, 9, False),
+    ):
+        begun(tmp_path, {}, step=step, code={"version": "1", **about})
+        last = events.read(tmp_path)[-1]
+        assert (last["event"] == "changed") == changes
+        assert last.get("exact_until") == (step if changes and step else None)
+        assert (sentence in capfd.readouterr().out) == (changes and step == 7)
+
+
+def test_what_a_start_ran_with(tmp_path: Path) -> None:
+    """Each state is one file."""
+    texts = {"changes.diff": "+1\n", "packages.txt": code.installed(), "nothing.txt": ""}
+    found = environment.keep(tmp_path, texts)
+    assert sorted(found) == sorted(os.listdir(tmp_path / "environment"))
+    assert [name[:8] for name in found] == ["changes-", "packages"]
+    packages = (tmp_path / "environment" / found[1]).read_text()
+    assert f"\ntorch=={importlib.metadata.version('torch')}\n" in packages
+    assert environment.keep(tmp_path, texts) == found
+    assert len(environment.keep(tmp_path, {**texts, "changes.diff": "+2\n"})) == 2
+    assert len(os.listdir(tmp_path / "environment")) == 3
+    (tmp_path / "file").touch()
+    assert environment.keep(tmp_path / "file", texts) == [], "no start is lost for it"
+
+
+def test_the_hash_of_a_module_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of what it imports, wherever they lie; a library has none."""
+    found = []
+    for place, text in (("a", "1\n"), ("b", "1\n"), ("c", "2\n")):
+        (tmp_path / place / "own_nets").mkdir(parents=True)
+        (tmp_path / place / "own_nets" / "small.py").write_text("def make():\n    import numpy, own_layers\n")
+        (tmp_path / place / "own_layers.py").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(tmp_path / place))
+            found.append(code.version(["own_nets.small:make", "torch.optim:NAdam", "sgd"])["own"])
+    assert [list(own) for own in found] == [["own_layers", "own_nets"]] * 3
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_large_diff_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "_git", lambda *words: " M x.py\n" if "status" in words else "+" * (code.LIMIT + 1000))
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    (tmp_path / ".git").mkdir()
+    assert len(code.changes()) < code.LIMIT + 100
+    assert code.changes().endswith("\n(cut: 1009 more characters)\n")
 
 
 def test_a_stale_process_neither_adds_nor_cuts(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from dist_train.__main__ import main
 from dist_train.analysis import arms, experiments, tables
 from dist_train.cli import parse
-from dist_train.config import CONFIGS, Config
+from dist_train.config import Config
+from dist_train.packaged import CONFIGS
 from dist_train.rundir.state import Progress
 from tests.helpers.compare import records, status
 

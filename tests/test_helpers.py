@@ -23,6 +23,7 @@ HOWS = pytest.mark.parametrize("how", ["fork", pytest.param("exec", marks=pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_same_bits_and_words(shard_sets: Path, tmp_path: Path) -> None:
     words = {}
     for how in ("fork", "exec"):
@@ -84,7 +85,7 @@ def test_what_hangs_is_killed(shard_sets: Path, tmp_path: Path, how: str) -> Non
     assert not any(map(alive, (run.pid, *workers)))
     assert helpers.STARTED[-1] is run
     assert "/0/stderr.log\n" in run.tails()
-    assert "2 x cpu, 240 images, deterministic by construction, epoch 1" in run.tails()
+    assert re.search(r"2 x cpu, .*, 240 images, deterministic by construction, epoch 1", run.tails())
 
 
 def test_a_failing_test_shows_what_its_runs_wrote(tmp_path: Path) -> None:

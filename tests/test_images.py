@@ -68,6 +68,7 @@ def plain(directory: Path, **options: Any) -> ImageLoader:
     return make(directory, inputs="mean_subtracted", lighting=0, **options)
 
 
+@pytest.mark.integration
 def test_importing_the_package_loads_neither_torch_nor_dali(numbered: Path, tmp_path: Path) -> None:
     """And the same program may end inside a loop: DALI would abort it."""
     program = """
@@ -305,7 +306,7 @@ def test_a_loop_inside_another_is_refused(numbered: Path) -> None:
 
 def test_images_for_a_gpu_are_decoded_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the CPUs of a node shared out to its ranks."""
-    monkeypatch.setattr("pipelines.images.cpus", lambda: 10)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     options = ImageOptions()

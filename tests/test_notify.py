@@ -507,6 +507,7 @@ def everything(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_run_tells_of_itself_and_not_of_the_address(
     endpoint: Callable[..., Endpoint], shard_sets: Path, tmp_path: Path

@@ -74,6 +74,7 @@ def contents(run: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_beside_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process that takes no CPU that another wants, knows neither GPU nor launcher nor secret, and changes nothing
     but the pictures."""

@@ -205,6 +205,7 @@ def test_data_that_are_not_what_was_indexed(shard_sets: Path, tmp_path: Path) ->
             assert "is not the tar that was indexed" in status(run)["reason"]
 
 
+@pytest.mark.slow
 def test_wrong_command_lines_under_torchrun(shard_sets: Path, tmp_path: Path) -> None:
     """One sentence from rank 0, which also stands at the end of torchrun's report, a code that stops a script, and no
     run directory. What torchrun restarts ends the same way, at once."""

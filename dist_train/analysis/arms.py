@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_train.cli import overrides_of, parse
-from dist_train.config import CONFIGS, ConfigError
+from dist_train.config import ConfigError
+from dist_train.packaged import CONFIGS
 from pipelines.files import read_text
 
 SWEEPS = CONFIGS / "experiments"

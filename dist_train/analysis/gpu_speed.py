@@ -11,7 +11,7 @@ from dist_train import driver
 from dist_train.analysis import commands
 from dist_train.analysis.findings import Findings
 from dist_train.analysis.gpu_site import Site
-from dist_train.config import CONFIGS
+from dist_train.packaged import CONFIGS
 from pipelines.files import read_json
 
 STEPS = {True: 60, False: 20}  # of a measurement, with GPUs and without

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nvidia.dali
 import torch
 import torch.distributed as dist
 
@@ -23,6 +22,7 @@ from dist_train import data
 from dist_train.analysis.pace import Pace, Stretch, without_data
 from dist_train.config import Config
 from dist_train.flat import as_dict
+from dist_train.machine import versions_of_training
 from dist_train.outcomes import Ended, Refused
 from dist_train.ranks import launcher
 from dist_train.ranks.watch import Watch
@@ -113,11 +113,15 @@ def facts(config: Config, world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
         "device_type": world.device.type,
         "world_size": world.size,
-        "nodes": world.size // world.local_size,
+        "nodes": len(set(world.nodes)),
         "global_batch": config.train.global_batch,
         "crop": config.data.crop,
         "data": config.data.train,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "dali": nvidia.dali.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "dali": versions_of_training()["DALI"],
+        },
     }
 
 

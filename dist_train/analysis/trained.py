@@ -71,7 +71,9 @@ def device_option() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UsageError(str(error).replace("train.device", "--device")) from error
+        raise UsageError(
+            str(error).replace("--train.device", "--device").replace("train.device", "--device")
+        ) from error
 
 
 def open_run(

@@ -3,12 +3,13 @@
     {"time": 1767323045.2, "event": "start", "start": "20260102-...", ...}
 
 start        a start has claimed the run: step, checkpoint that it resumes from ("" at the beginning), nodes,
-             world_size, device, versions, code, job (Slurm's number), restart (number of restarts by torchrun or
-             Slurm), pid
+             world_size, device, versions, code (see `code.version`), environment (files: see `environment.py`), job
+             (Slurm's number), restart (number of restarts by torchrun or Slurm), pid
 killed       found by the next start: the previous one (of) ended without notice; its node, last heartbeat, step,
              epoch, and the reason if another process left one
 requeued     Slurm has requeued the job: job, restart
-changed      settings or code differ from the previous start's: step, settings {key: [was, is]}, code [was, is]
+changed      settings or code differ from the previous start's: step, settings {key: [was, is]}, code [was, is]; for
+             code also exact_until: the step after which the bits are not promised to be those of an unchanged code
 division     of the learning rate: step, epoch, lr (the new one), error
 bad_samples  samples that could not be decoded: step, epoch, samples (in all)
 alert        a sentence for the user: step, epoch, sentence

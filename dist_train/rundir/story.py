@@ -14,6 +14,7 @@ from dist_train.rundir import events
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.status import CRASH, OVER
 
+COMPUTES = ("sources", "own")  # hashes of the modules that compute a run; see `code.version`
 PLACES = ("run.name", "run.root", "run.dir")  # differ if a run is moved, or named by another path
 
 
@@ -36,8 +37,11 @@ def tell_start(run: RunDirectory, before: Mapping[str, Any], config: Config, **s
     if settings := differences(run.earlier, config):
         changed["settings"] = settings
     was, code = last.get("code"), start["code"]
-    if isinstance(was, dict) and was.get("sources") != code["sources"]:
+    if isinstance(was, dict) and [was.get(key) for key in COMPUTES] != [code.get(key) for key in COMPUTES]:
         changed["code"] = [was, code]
+        if start["step"]:
+            changed["exact_until"] = start["step"]
+            run.say(f"the code has changed since the last start: after step {start['step']} the bits may differ")
     if changed:
         run.events.append("changed", step=start["step"], **changed)
 

@@ -29,7 +29,7 @@ from torch import distributed, nn
 from dist_train import __main__, run, train, validate
 from dist_train.monitor import readers
 from dist_train.monitor.reader import Shown
-from dist_train.ranks import launcher, world
+from dist_train.ranks import launcher, peers, world
 from dist_train.rundir import announcement, directory, lease, status, store
 from pipelines.loader import Loader
 from pipelines.manifest import ShardError
@@ -180,7 +180,7 @@ def main() -> int:
     faults.log_steps()
     faults.before(validate.Tally, "add", "validation")
     faults.before(Loader, "_batch", "loader")
-    faults.before(world, "_meet", "meeting")
+    faults.before(peers, "meet", "meeting")
     directory.Store = partial(store.Store, moment=lambda name: faults.reach(f"save:{name}"))  # type: ignore[misc, assignment]
     faults.before(lease.Lease, "holds", "record")  # what stands before every write of the run directory
     readers.READERS["reader"] = partial(Reader, faults)
