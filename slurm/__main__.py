@@ -141,7 +141,6 @@ def _requeue_options(parser: Parser) -> None:
 def _requeue(args: Namespace) -> int:
     """Put a run back into the queue: the same job if Slurm still has it there, otherwise a new one."""
     from dist_train.cli import checked, parse
-    from dist_train.rundir import status
     from slurm import receipts
     from slurm.site import kept
     from slurm.snapshot import beside
@@ -153,10 +152,6 @@ def _requeue(args: Namespace) -> int:
         receipts.check(run)
     for run in runs:
         submission, active = run.last, not cluster.ended(run.last)
-        if not active and status.read(run.directory).get("state") == "done":
-            raise SlurmError(
-                f"{run.name} is done: to train it further, submit its command line again with more --train.epochs"
-            )
         if active and (submission.local or submission.chain):
             where = "runs on this machine" if submission.local else "is in the queue as a chain, which is not requeued"
             raise SlurmError(f"{run.name} {where}: cancel it first")

@@ -392,13 +392,3 @@ def test_a_local_run_ends_with_its_controller(outsider: User) -> None:
     ranks = children(controller)
     os.kill(controller, signal.SIGKILL)
     wait_for(lambda: not any(map(alive, ranks)), 5, "the ranks to leave")
-
-
-@pytest.mark.integration
-def test_a_run_that_is_done_is_not_requeued(outsider: User) -> None:
-    submitted(outsider.run("ended"))
-    (outsider.run("ended") / "status.json").write_text(json.dumps({"state": "done", "heartbeat": time.time()}))
-    said = outsider.slurm("requeue", "ended", "--trust", code=2)
-    assert said == (
-        "error: ended is done: to train it further, submit its command line again with more --train.epochs\n"
-    )
