@@ -37,7 +37,7 @@ def chained(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     dependency = ",".join(filter(None, (options.get("dependency"), "singleton")))
     teardown = [line for line in wanted["teardown"] if "scontrol requeue" not in line]
     teardown[-1:] = [TEARDOWN.replace("REST", REST), teardown[-1]]  # before its exit
-    setup = SETUP.replace("FOLDER", shlex.quote(str(folder))).replace("REST", REST).splitlines()
+    setup = SETUP.replace("REST", REST).replace("FOLDER", shlex.quote(str(folder))).splitlines()
     return wanted | {
         "job_name": f"{wanted['job_name']}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}",
         "additional_parameters": options | {"no-requeue": True, "dependency": dependency},

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,10 @@ class SubmittedRun:
 
     def submission(self) -> Submission | None:
         """Latest submission; None before the first."""
-        return Submission(**read_json(self.job_file)) if self.job_file.exists() else None
+        if not self.job_file.exists():
+            return None
+        names = {one.name for one in fields(Submission)}  # a later program than this copy of the code may have more
+        return Submission(**{name: value for name, value in read_json(self.job_file).items() if name in names})
 
     @property
     def last(self) -> Submission:

@@ -392,3 +392,10 @@ def test_a_local_run_ends_with_its_controller(outsider: User) -> None:
     ranks = children(controller)
     os.kill(controller, signal.SIGKILL)
     wait_for(lambda: not any(map(alive, ranks)), 5, "the ranks to leave")
+
+
+def test_what_a_later_program_has_written_is_read(tmp_path: Path) -> None:
+    """By the copy of the code that a run keeps."""
+    file = submitted(tmp_path) / "job.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fresh": 1}))
+    assert SubmittedRun(tmp_path).last.job == "12"
