@@ -15,6 +15,8 @@ NETS = {
     "alexnet": "dist_train.models.alexnet:AlexNet",
     "alexnet_two_tower": "dist_train.models.two_tower:TwoTowers",
     "alexnet_one_tower": "dist_train.models.alexnet:one_tower",
+    "blog": "dist_train.models.blog:BlogAlexNet",
+    "blog_two_tower": "dist_train.models.blog:BlogTwoTowers",
 }
 PAPER_NETS = ("alexnet", "alexnet_two_tower", "alexnet_one_tower")  # of the fields of ModelConfig, not model.options
 OPTIMIZERS = {
@@ -25,6 +27,7 @@ SCHEDULES = {
     "plateau": "dist_train.schedules:Plateau",
     "milestones": "dist_train.schedules:Milestones",
     "cosine": "dist_train.schedules:Cosine",
+    "blog": "dist_train.schedules:BlogRule",
 }
 
 

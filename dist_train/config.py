@@ -36,7 +36,7 @@ class DataConfig(Augment):
     """Folder that data.source reads, or puts its files in; default: raw beside the sets."""
     inputs: Inputs = "mean_subtracted"
     """Scale of the inputs. The paper only subtracts the mean (section 2), and its weights N(0, 0.01) need inputs of
-    that scale; [-1, 1] is common in re-implementations; standardized also divides by the standard deviation."""
+    that scale; [-1, 1] is common elsewhere; standardized also divides by the standard deviation."""
     shuffle_shards: int = least(1, 16)
     """Shards per block; samples are shuffled within a block."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -60,8 +60,8 @@ class ModelConfig:
 
     name: str = "alexnet"
     """alexnet (the paper's: two towers, as groups), alexnet_two_tower (the same function as two explicit towers),
-    alexnet_one_tower (no groups), torchvision:<name>, or module:name, called as (classes, crop, **options). Every field
-    below except options, outputs and init_from applies only to the alexnet models."""
+    alexnet_one_tower (no groups), blog and blog_two_tower (docs/blog.md), torchvision:<name>, or module:name, called as
+    (classes, crop, **options). Every field below except options, outputs and init_from is only for alexnet models."""
     options: Options = field(default_factory=dict)
     """Arguments of any other net: --model.options.KEY value."""
     hidden: int = least(1, 4096)
@@ -114,7 +114,8 @@ class ScheduleConfig:
     learning rate"; "reduced three times prior to termination"."""
 
     name: str = "plateau"
-    """plateau, milestones, cosine (to 0 at the last epoch), or module:name, called as (**options)."""
+    """plateau, milestones, cosine (to 0 at the last epoch), blog (docs/blog.md), or module:name, called as
+    (**options)."""
     options: Options = field(default_factory=dict)
     """Arguments of a schedule of one's own: --schedule.options.KEY value."""
     factor: float = above(1, 10.0, "the learning rate is divided by it, so above 1")

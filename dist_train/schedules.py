@@ -167,6 +167,39 @@ class Cosine(Schedule):
         return lr * (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
 
 
+class BlogRule(Schedule):
+    """The rule of docs/blog.md: once the summed training loss has been above its minimum for more than ten epochs in a
+    row, every further such epoch divides the learning rate.
+
+    As there, an epoch that equals the minimum ends the row, and a division does not. A minimum that is not a number is
+    replaced after the next epoch; if that one is none either, and so on, nothing is ever divided. The loss is summed
+    over samples here and over the means of batches there, which is the same where all batches are full.
+
+    Attributes:
+        minimum: of the summed training losses.
+        worse: epochs above it in a row.
+        divisions: number of divisions so far.
+    """
+
+    saved = ("minimum", "worse", "divisions")
+    minimum: float = 1e9
+    worse: int = 0
+    divisions: int = 0
+
+    def rate(self, lr: float, epoch: int, step: int, steps: int) -> float:
+        return lr / self.settings.factor**self.divisions
+
+    def end_epoch(self, error: float, loss: float, epoch: int, steps: int) -> float:
+        if not self.minimum < loss:  # also if one of them is not a number
+            self.minimum, self.worse = loss, 0
+            return 1.0
+        self.worse += 1
+        if self.worse <= 10:
+            return 1.0
+        self.divisions += 1
+        return self.settings.factor
+
+
 def build(config: Config) -> Schedule:
     """The schedule called `schedule.name`. Raises UserError if there is none, or if a run could not be continued with
     it."""

@@ -633,7 +633,7 @@ def test_a_run_that_is_all_warm_up() -> None:
     [
         ("plateu", {}, "schedule.name plateu is unknown: did you mean plateau?"),
         ("cosin", {}, "did you mean cosine?"),
-        ("poly", {}, "choose plateau, milestones, cosine, or module:name of your own"),
+        ("poly", {}, "choose plateau, milestones, cosine, blog, or module:name of your own"),
         ("own_code:NoRates", {}, r"failed .*: NotImplementedError: NoRates defines no rate\(lr, epoch, step, steps\)"),
         ("own_code:Holds", {}, "failed .*: TypeError: a checkpoint holds numbers, strings, .* and no type"),
         ("own_code:Slower", {}, r"takes \(parameters, lr, decay=0.0\).*derives from dist_train.schedules.Schedule"),
