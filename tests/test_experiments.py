@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +14,15 @@ import pytest
 from PIL import Image
 
 from dist_train.__main__ import main
-from dist_train.analysis import arms, experiments, tables
+from dist_train.analysis import arms, experiments, recorded, tables
 from dist_train.cli import parse
 from dist_train.config import Config
 from dist_train.packaged import CONFIGS
 from dist_train.rundir.state import Progress
 from tests.helpers.compare import records, status
 
+ROOT = Path(__file__).parent.parent
+RECORDED = ROOT / "docs" / "experiments"
 NAMES = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.sweep"))
 
 
@@ -106,6 +112,60 @@ def test_a_misspelt_option_starts_no_run(sweep: list[str], tmp_path: Path, capfd
     assert not (tmp_path / "runs").exists()
 
 
+def test_images_that_nothing_packs(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An error if the experiment was named; one sentence if it was not, and the others are run."""
+    nowhere = [f"--data.train={tmp_path}/nowhere"]
+    said = f"small is not run: there is no shard set {tmp_path}/nowhere, so pack it: docs/blog.md\n"
+    for words, code in ((sweep, 1), ([word for word in sweep if word != "small"], 0)):
+        assert main([*words, *nowhere]) == code
+        assert said in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDED.glob("*.jsonl")))
+def test_tables_are_drawn_from_the_records(name: str, tmp_path: Path) -> None:
+    """Byte for byte those in docs/experiments, which docs/blog.md shows."""
+    shutil.copy(RECORDED / f"{name}.jsonl", tmp_path)
+    assert main(["experiments", name, "--draw-only", "--root", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
+    possible = [f"{name}.md", f"{name}-columns.md", f"{name}-layers.md"]
+    tables = sorted(table for table in possible if (RECORDED / table).exists())
+    assert sorted(path.name for path in tmp_path.glob("*.md")) == tables
+    page = (RECORDED.parent / "blog.md").read_text()
+    for table in tables:
+        drawn = (tmp_path / table).read_text()
+        assert drawn == (RECORDED / table).read_text()
+        assert drawn in page, table
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_the_blogs_runs_on_a_shortened_budget(shard_sets: Path, tmp_path: Path) -> None:
+    """`make experiments ARGS=blog`, three steps per run, and drawn once more from its own records."""
+    sets = {name: shard_sets / name for name in ("train", "val")}
+    shutil.copytree(shard_sets, tmp_path / "data" / "fashion-mnist")
+    short = " ".join(f"--data.{name} {path}" for name, path in sets.items())
+    given = "blog --seeds 1 --root runs --out drawn"
+    made = make_experiments(tmp_path, f"{given} --train.max_steps 3 --train.global_batch 8 {short}")
+    assert made.returncode == 0, made.stderr
+    first = {path.name: path.read_bytes() for path in (tmp_path / "drawn").iterdir()}
+    assert {"blog.jsonl", "blog.md", "blog.png", "blog-columns.md", "blog-layers.md"} <= first.keys()
+    arms_run = arms.read("blog", 1, tmp_path).trained
+    assert len(first["blog.md"].splitlines()) == len({arm.name for arm in arms_run}) + 2
+    shutil.rmtree(tmp_path / "runs")
+    for path in (tmp_path / "drawn").iterdir():
+        if path.suffix != ".jsonl":
+            path.unlink()
+    assert make_experiments(tmp_path, f"{given} --draw-only").returncode == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "drawn").iterdir()} == first
+
+
+def make_experiments(cwd: Path, arguments: str) -> subprocess.CompletedProcess[str]:
+    venv = Path(sys.executable).parent.parent
+    words = ["make", "-f", str(ROOT / "Makefile"), f"VENV={venv}", f"--old-file={venv}/ready", "experiments"]
+    env = {name: value for name, value in os.environ.items() if "MAKE" not in name} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([*words, f"ARGS={arguments}"], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
 def test_a_source_is_packed_before_the_runs(sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the runs themselves all but one would be refused."""
     order: list[str] = []
@@ -154,8 +214,8 @@ def test_a_running_error_from_windows() -> None:
             {"step": i + many, "train_error": sum(errors[i : i + many]) / many, "machine": {}}
             for i in range(0, 200, many)
         ]
-        found = dict(tables.running_errors(lines))
+        found = dict(recorded.running_errors(lines))
         assert found == pytest.approx({step: means[step - 1] for step in found}, rel=1e-12 if many == 1 else 0.01)
     earlier: list[dict[str, Any]] = [{"step": 1000, "train_error": 0.5}]
-    assert dict(tables.running_errors(earlier)) == {1000: 0.5}, "an earlier program's, which goes on"
-    assert dict(tables.running_errors([*earlier, {"step": 1001, "train_error": 0.0, "machine": {}}]))[1001] > 0.48
+    assert dict(recorded.running_errors(earlier)) == {1000: 0.5}, "an earlier program's, which goes on"
+    assert dict(recorded.running_errors([*earlier, {"step": 1001, "train_error": 0.0, "machine": {}}]))[1001] > 0.48

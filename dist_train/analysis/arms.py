@@ -1,6 +1,8 @@
 """Experiments: a configuration, NAME.yaml, and its arms, NAME.sweep, one line of overrides per run (which
 `python -m slurm submit --array` takes too), each with its name as a comment. An arm runs with several seeds, or with
-the one it gives. `# ensemble of two: NAME` averages the runs of another arm, two by two.
+the one it gives. `# ensemble of two: NAME` averages the runs of another arm, two by two; `# begun below: 0.6` gives the
+training error below which a net has begun to learn; `# columns: ONE, OTHER` puts the arms called "ONE, ..." and "OTHER,
+..." side by side in a table of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dist_train.packaged import CONFIGS
 from pipelines.files import read_text
 
 SWEEPS = CONFIGS / "experiments"
-ENSEMBLE = "# ensemble of two: "
+ENSEMBLE, BEGUN, COLUMNS = "# ensemble of two: ", "# begun below: ", "# columns: "
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,20 @@ class Averaged(NamedTuple):
 
 @dataclass
 class Experiment:
-    """A configuration and its arms; runs lie in `root`."""
+    """A configuration and its arms; runs lie in `root`.
+
+    Attributes:
+        begun: training error below which a net has begun to learn. 0.8 is right twice as often as a guess among ten
+            classes.
+        columns: names that arms begin with, for the table that has them side by side; none for no such table.
+    """
 
     name: str
     config: Path
     root: Path
     arms: list[Arm] = field(default_factory=list)
+    begun: float = 0.8
+    columns: tuple[str, ...] = ()
 
     @property
     def trained(self) -> list[Arm]:
@@ -107,6 +117,10 @@ def read(name: str, seeds: int, root: Path) -> Experiment:
         if line.startswith(ENSEMBLE):
             of = line.removeprefix(ENSEMBLE)
             experiment.arms.append(Arm(f"two of: {of}, averaged", (), tuple(range(seeds)), of))
+        elif line.startswith(BEGUN):
+            experiment.begun = float(line.removeprefix(BEGUN))
+        elif line.startswith(COLUMNS):
+            experiment.columns = tuple(line.removeprefix(COLUMNS).split(", "))
         elif overrides := overrides_of(line, sweep):
             given = [int(value) for word, value in pairwise(overrides) if word == "--train.seed"]
             label = line.rpartition("# ")[2]

@@ -21,10 +21,12 @@ from dist_train.analysis.tables import report
 from dist_train.cli import parse
 from dist_train.config import ConfigError
 from dist_train.rundir import status
+from pipelines.manifest import MANIFEST
 from pipelines.misc import cpus
 from pipelines.resolve import FLAG
 from pipelines.speech import bar, say, show
 
+PAGE = "so pack it: docs/blog.md"
 ENDED = ("done", "diverged")  # a run that diverged is a result
 TRAINER = [sys.executable, "-m", "dist_train"]
 
@@ -45,16 +47,36 @@ class Place(NamedTuple):
 
 
 def start(args: Namespace, experiments: Sequence[Experiment]) -> int:
-    """Run and draw. Returns 0, or 1 if a run failed."""
+    """Run and draw. Returns 0, or 1 if a run failed, or an experiment that was named has no images."""
     failed: list[str] = []
     if not args.draw_only:
-        failed = run_all(experiments, args.rest, args.jobs or torch.cuda.device_count() or cpus())
+        lacking = {experiment.name: text for experiment in experiments if (text := _lacking(experiment, args.rest))}
+        failed = [text for name, text in lacking.items() if name in args.names]
+        for text in lacking.values():
+            if text not in failed:
+                say(text)
+        ready = [experiment for experiment in experiments if experiment.name not in lacking]
+        failed += run_all(ready, args.rest, args.jobs or torch.cuda.device_count() or cpus())
     for experiment in experiments:
-        for path in report(experiment, args.out):
+        drawn = report(experiment, args.out)
+        for path in drawn:
             show(str(path))
+        if not drawn:
+            say(f"{experiment.name}: nothing to draw, since {experiment.root} has no runs and {args.out} no records")
     for failure in failed:
         say(f"error: {failure}")
     return 1 if failed else 0
+
+
+def _lacking(experiment: Experiment, extra: Sequence[str]) -> str:
+    """What is missing if an experiment needs a shard set that is not there and that nothing packs; else empty."""
+    for arm in experiment.trained:
+        with suppress(ConfigError):  # which its run will say
+            config, _ = parse(["--config", str(experiment.config), *arm.overrides, *extra])
+            for path in (config.data.train, config.data.val):
+                if not data.to_pack(config) and not (Path(path) / MANIFEST).exists():
+                    return f"{experiment.name} is not run: there is no shard set {path}, {PAGE}"
+    return ""
 
 
 def run_all(experiments: Sequence[Experiment], extra: Sequence[str], jobs: int) -> list[str]:

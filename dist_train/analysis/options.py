@@ -100,7 +100,11 @@ def experiments(parser: Parser) -> None:
     )
     parser.add_argument("--root", type=Path, default=Path("runs/experiments"), help="directory of the runs")
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="directory of tables and pictures")
-    parser.add_argument("--draw-only", action="store_true", help="run nothing, only draw the results so far")
+    parser.add_argument(
+        "--draw-only",
+        action="store_true",
+        help="run nothing: draw the results so far, or without any the records in OUT",
+    )
 
 
 def speed(parser: Parser) -> None:

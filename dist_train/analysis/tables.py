@@ -1,99 +1,46 @@
-"""Results of an experiment: a table and pictures of its arms, from the records of their runs."""
+"""Results of an experiment: tables and pictures of its arms, from what its runs have recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.analysis.arms import Arm, Experiment
-from dist_train.analysis.trained import read_config
-from dist_train.config import Config
+from dist_train.analysis.recorded import ArmRun, as_file, of_file, of_runs
 from dist_train.pictures.sweeps import PANELS, Curve, Probed, draw_arms, draw_layers, draw_ratios
-from dist_train.probe import stable_lr
-from dist_train.rundir import record, status
-from dist_train.rundir.state import MEMORY
-from pipelines.files import read_json, write_atomically
+from pipelines.files import write_atomically
 from pipelines.png import as_png
 
-# Training error below which a net has begun to learn: right twice as often as a guess among ten classes, which all of
-# configs/experiments have.
-BEGUN = 0.8
-
-
-@dataclass(frozen=True)
-class ArmRun:
-    """One run of an arm: its settings, whether it diverged, and its records."""
-
-    config: Config
-    diverged: bool
-    steps: list[dict[str, Any]]
-    checks: list[dict[str, Any]]
-    probes: list[dict[str, Any]]
-
-    @property
-    def last_step(self) -> int:
-        """The last recorded step; 0 if there is none."""
-        return int(self.steps[-1]["step"]) if self.steps else 0
-
-    def first_below(self, error: float) -> int | None:
-        """First recorded step with a running training error below this one, once that looks back far enough."""
-        means = running_errors(self.steps)
-        return next((step for step, mean in means if step >= MEMORY and mean < error), None)
-
-    def probe(self, step: int) -> dict[str, Any] | None:
-        """Measurements before a step; None if there are none."""
-        return next((probe for probe in self.probes if probe["step"] == step), None)
-
-    def stable_lr(self, probe: dict[str, Any]) -> float | None:
-        """Largest stable learning rate of the last layer; None for optimizers other than SGD."""
-        optim = self.config.optim
-        return stable_lr(probe["curvature"], optim.momentum) if optim.name == "sgd" else None
-
-
-Runs = Mapping[str, Sequence[ArmRun]]  # by the name of the arm
-Errors = Mapping[str, Sequence[float]]  # of validation, of the runs or pairs of each arm
-
-
-def running_errors(steps: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, float]]:
-    """Recorded steps, each with the training error as `Progress.train_error` remembers it, from the means of windows.
-    Older programs recorded that error itself."""
-    mean, before = 0.0, 0
-    for line in steps:
-        step, error = line["step"], line["train_error"]
-        if record.MACHINE in line:
-            many = step - before
-            weight = many / step if step <= MEMORY else 1 - (1 - 1 / MEMORY) ** many
-            mean += (error - mean) * weight
-        else:
-            mean = error
-        before = step
-        yield step, mean
+Runs = Mapping[str, Sequence[ArmRun]]  # by the label of the arm
+FIRST, LAST_HIDDEN = "conv1", "fc7"  # layers of the table of probes
 
 
 def report(experiment: Experiment, out: Path) -> list[Path]:
-    """Write NAME.md and NAME.png, and if layers were probed NAME-outputs.png, NAME-gradients.png and NAME-lr.png.
-    Returns the paths: none if nothing was run."""
-    title = experiment.name
-    runs = {label(experiment, arm): found for arm in experiment.trained if (found := _runs(experiment, arm))}
+    """Write NAME.md, NAME.png and NAME.jsonl; if the sweep has columns NAME-columns.md; if layers were probed
+    NAME-layers.md, NAME-outputs.png, NAME-gradients.png and NAME-lr.png; without runs, from the NAME.jsonl that is
+    there. Returns the paths: none if there is nothing to draw."""
+    title, source = experiment.name, out / f"{experiment.name}.jsonl"
+    found = of_runs(experiment) or of_file(source)
+    runs = {label(experiment, arm): own for arm in experiment.arms if (own := _of(arm, found))}
     if not runs:
         return []
-    errors = {name: [run.checks[-1]["top1_error"] for run in found if run.checks] for name, found in runs.items()}
-    for arm in experiment.ensembles:
-        results = [pair.result for pair in experiment.pairs(arm) if pair.result.exists()]
-        errors[label(experiment, arm)] = [read_json(path)["top1_error"] for path in results]
+    trained = {name: own for name, own in runs.items() if not own[0].averaged}
+    errors = {name: [run.errors[-1] for run in own if run.errors] for name, own in runs.items()}
     curves = {
-        name: [Curve([r["step"] for r in run.steps], [r["loss"] for r in run.steps]) for run in found]
-        for name, found in runs.items()
+        name: [Curve([step.step for step in run.steps], [step.loss for step in run.steps]) for run in own]
+        for name, own in trained.items()
     }
-    files = {f"{title}.md": table(runs, errors).encode()}
-    files[f"{title}.png"] = as_png(draw_arms(curves, errors, title, _batches(runs)))
-    if probed := {name: found[0] for name, found in runs.items() if found[0].probes}:
+    files = {source.name: as_file(found), f"{title}.md": table(runs, experiment.begun).encode()}
+    if experiment.columns:
+        files[f"{title}-columns.md"] = side_by_side(trained, experiment.columns, experiment.begun).encode()
+    files[f"{title}.png"] = as_png(draw_arms(curves, errors, title, _batches(trained)))
+    if probed := {name: own[0] for name, own in trained.items() if own[0].probes}:
         names, probes = list(probed), measured(list(probed.values()))
+        files[f"{title}-layers.md"] = table_of_layers(probed).encode()
         for picture in PANELS:
             files[f"{title}-{picture}.png"] = as_png(draw_layers(names, probes, picture, title))
         files[f"{title}-lr.png"] = as_png(draw_ratios(names, probes, title))
@@ -110,40 +57,59 @@ def label(experiment: Experiment, arm: Arm) -> str:
     return f"{arm.name}, seed {', '.join(map(str, arm.seeds))}"
 
 
-def table(runs: Runs, errors: Errors) -> str:
-    """Markdown table, one row per arm: the mean over its seeds, with the least and the greatest in brackets."""
-    every = [run for found in runs.values() for run in found]
-    levels = [BEGUN]
-    if stop := max(run.config.train.until_error for run in every):
+def _of(arm: Arm, runs: Sequence[ArmRun]) -> list[ArmRun]:
+    return [run for run in runs if run.arm == arm.name and run.seed in arm.seeds]
+
+
+def table(runs: Runs, begun: float) -> str:
+    """Markdown table, one row per arm: the mean over its seeds, with the least and the greatest in brackets.
+
+    Args:
+        begun: training error below which a net has begun to learn.
+    """
+    levels = [begun]
+    if stop := max(run.until_error for own in runs.values() for run in own):
         levels.append(stop)
-    probed = sorted({probe["step"] for run in every for probe in run.probes})
     head = ["arm", "runs", f"training error below {levels[0]:.0%} at step"]
     head += [f"below {level:.0%} at step" for level in levels[1:]]
     head += ["top-1 error, validation", "steps"]
-    head += [f"largest stable lr at step {step}" for step in probed]
-    rows = [_row(name, runs.get(name, ()), values, levels, probed) for name, values in errors.items()]
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return _markdown(head, [_row(name, own, levels) for name, own in runs.items()])
 
 
-def _row(
-    name: str, runs: Sequence[ArmRun], errors: Sequence[float], levels: Sequence[float], probed: Sequence[int]
-) -> list[str]:
-    outcomes = []
-    if errors:
-        outcomes.append(_span(errors, "{:.2%}".format))
+def side_by_side(runs: Runs, columns: Sequence[str], begun: float) -> str:
+    """Markdown table with a column for each beginning of the arms' names, and a row for each of their ends. A cell has
+    the outcome of each run of an arm."""
+    found = {tuple(name.split(", ", 1)): own for name, own in runs.items() if name.split(", ", 1)[0] in columns}
+    ends = [end for end in dict.fromkeys(name[-1] for name in found) if all((one, end) in found for one in columns)]
+    cells = [["; ".join(_outcome(run, begun) for run in found[column, end]) for column in columns] for end in ends]
+    return _markdown(["", *columns], [[end, *row] for end, row in zip(ends, cells, strict=True)])
+
+
+def _outcome(run: ArmRun, begun: float) -> str:
+    """Whether a run has begun to learn, and how far it has come."""
+    step = run.first_below(begun)
+    how = "diverged" if run.diverged else f"begins at step {step}" if step else "does not begin"
+    error = f", error {run.errors[-1]:.1%}" if run.errors else ""
+    return f"{how}; after {run.last_step}{error}" if step else f"{how} in {run.last_step} steps{error}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *rows])
+
+
+def _row(name: str, runs: Sequence[ArmRun], levels: Sequence[float]) -> list[str]:
+    errors = [run.errors[-1] for run in runs if run.errors]
+    if runs[0].averaged:
+        return [name, str(len(runs)), *[""] * len(levels), _span(errors, "{:.2%}".format), ""]
+    outcomes = [_span(errors, "{:.2%}".format)] if errors else []
     if diverged := sum(run.diverged for run in runs):
         outcomes.append(f"{diverged} of {len(runs)} diverged")
-    row = [name, str(len(runs) or len(errors))]
-    row += [_when(runs, level) for level in levels]
-    row += ["; ".join(outcomes), _span([run.last_step for run in runs], "{:.0f}".format)]
-    return row + [_stable(runs, step) for step in probed]
+    when = [_when(runs, level) for level in levels]
+    return [name, str(len(runs)), *when, "; ".join(outcomes), _span([run.last_step for run in runs], "{:.0f}".format)]
 
 
 def _when(runs: Sequence[ArmRun], error: float) -> str:
     """First step of the runs with a training error below this one, and how many of them never reached it."""
-    if not runs:
-        return ""
     found = [step for run in runs if (step := run.first_below(error)) is not None]
     steps = _span(found, "{:.0f}".format)
     if len(found) == len(runs):
@@ -152,20 +118,50 @@ def _when(runs: Sequence[ArmRun], error: float) -> str:
     return f"{steps}; {len(runs) - len(found)} of {len(runs)} {never}" if found else never
 
 
-def _stable(runs: Sequence[ArmRun], step: int) -> str:
-    """Largest stable learning rate at a step; empty unless it is known, and finite, for every run."""
-    limits = [run.stable_lr(probe) or 0.0 for run in runs for probe in run.probes if probe["step"] == step]
-    if not limits or not all(0 < limit < float("inf") for limit in limits):
-        return ""
-    return _span(limits, "{:.2g}".format)
-
-
 def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
     """The mean, and if there are several values the least and the greatest."""
     if not values:
         return ""
     mean = show(float(np.mean(values)))
     return mean if len(values) == 1 else f"{mean} ({show(min(values))} to {show(max(values))})"
+
+
+class Column(NamedTuple):
+    """A column of the table of probes: its heading, and its value for a run and what was measured before a step."""
+
+    head: str
+    value: Callable[[ArmRun, dict[str, Any]], float | None]
+
+
+COLUMNS = (
+    Column("loss", lambda _, probe: float(probe["loss"])),
+    Column("largest stable lr", lambda run, probe: run.stable_lr(probe)),
+    Column("signal at fc 7", lambda _, probe: _of_layer(probe, LAST_HIDDEN, "signal")),
+    Column("gradient of conv 1", lambda _, probe: _of_layer(probe, FIRST, "gradient")),
+    Column("dead in fc 7", lambda _, probe: _of_layer(probe, LAST_HIDDEN, "dead")),
+)
+
+
+def table_of_layers(runs: Mapping[str, ArmRun]) -> str:
+    """Markdown table of what was measured before each probed step, of one run per arm; a dash where nothing was."""
+    steps = sorted({probe["step"] for run in runs.values() for probe in run.probes})
+    head = ["arm", *(f"{column.head}, before step {' / '.join(map(str, steps))}" for column in COLUMNS)]
+    rows = []
+    for name, run in runs.items():
+        probes = [run.probe(step) for step in steps]
+        cells = [[_cell(column.value(run, probe) if probe else None) for probe in probes] for column in COLUMNS]
+        rows.append([name, *(" / ".join(cell) if set(cell) != {"-"} else "" for cell in cells)])
+    return _markdown(head, rows)
+
+
+def _of_layer(probe: Mapping[str, Any], layer: str, key: str) -> float:
+    """A quantity of a layer; of one in two towers, the root of the mean of its squares."""
+    found = [values[key] for name, values in probe["layers"].items() if name.rpartition(".")[2] == layer]
+    return float(np.sqrt(np.mean(np.square(found)))) if found else float("nan")
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None or not np.isfinite(value) else f"{value:.2g}"
 
 
 def measured(runs: Sequence[ArmRun]) -> list[Probed]:
@@ -196,17 +192,4 @@ def _ratio(run: ArmRun, probe: dict[str, Any] | None) -> float:
 
 def _batches(runs: Runs) -> str:
     """Images per step, of all arms."""
-    return " or ".join(map(str, sorted({run.config.train.global_batch for found in runs.values() for run in found})))
-
-
-def _runs(experiment: Experiment, arm: Arm) -> list[ArmRun]:
-    """The started runs of an arm."""
-    directories = [arm.run(experiment.root, seed) for seed in arm.seeds]
-    return [_load(path) for path in directories if status.read(path) and (path / "config.yaml").exists()]
-
-
-def _load(directory: Path) -> ArmRun:
-    """The run in a directory. Raises RunError."""
-    records = record.read(directory)
-    steps, checks, probes = ([r for r in records if r["kind"] == kind] for kind in ("step", "validation", "probe"))
-    return ArmRun(read_config(directory), status.read(directory)["state"] == "diverged", steps, checks, probes)
+    return " or ".join(map(str, sorted({run.batch for own in runs.values() for run in own})))
