@@ -79,7 +79,7 @@ docs-check: $(VENV)/ready  ## run the commands of README.md and docs, the slow o
 drills: $(VENV)/ready  ## break runs in every way and print what came of it
 	$(BIN)/python -m pytest -q -s tests/test_drills.py tests/test_failing.py tests/test_leaving.py $(ARGS)
 
-experiments: $(VENV)/ready $(FASHION)/val/manifest.json  ## the paper's own comparisons, and why re-implementations fail: tables and pictures in docs/experiments
+experiments: $(VENV)/ready $(FASHION)/val/manifest.json  ## the paper's own comparisons, and an AlexNet that did not converge: tables and pictures in docs/experiments
 	$(BIN)/python -m dist_train experiments $(ARGS)
 
 bench: $(VENV)/ready  ## what things cost, as ratios within one run; PHOTOS=DIR for real photographs, ARGS="step net" for some tables
