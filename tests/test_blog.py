@@ -221,6 +221,13 @@ def test_what_does_not_fit_is_refused() -> None:
         Config(model=ModelConfig("blog", hidden=512))
 
 
+@pytest.mark.parametrize("wrong", [{"crossings": "papers"}, {"heads": "max"}, {"masks": 3}], ids=str)
+def test_an_option_that_is_none_is_refused(wrong: dict[str, bool | int | float | str]) -> None:
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=rf"model\.options\.{name} is {value}: choose \w+ or \w+$"):
+        models.build(ModelConfig("blog_two_tower", options={**wrong}), classes=10, crop=67)
+
+
 def rates(losses: list[float]) -> list[float]:
     """The learning rate, from 1, after each epoch with these summed training losses."""
     schedule = schedules.build(Config(schedule=ScheduleConfig(name="blog")))

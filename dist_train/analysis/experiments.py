@@ -26,7 +26,6 @@ from pipelines.misc import cpus
 from pipelines.resolve import FLAG
 from pipelines.speech import bar, say, show
 
-PAGE = "so pack it: docs/blog.md"
 ENDED = ("done", "diverged")  # a run that diverged is a result
 TRAINER = [sys.executable, "-m", "dist_train"]
 
@@ -51,10 +50,8 @@ def start(args: Namespace, experiments: Sequence[Experiment]) -> int:
     failed: list[str] = []
     if not args.draw_only:
         lacking = {experiment.name: text for experiment in experiments if (text := _lacking(experiment, args.rest))}
-        failed = [text for name, text in lacking.items() if name in args.names]
-        for text in lacking.values():
-            if text not in failed:
-                say(text)
+        for name, text in lacking.items():
+            failed.append(text) if name in args.names else say(text)
         ready = [experiment for experiment in experiments if experiment.name not in lacking]
         failed += run_all(ready, args.rest, args.jobs or torch.cuda.device_count() or cpus())
     for experiment in experiments:
@@ -75,7 +72,7 @@ def _lacking(experiment: Experiment, extra: Sequence[str]) -> str:
             config, _ = parse(["--config", str(experiment.config), *arm.overrides, *extra])
             for path in (config.data.train, config.data.val):
                 if not data.to_pack(config) and not (Path(path) / MANIFEST).exists():
-                    return f"{experiment.name} is not run: there is no shard set {path}, {PAGE}"
+                    return f"{experiment.name} is not run: there is no shard set {path}, so pack it: docs/blog.md"
     return ""
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_train.config import ConfigError
 from dist_train.models.alexnet import KERNELS, TOWERS, feature_side
 from dist_train.models.lrn import local_response_norm
 
@@ -19,6 +20,7 @@ POOLED = ("conv1", "conv2", "conv5")
 DENSE = ("fc6", "fc7", "fc8")
 # Layers that see both towers: his, and those of figure 2, where the sum of both classifiers is one that sees both.
 CROSSINGS = {"blog": ("conv4", "fc7", "fc8"), "paper": ("conv3", "fc6", "fc7")}
+HEADS, MASKS = ("mean", "sum"), (1, TOWERS)
 
 
 class BlogAlexNet(nn.Module):
@@ -61,6 +63,8 @@ class BlogTwoTowers(nn.Module):
     He calls the layers before each crossing once for each half, on the same inputs. Called once they give both halves
     the same numbers; what differs in training is that each half has its own dropout mask of them (`masks`).
 
+    Raises ConfigError for an option that it does not know.
+
     Args:
         outputs: units of each classifier.
         crop: as for `AlexNet`.
@@ -83,6 +87,10 @@ class BlogTwoTowers(nn.Module):
         masks: Literal[1, 2] = 2,
     ) -> None:
         super().__init__()
+        given = {"crossings": (crossings, tuple(CROSSINGS)), "heads": (heads, HEADS), "masks": (masks, MASKS)}
+        for name, (value, known) in given.items():
+            if value not in known:
+                raise ConfigError(f"model.options.{name} is {value}: choose {' or '.join(map(str, known))}")
         self.crossed, self.heads, self.masks = CROSSINGS[crossings], heads, masks
         self.towers = nn.ModuleDict({str(t): nn.Module() for t in range(TOWERS)})
         self.drop = nn.Dropout(0.5)
