@@ -104,10 +104,10 @@ def test_a_chain_without_progress_is_given_up_after_three_starts(user: User) -> 
 @pytest.mark.slow
 def test_chains_of_one_name_do_not_wait_for_each_other(user: User, tmp_path: Path) -> None:
     """Two runs of one name in different places; singleton goes by the name of the job."""
-    here = submit(user, "twin", 2, "--nodes=1", "--gpus-per-node=1", "--train.epochs=90")
+    here = submit(user, "twin", 2, "--nodes=1", "--gpus-per-node=1", "--train.epochs=9000")
     user.home = tmp_path / "elsewhere"
     user.home.mkdir()
-    there = submit(user, "twin", 2, "--nodes=1", "--gpus-per-node=1", "--train.epochs=90")
+    there = submit(user, "twin", 2, "--nodes=1", "--gpus-per-node=1", "--train.epochs=9000")
     for job in (here[0], there[0]):
         wait_for(lambda job=job: user.cluster.job(job) == "RUNNING", 30, f"job {job} to run")
     assert [user.cluster.job(job) for job in (here[1], there[1])] == ["PENDING"] * 2

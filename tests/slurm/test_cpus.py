@@ -33,7 +33,7 @@ def test_each_task_uses_its_own_cpus(bound: Cluster, tmp_path: Path, shard_sets:
     user = User(tmp_path, bound, shard_sets)
     done = user.start(
         *("submit", "--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1", "--time=30"),
-        *(*user.training, "--run.name=bound", "--train.epochs=90"),
+        *(*user.training, "--run.name=bound", "--train.epochs=9000"),
     )
     said, warned = done.communicate(timeout=200)
     assert done.returncode == 0, warned

@@ -60,7 +60,7 @@ def test_one_run_after_another(user: User) -> None:
 
 def test_cancel_asks_all_at_once_and_ends_what_waits(user: User) -> None:
     lines = [f"--train.seed={seed}" for seed in range(3)]
-    queue = submit(user, lines, "--gpus-per-node=1", "--at-once=2", "--train.epochs=90")
+    queue = submit(user, lines, "--gpus-per-node=1", "--at-once=2", "--train.epochs=9000")
     names = [f"sweep/{seed}-train.seed={seed}" for seed in range(3)]
     ranks = [user.freeze(name, job(user, name), rank=0) for name in names[:2]]
     variables = [Path(f"/proc/{rank}/environ").read_bytes().split(b"\0") for rank in ranks]

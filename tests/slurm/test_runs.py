@@ -178,7 +178,7 @@ def test_nobody_outlives_the_step(user: User) -> None:
             user.told(name, "starting: ")
         os.kill(parent(ranks[0]), signal.SIGKILL)
         wait_for(lambda ranks=ranks: not any(map(alive, ranks)), 5, f"{name} to be over\n{user.log(name)}")
-    job = user.submit("training", f"--exclude={','.join(user.cluster.nodes[:2])}", "--train.epochs=90")
+    job = user.submit("training", f"--exclude={','.join(user.cluster.nodes[:2])}", "--train.epochs=9000")
     user.told("training", " running ")
     ranks = user.processes(job, range(4))
     os.kill(parent(ranks[3]), signal.SIGKILL)
