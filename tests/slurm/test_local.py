@@ -29,7 +29,7 @@ def user(tmp_path: Path, shard_sets: Path) -> User:
 def submit(user: User, lines: list[str], *words: str) -> int:
     """Submits a sweep. Returns the process of its queue."""
     (user.home / "sweep.txt").write_text("\n".join(lines))
-    said = user.slurm("submit", *CPU, "--array=sweep.txt", *words, *user.training)
+    said = user.slurm("submit", *CPU, "--array=sweep.txt", *user.training, *words)
     queue, number = job_of(said).split("_")
     assert number == "0"
     assert [f"job {queue}_{i}: " in said for i in range(len(lines))] == [True] * len(lines)
