@@ -9,10 +9,10 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-from pipelines import kinds, origin
+from pipelines import cli, kinds, origin
 from pipelines.cli import Parser, Verb, as_module, interrupted, natural, positive, run_verb
 from pipelines.errors import SourceError, UsageError, UserError
-from pipelines.files import read_text
+from pipelines.files import read_file, read_text
 from pipelines.folders import PASSED_OVER
 from pipelines.kinds import SIDE_HELP, Kind, SetPlan
 from pipelines.manifest import MANIFEST, Manifest, ShardError
@@ -23,7 +23,7 @@ from pipelines.rows import labels_used, mapped, sides
 from pipelines.scan import REJECTED, reasons
 from pipelines.shards import INDEX, ShardSet
 from pipelines.sources import SOURCES, ImageFolder, Source, looks_like_split
-from pipelines.speech import begin, say, show
+from pipelines.speech import begin, in_line, say, show
 from pipelines.torchvision_sets import is_data_set
 from pipelines.unpacked import pack_command
 
@@ -49,7 +49,7 @@ def pack_options(parser: Parser) -> None:
     parser.add_argument("--quality", type=natural, default=90, help="quality of re-encoded JPEGs, 1 to 95")
     parser.add_argument("--shard-mb", type=float, default=64.0, help="target size of a shard in 10^6 bytes")
     parser.add_argument("--seed", type=natural, default=0, help="seed of the order of the samples in the shards")
-    _workers(parser)
+    _decoding(parser)
 
 
 def start_pack(args: Namespace) -> int:
@@ -58,7 +58,7 @@ def start_pack(args: Namespace) -> int:
     kind, planned = _planned(args.source, args.paths)
     side = kind.shorter_side if args.shorter_side is None else args.shorter_side
     enlarge = 0 if args.keep_small else side
-    options = pack.Options(side, args.quality, args.shard_mb, args.seed, args.keep_small)
+    options = pack.Options(side, args.quality, args.shard_mb, args.seed, args.keep_small, *cli.chosen_limits(args))
     try:
         for one in planned:  # before anything is fetched
             origin.refuse_strangers(one.directory)
@@ -110,7 +110,7 @@ def _already(source: Source, manifest: Manifest, directory: Path, enlarge: int) 
     """Remark on a finished set: that it is packed already, and how a new pack would differ."""
     try:
         least, _ = manifest.sides or sides(mapped(directory / INDEX))
-    except Exception:  # whatever numpy makes of garbage: who opens the set is told
+    except (OSError, ValueError):  # who opens the set is told
         least = enlarge
     missed, extra = origin.not_reached(source, directory)
     changed = origin.newer(source, directory)
@@ -137,7 +137,7 @@ def _without_image(manifest: Manifest, directory: Path) -> list[str]:
     """The classes without a sample."""
     try:
         used = labels_used(mapped(directory / INDEX), len(manifest.classes))
-    except Exception:  # as above
+    except (OSError, ValueError, IndexError):  # as above
         return []
     return [name for name, is_used in zip(manifest.classes, used.tolist(), strict=True) if not is_used]
 
@@ -145,7 +145,7 @@ def _without_image(manifest: Manifest, directory: Path) -> list[str]:
 def index_options(parser: Parser) -> None:
     parser.add_argument("directory", type=Path, help="holds *.tar with jpg, jpeg, png or webp, and cls")
     parser.add_argument("--classes", type=Path, help="text file: one class name per line, in the order of the labels")
-    _workers(parser)
+    _decoding(parser)
 
 
 def start_index(args: Namespace) -> int:
@@ -154,10 +154,9 @@ def start_index(args: Namespace) -> int:
     names = _class_names(args.classes) if args.classes else None
     directory = args.directory
     try:
-        manifest = pack.index(
-            directory, classes=names, split=directory.name or directory.resolve().name, workers=args.workers
-        )
-        rejected = [json.loads(line) for line in (directory / REJECTED).read_bytes().splitlines()]
+        split, allowed = directory.name or directory.resolve().name, cli.chosen_limits(args)
+        manifest = pack.index(directory, classes=names, split=split, workers=args.workers, allowed=allowed)
+        rejected = [json.loads(line) for line in read_file(directory / REJECTED).splitlines()]
         show(_contents(manifest, directory))
         if rejected:
             show(
@@ -187,30 +186,30 @@ def _class_names(path: Path) -> list[str]:
 
 def verify_options(parser: Parser) -> None:
     parser.add_argument("directory", type=Path, help="a shard set")
-    _workers(parser)
+    _decoding(parser)
 
 
 def start_verify(args: Namespace) -> int:
     from pipelines import verify
 
     def tell(problem: verify.Problem) -> None:
-        show(f"{problem['name']}: {problem['reason']}")
+        show(in_line(f"{problem['name']}: {problem['reason']}"))
 
-    if problems := verify.verify(args.directory, workers=args.workers, tell=tell):
+    if problems := verify.verify(args.directory, workers=args.workers, allowed=cli.chosen_limits(args), tell=tell):
         raise ShardError(f"{len(problems)} problems in {args.directory}, listed in {args.directory / QUARANTINE}")
     show(f"{args.directory}: all samples decode, and all hashes and labels are right")
     return 0
 
 
 def preview_options(parser: Parser) -> None:
-    _sizes(parser)
+    cli.view_options(parser)
     parser.add_argument("out", type=Path, help="the PNG to write")
     parser.add_argument("--rows", type=positive, default=6, help="number of samples to draw")
     parser.add_argument("--seed", type=natural, default=0, help="seed of order and augmentation")
 
 
 def start_preview(args: Namespace) -> int:
-    _check_crop(args)
+    cli.check_view(args)
     from pipelines import preview
 
     preview.draw(args.directory, args.out, resize=args.resize, crop=args.crop, rows=args.rows, seed=args.seed)
@@ -219,13 +218,13 @@ def start_preview(args: Namespace) -> int:
 
 
 def bench_options(parser: Parser) -> None:
-    _sizes(parser)
+    cli.view_options(parser)
     parser.add_argument("--batch", type=natural, default=0, help="images per batch; 0: 128, or fewer on a small set")
     parser.add_argument("--read-ms", type=float, default=0.0, help="milliseconds added to each read, as by a slow disk")
 
 
 def start_bench(args: Namespace) -> int:
-    _check_crop(args)
+    cli.check_view(args)
     if not 0 <= args.read_ms < 1e6:
         raise UsageError(f"--read-ms is {args.read_ms:g}: it must be 0 or more milliseconds")
     from pipelines import bench
@@ -234,30 +233,19 @@ def start_bench(args: Namespace) -> int:
     return 0
 
 
-def _workers(parser: Parser) -> None:
+def _decoding(parser: Parser) -> None:
+    cli.limit_options(parser)
     parser.add_argument("--workers", type=positive, default=cpus(), help="number of processes")
-
-
-def _sizes(parser: Parser) -> None:
-    parser.add_argument("directory", type=Path, help="a shard set")
-    parser.add_argument(
-        "--resize", type=positive, default=256, help="shorter side that the crop is cut from, in pixels"
-    )
-    parser.add_argument("--crop", type=positive, default=227, help="side of the net's input, in pixels")
-
-
-def _check_crop(args: Namespace) -> None:
-    if args.crop > args.resize:
-        raise UsageError(f"--crop {args.crop} is larger than --resize {args.resize}: it is cut from that")
 
 
 def _report(manifest: Manifest, directory: Path, more: str = "") -> None:
     """Print the contents of a packed set."""
-    lines = (directory / REJECTED).read_bytes()
+    lines = read_file(directory / REJECTED) if (directory / REJECTED).exists() else b""
     passed_over = lines.count(f'"reason": "{PASSED_OVER}'.encode())
     counts = {"rejected": lines.count(b"\n") - passed_over, "passed over": passed_over}
-    told = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
-    show(_contents(manifest, directory) + (f"; {told}, see {directory / REJECTED}" if told else "") + more)
+    if told := ", ".join(f"{count} {how}" for how, count in counts.items() if count):
+        more = f"; {told}, see {directory / REJECTED}{more}"
+    show(_contents(manifest, directory) + more)
 
 
 def _contents(manifest: Manifest, directory: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pipelines import __version__, speech
 from pipelines.errors import UsageError, UserError
+from pipelines.limits import USUAL, Limits, apply
 from pipelines.opened import raise_limit
 from pipelines.words import instead_of_argument, instead_of_option, instead_of_verb
 
@@ -193,6 +194,21 @@ def natural(text: str) -> int:
     return _at_least(0, text)
 
 
+def limit_options(parser: ArgumentParser) -> None:
+    """Declares the options of `chosen_limits`."""
+    parser.add_argument(
+        "--max-pixels", type=positive, default=USUAL.pixels, metavar="N", help="leave out images of more pixels"
+    )
+    parser.add_argument(
+        "--max-bytes", type=positive, default=USUAL.bytes, metavar="N", help="leave out image files of more bytes"
+    )
+
+
+def chosen_limits(options: Namespace) -> Limits:
+    """The limits that were typed."""
+    return Limits(options.max_pixels, options.max_bytes)
+
+
 def _path(text: str) -> Path:
     """The path with the user's directory for `~`, which a shell leaves as it is in `--out=~/x`."""
     return Path(os.path.expanduser(text))
@@ -225,3 +241,22 @@ def _without_verb(prog: str, verbs: Mapping[str, Verb], argv: Sequence[str]) -> 
     if not argv:
         raise UsageError(f"{prog} needs a verb: one of {', '.join(verbs)}")
     raise UsageError(f"unknown verb {argv[0]}: {instead_of_verb(argv, verbs, prog)}")
+
+
+def view_options(parser: ArgumentParser) -> None:
+    """Declares a shard set, and how its images are shown to a net."""
+    parser.add_argument("directory", type=Path, help="a shard set")
+    parser.add_argument(
+        "--resize", type=positive, default=256, help="shorter side that the crop is cut from, in pixels"
+    )
+    parser.add_argument("--crop", type=positive, default=227, help="side of the net's input, in pixels")
+    parser.add_argument(
+        "--max-pixels", type=positive, default=USUAL.pixels, metavar="N", help="refuse a set with images of more pixels"
+    )
+
+
+def check_view(options: Namespace) -> None:
+    """Applies the limits that were typed. Raises UsageError for sizes that do not go together."""
+    if options.crop > options.resize:
+        raise UsageError(f"--crop {options.crop} is larger than --resize {options.resize}: it is cut from that")
+    apply(Limits(options.max_pixels))

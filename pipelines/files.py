@@ -1,17 +1,29 @@
-"""Files that are never half written; checksums, JSON and JSON lines."""
+"""Writes files, for all packages: never half, and never through a link, which may be a stranger's; checksums, JSON and
+JSON lines."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, BinaryIO
 
 from pipelines.errors import UserError
+
+SPECIAL = "is no file but a pipe, a socket or a device: put the right one there"
+MOST = 1 << 28  # bytes of a file that is read whole
+TEMPORARY = ".tmp"  # ends the names of files that are being written, which begin with a dot
+LEFT = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # such names, as `replacing` gives them
+FORGOTTEN = 3600.0  # seconds without a write, after which nobody writes such a file any more
 
 
 class HeldFile(FileIO):
@@ -21,24 +33,79 @@ class HeldFile(FileIO):
         self.close()
 
 
+class StrangeFile(OSError, UserError):
+    """A path that is not opened, since a stranger may have put there what is there; the message names the remedy."""
+
+    def __str__(self) -> str:
+        return f"{os.fsdecode(self.filename)} {self.strerror}"
+
+
 def no_link(path: str, flags: int) -> int:
-    """Opens a file, but follows no link: somebody else may have put it there. Raises OSError."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """Opens a file for writing, but follows no link, and waits for no pipe. Raises OSError."""
+    try:
+        number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            raise StrangeFile(errno.ELOOP, "is a link, which is not followed: remove it", path) from error
+        if error.errno == errno.ENXIO:
+            raise StrangeFile(errno.EINVAL, SPECIAL, path) from error
+        raise
+    return _checked(number, path)
 
 
-def write_atomically(path: Path, data: bytes, by: str = "", *, durable: bool = True) -> None:
-    """Writes to a temporary file, flushes, renames: after a crash the file is either the old or the new one.
+def regular(path: str, flags: int) -> int:
+    """Opens a file for reading if it is a regular one: a pipe would be waited for, and a device has no end. Raises
+    OSError, without waiting."""
+    return _checked(os.open(path, flags | os.O_NONBLOCK), path)
 
-    Args:
-        by: name of the writer, if several processes may write at once.
-        durable: as for `replacing`.
-    """
-    with replacing(path, by, durable=durable) as file:
+
+def _checked(number: int, path: str) -> int:
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return number
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise StrangeFile(errno.EISDIR, "is a folder: put the right file there", path)
+    raise StrangeFile(errno.EINVAL, SPECIAL, path)
+
+
+def read_file(path: str | bytes | Path, most: int = MOST) -> bytes:
+    """All bytes of a regular file. Raises OSError, also for one of more than `most` bytes."""
+    with open(path, "rb", opener=regular) as file:
+        if os.fstat(file.fileno()).st_size > most:  # it may be a hole, which takes no room on the disk
+            raise StrangeFile(errno.EFBIG, f"has more than {most} bytes: put the right file there", os.fsdecode(path))
+        return file.read()
+
+
+def new_file(path: Path) -> BinaryIO:
+    """Opens a file that is not there yet, for writing. Raises FileExistsError if anything is, be it a link."""
+    return open(path, "xb", opener=no_link)
+
+
+def appended(path: Path) -> HeldFile:
+    """Opens a file for appending, unbuffered. Raises OSError if it is a link."""
+    return HeldFile(path, "ab", opener=no_link)
+
+
+def folder(path: Path) -> None:
+    """Makes a folder, and those above it, if there is none. Raises OSError if it is a link, through which others' files
+    would be written, or removed."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise StrangeFile(errno.ENOTDIR, "is no folder: move it away", str(path))
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise StrangeFile(errno.ELOOP, "is a link, which is not followed: put the folder itself there", str(path))
+
+
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Writes to a temporary file, flushes, renames: after a crash the file is either the old or the new one. A link at
+    `path` is replaced. `durable`: as for `replacing`."""
+    with replacing(path, durable=durable) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path, by: str = "", *, durable: bool = True) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A temporary file next to `path`, written piece by piece; it replaces `path` when the body ends. On failure it is
     removed: it may hold the disk's last free bytes.
 
@@ -46,18 +113,31 @@ def replacing(path: Path, by: str = "", *, durable: bool = True) -> Iterator[Bin
         durable: flush to disk, which takes seconds on a busy file system. Otherwise a power failure may leave neither
             the old file nor the new one.
     """
-    temporary = path.with_name(f".{path.name}{by}.tmp")
+    temporary = path.with_name(f".{path.name}.{token_hex(8)}{TEMPORARY}")
     try:
-        with open(temporary, "wb") as file:
+        with new_file(temporary) as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename == str(temporary):  # which nobody has named
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def sweep(directory: Path, after: float = FORGOTTEN) -> None:
+    """Removes what killed processes were writing into a folder when they ended, so many seconds ago. Links and other
+    files stay."""
+    for path in (path for path in directory.iterdir() if LEFT.fullmatch(path.name)):
+        with suppress(OSError):
+            found = path.lstat()
+            old = time.time() - found.st_mtime >= after
+            if old and stat.S_ISREG(found.st_mode):
+                path.unlink()
 
 
 def as_text(name: str) -> str:
@@ -68,50 +148,40 @@ def as_text(name: str) -> str:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def read_text(path: Path) -> str:
-    """Content of a text file written by a person. Raises UserError if it is not UTF-8."""
+    """Content of a text file that the user has named, be it a pipe of his shell's. Raises OSError, and UserError if it
+    is not UTF-8, or endless."""
+    with open(path, "rb") as file:
+        text = file.read(MOST + 1)
+    if len(text) > MOST:
+        raise UserError(f"{path} has more than {MOST} bytes: name a text file")
     try:
-        return path.read_text(encoding="utf-8")
+        return text.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file in UTF-8 ({error.reason}): save it as UTF-8") from error
 
 
 def read_json(path: Path) -> Any:
     """Value of a JSON file. Raises UserError if it is damaged."""
-    return parsed_json(path, path.read_bytes())
+    return parsed_json(path, read_file(path))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """One object per line; empty if there is no such file. Raises UserError for a damaged line."""
-    return [parsed_json(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
-
-
-def readable_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Objects of a JSONL file, and the numbers, from 1, of its damaged lines; both empty if there is no such file."""
-    found, damaged = list[dict[str, Any]](), list[int]()
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            values = None
-        if isinstance(values, dict):
-            found.append(values)
-        else:
-            damaged.append(number)
-    return found, damaged
+    return [parsed_json(path, line) for line in read_file(path).splitlines()] if path.exists() else []
 
 
 def parsed_json(path: Path, text: bytes) -> Any:
     """JSON value of `text`, which was read from `path`. Raises UserError naming the file if it is damaged."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or move it away") from error
 
 

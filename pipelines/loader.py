@@ -23,7 +23,7 @@ from torch import Tensor
 from pipelines.augment import scale
 from pipelines.dali import DEPTH, Decode, DecodeError, Feed, collect, feed_of, graph
 from pipelines.handover import HandOver
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, ShardError
 from pipelines.misc import ceil_div
 from pipelines.opened import ReadError
 from pipelines.order import Ints, even_split
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 READY = 2  # finished batches queued for the consumer
 SUSPECTS = DEPTH + 2  # steps, from the one being collected, that may have caused an error DALI reports now
+Unreadable = list[ReadError | ShardError]  # why a rank cannot read its samples: empty, or of one error
 Keys = Callable[[int, Ints], Ints]  # (step of the epoch, positions in it) -> one number per position, int64 [n]
 
 
@@ -148,12 +149,12 @@ class Loader:
         return samples
 
     def epoch(
-        self, epoch: int = 0, start: int = 0, keys: Keys | None = None, unread: list[ReadError] | None = None
+        self, epoch: int = 0, start: int = 0, keys: Keys | None = None, unread: Unreadable | None = None
     ) -> Generator[Batch, None, None]:
         """Yields the batches of an epoch from step `start` on, with a number per sample if `keys` is given.
 
         Raises ShardError if a tar is not the indexed one, and ReadError if it cannot be read. With `unread`, the
-        ReadError is appended to it instead and all later batches are NaN, so that a rank stays with the others until
+        error is appended to it instead and all later batches are NaN, so that a rank stays with the others until
         all of them know.
         """
         stop = Event()
@@ -169,7 +170,7 @@ class Loader:
                 self.waited += time.perf_counter() - began
                 if item is None:
                     return
-                if isinstance(item, ReadError) and unread is not None:
+                if isinstance(item, ReadError | ShardError) and unread is not None:
                     unread.append(item)
                     yield from (self._blank(epoch, step) for step in range(start, self.steps))
                     return

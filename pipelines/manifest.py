@@ -6,24 +6,44 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from pipelines.errors import UserError
-from pipelines.files import write_atomically
+from pipelines.files import read_file, write_atomically
+from pipelines.speech import in_line
 from pipelines.unpacked import unpacked
+from pipelines.valid import SHOWN, Count, Finite, Invalid, parsed
 
 VERSION = 1
 MANIFEST = "manifest.json"
-MOST = 1 << 48  # samples or bytes per shard: their sum stays within 64 bits
+LARGEST = 32 << 20  # bytes of a manifest: one of 10^5 shards has 21 MB
+LEAST = 1024  # bytes of a sample: header and data of its image
+CLASSES, SAMPLES = 10**6, 10**8  # classes of a set, and samples of a shard, at most: memory grows with them
+
+Hash = Annotated[str, Field(min_length=64, max_length=64)]
+Level = Annotated[float, Field(ge=0, le=1)]  # for pixels in [0, 1]: a mean, a deviation
+Part = Annotated[float, Field(ge=-1.01, le=1.01)]  # of a vector of length 1; rounded
+Colour = Annotated[list[Level], Field(min_length=3, max_length=3)]
+Vector = Annotated[list[Part], Field(min_length=3, max_length=3)]
 
 
 class ShardError(UserError):
     """An unusable shard set; the message names the file and the remedy."""
+
+
+class Shard(TypedDict):
+    """A shard as the manifest describes it. A dict, since there may be 10^5."""
+
+    name: str
+    samples: Annotated[int, Field(ge=0, le=SAMPLES)]
+    bytes: Count
+    sha256: Hash
+    rows: NotRequired[Count]
 
 
 @dataclass(frozen=True)
@@ -44,17 +64,17 @@ class Manifest:
     """
 
     split: str
-    samples: int
-    classes: list[str]
-    shards: list[dict[str, Any]]
-    index_sha256: str
-    mean: list[float]
-    std: list[float]
-    eigenvalues: list[float]
-    eigenvectors: list[list[float]]
-    stored: dict[str, Any] = field(default_factory=dict)
+    samples: Count
+    classes: Annotated[list[str], Field(max_length=CLASSES)]
+    shards: list[Shard]
+    index_sha256: Hash
+    mean: Colour
+    std: Colour
+    eigenvalues: Colour
+    eigenvectors: Annotated[list[Vector], Field(min_length=3, max_length=3)]
+    stored: dict[str, bool | int | Finite | str] = field(default_factory=dict)
     source: str = ""
-    sides: list[int] = field(default_factory=list)
+    sides: list[Annotated[int, Field(ge=1, le=65535)]] = field(default_factory=list)
     version: int = VERSION
 
     def write(self, directory: Path) -> None:
@@ -75,25 +95,28 @@ class Manifest:
                 f"{directory} has shards but no {MANIFEST}: repeat the pack command to finish an interrupted pack, "
                 f"or run `python -m pipelines index {directory}` on shards of another tool"
             )
+        remedy = f"run `python -m pipelines index {directory}` to rebuild it"
+        text = read_file(path, LARGEST)
         try:
-            body = json.loads(path.read_bytes())
-            foreign = isinstance(body, dict) and "checksum" not in body
+            body = json.loads(text)
+            if not isinstance(body, dict):
+                raise Invalid("it should be an object")
+            foreign, version = "checksum" not in body, body.get("version")
             if not foreign and body.pop("checksum") != _checksum(body):
-                raise ValueError("its checksum does not match")
-            if not foreign and (version := body["version"]) == VERSION:  # another version has other fields
-                known = {f.name for f in fields(Manifest)}
-                manifest = Manifest(**{name: value for name, value in body.items() if name in known})
-                if wrong := next(_wrong(manifest), None):
-                    raise ValueError(f"its {wrong} cannot be right")
+                raise Invalid("its checksum does not match")
+            if not foreign and version == VERSION:  # another version has other fields
+                manifest = parsed(Manifest, text)
+                if wrong := _contradiction(manifest):
+                    raise Invalid(wrong)
                 for shard in manifest.shards:
-                    shard["name"] = os.fsdecode(shard["name"].encode())  # the same name in any locale
+                    if not shard["name"].isascii():
+                        shard["name"] = os.fsdecode(shard["name"].encode())  # the same name in any locale
                 return manifest
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            remedy = f"run `python -m pipelines index {directory}` to rebuild it"
+        except (ValueError, RecursionError) as error:
             raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
         if foreign:
             raise ShardError(f"{path} is another program's: move it away, then make a set here")
-        raise ShardError(f"{path} has format version {version}, this program reads {VERSION}: pack again")
+        raise ShardError(f"{path} has format version {version!r:.{SHOWN}}, this program reads {VERSION}: pack again")
 
 
 def refuse_tar(directory: Path) -> None:
@@ -105,44 +128,21 @@ def refuse_tar(directory: Path) -> None:
         )
 
 
-def _wrong(manifest: Manifest) -> Iterator[str]:
-    """Fields with values that this program never writes. Raises numpy's errors for lists that are not numeric."""
-    for name, kind in (("split", str), ("classes", list), ("index_sha256", str), ("stored", dict), ("source", str)):
-        if type(getattr(manifest, name)) is not kind:
-            yield name
-    if not all(type(name) is str for name in manifest.classes):
-        yield "classes"
-    if not _is_count(manifest.samples):
-        yield "samples"
-    if not (type(manifest.shards) is list and all(map(_is_shard, manifest.shards))):
-        yield "shards"
-    for name, shape in (("mean", (3,)), ("std", (3,)), ("eigenvalues", (3,)), ("eigenvectors", (3, 3))):
-        numbers = np.array(getattr(manifest, name))
-        if numbers.shape != shape or numbers.dtype.kind not in "if" or not np.isfinite(numbers).all():
-            yield name
-    sides = manifest.sides
-    if type(sides) is not list or (
-        sides and not (len(sides) == 2 and all(map(_is_count, sides)) and 0 < sides[0] <= sides[1])
-    ):
-        yield "sides"
-
-
-def _is_shard(shard: Any) -> bool:  # no more checks than needed: there may be 10^5 shards
-    return (
-        type(shard) is dict
-        and type(name := shard.get("name")) is str
-        and name not in ("", ".", "..")
-        and "/" not in name  # must lie in the set
-        and "\0" not in name
-        and type(shard.get("sha256")) is str
-        and _is_count(shard.get("samples"))
-        and _is_count(shard.get("bytes"))
-        and _is_count(shard.get("rows", 0))
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MOST
+def _contradiction(manifest: Manifest) -> str:
+    """How fields that are right by themselves contradict each other; empty if they do not."""
+    names = {shard["name"] for shard in manifest.shards}
+    if len(names) < len(manifest.shards):
+        return "shards has a name twice"
+    together = "".join(names)
+    if names & {"", ".", ".."} or "/" in together or in_line(together) != together:
+        return "shards has a name that is not that of a file in the set"
+    if (total := sum(shard["samples"] for shard in manifest.shards)) != manifest.samples:
+        return f"samples is {manifest.samples}, and the shards have {total}"
+    if any(shard["samples"] * LEAST > shard["bytes"] for shard in manifest.shards):
+        return "shards has one of more samples than its bytes can hold"
+    if manifest.sides and not (len(manifest.sides) == 2 and manifest.sides[0] <= manifest.sides[1]):
+        return "sides should be the least and the largest one"
+    return ""
 
 
 def _checksum(body: dict[str, Any]) -> str:

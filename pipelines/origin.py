@@ -14,16 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.errors import SourceError
-from pipelines.files import write_atomically
+from pipelines.files import read_file, write_atomically
 from pipelines.folders import Found, is_litter
-from pipelines.manifest import MANIFEST, Manifest, ShardError
+from pipelines.limits import USUAL
+from pipelines.manifest import LARGEST, MANIFEST, Manifest, ShardError
 from pipelines.quarantine import QUARANTINE
 from pipelines.rows import mapped
-from pipelines.scan import REJECTED, WORK
+from pipelines.scan import REJECTED
+from pipelines.scanned import WORK
 from pipelines.shards import INDEX
 from pipelines.sources import ImageFolder, Item, Source, called, inventory
+from pipelines.speech import in_line
 
 FILES = "files.npy"  # in a set: the user's files that were packed
+MANY = 10**6  # files of a source
 PACKED = np.dtype([("name", "<u8"), ("size", "<i8")])  # hash of the name; bytes
 # Files of an unfinished set besides shards and hidden ones; and those from before: `slurm submit pack` logs there.
 OURS = {MANIFEST, INDEX, REJECTED, QUARANTINE, FILES}
@@ -88,13 +92,13 @@ def write_files(directory: Path, files: Sequence[Found]) -> None:
 
 def another(source: Source, directory: Path, manifest: Manifest, stored: dict[str, Any]) -> ShardError:
     """The error to raise if a set is not what would be packed now."""
-    was = manifest.stored
+    was, stored = (USUAL.as_options() | options for options in (manifest.stored, stored))
     changed = [name for name in stored if name in was and was[name] != stored[name]]
     if not manifest.source:
         why = "made into a set by `index`"
     elif changed:
         how = " ".join(f"--{name.replace('_', '-')} {was[name]}" for name in changed)
-        why = f"packed with {how} and not {', '.join(str(stored[name]) for name in changed)}"
+        why = f"packed with {in_line(how)} and not {', '.join(str(stored[name]) for name in changed)}"
     elif told := _changes(source, directory):
         why = f"packed before the source changed ({told})"
     else:
@@ -160,14 +164,14 @@ def refuse_inside(directory: Path, source: Source) -> None:
 def refuse_foreign(directory: Path) -> None:
     """Raises ShardError if manifest or index are files of another program."""
     body: Any = {"checksum": ""}
-    with suppress(OSError, ValueError):  # missing, or a damaged one of ours
-        body = json.loads((directory / MANIFEST).read_bytes())
+    with suppress(OSError, ValueError, RecursionError):  # missing, or a damaged one of ours
+        body = json.loads(read_file(directory / MANIFEST, LARGEST))
     if not (isinstance(body, dict) and "checksum" in body):
         raise ShardError(f"{directory / MANIFEST} is another program's: move it away")
     if (directory / INDEX).exists():
         try:
             mapped(directory / INDEX)
-        except Exception as error:  # numpy raises anything on garbage
+        except ValueError as error:
             if not (directory / MANIFEST).exists():
                 raise ShardError(f"{directory / INDEX} is not an index of ours: move it away") from error
 
@@ -179,7 +183,7 @@ def named(classes: Sequence[str]) -> str:
 
 def some(names: Sequence[str]) -> str:
     """The first few of a list of names that may hold thousands."""
-    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+    return ", ".join([*map(in_line, names[:SHOWN]), *(["..."] if len(names) > SHOWN else [])])
 
 
 def _fingerprints(
@@ -201,9 +205,11 @@ def _fingerprints(
 def _changes(source: Source, directory: Path) -> str:
     """How the files of the source differ from those that were packed; empty if that is unknown."""
     try:
-        rows = np.load(directory / FILES)
+        rows = mapped(directory / FILES, PACKED)
+        if len(rows) > MANY + 10 * len(source.files.found if source.files else ()):
+            return ""  # not what was packed from anything like this source
         was = dict(zip(rows["name"].tolist(), rows["size"].tolist(), strict=True))
-    except Exception:  # missing, or garbage, on which numpy raises anything
+    except (OSError, ValueError):  # missing, or garbage
         return ""
     now = {_short(file.name): file for file in source.files.found} if source.files else {}
     sizes = [file.name for key, file in now.items() if was.get(key, file.size) != file.size]

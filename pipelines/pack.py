@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -12,24 +11,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
 import numpy as np
 import webdataset
-from PIL import Image
 
 from pipelines import origin, quarantine
 from pipelines.errors import SourceError, first_line
-from pipelines.files import as_text
-from pipelines.folders import NO_FILE, is_utf8, unreadable
+from pipelines.files import as_text, new_file
+from pipelines.folders import is_utf8
+from pipelines.limits import USUAL, Limits, limited
 from pipelines.manifest import MANIFEST, Manifest, ShardError, refuse_tar
 from pipelines.order import PACK, Ints, even_split, permutation
 from pipelines.parallel import parallel, tick
 from pipelines.rows import HEADER
-from pipelines.scan import WORK, finish, odd_samples, scan_file, scan_shard
+from pipelines.scan import finish, odd_samples, scan_shard
+from pipelines.scanned import WORK, scan_file
 from pipelines.sent import Sent, received, sent
 from pipelines.shards import ShardSet
-from pipelines.sources import Item, Source, called, inventory, to_jpeg
-from pipelines.speech import say
+from pipelines.sources import Item, Source, inventory, jpeg_of
+from pipelines.speech import in_line, say
 from pipelines.tars import passed_over
 from pipelines.unfinished import Work, working_folder
 from pipelines.unpacked import unpacked
@@ -49,6 +51,7 @@ class Options:
         shard_mb: target size of a shard, in 10^6 bytes.
         seed: seed of the order in which samples are packed.
         keep_small: images with a smaller shorter side keep their size.
+        max_pixels, max_bytes: as in `Limits`.
     """
 
     shorter_side: int = 256
@@ -56,12 +59,31 @@ class Options:
     shard_mb: float = 64.0
     seed: int = 0
     keep_small: bool = False
+    max_pixels: int = USUAL.pixels
+    max_bytes: int = USUAL.bytes
 
     def __post_init__(self) -> None:
         for name, low, high in (("shorter_side", 0, 65535), ("quality", 1, 95), ("shard_mb", 0.01, 1e6)):
             if not low <= getattr(self, name) <= high:
                 option = name.replace("_", "-")
                 raise SourceError(f"--{option} is {getattr(self, name)}: it must lie between {low} and {high:g}")
+
+    @property
+    def image(self) -> tuple[int, int, bool]:
+        """What `to_jpeg` is given."""
+        return self.shorter_side, self.quality, self.keep_small
+
+    @property
+    def limits(self) -> Limits:
+        """How large an image may be."""
+        return Limits(self.max_pixels, self.max_bytes)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What determines the bytes of a set, for its manifest: limits only if they are not the usual ones, so that
+        sets of versions without them count as finished."""
+        usual = USUAL.as_options()
+        return {name: value for name, value in vars(self).items() if value != usual.get(name)}
 
 
 def pack(source: Source, directory: Path, options: Options, *, split: str, workers: int) -> Manifest:
@@ -75,9 +97,9 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
         return manifest
     origin.refuse_strangers(directory, source)
     split = as_text(split)
-    plan = origin.fingerprints(source, directory, vars(options), split)
+    plan = origin.fingerprints(source, directory, options.stored, split)
     origin.refuse_inside(directory, source)
-    with working_folder(directory, plan, Work.PACK):
+    with limited(options.limits), working_folder(directory, plan, Work.PACK):
         if manifest := finished(source, directory, options, split=split):  # by another process in the meantime
             return manifest
         tasks = _tasks(source, directory, options)
@@ -86,7 +108,7 @@ def pack(source: Source, directory: Path, options: Options, *, split: str, worke
             origin.write_files(directory, source.files.found)
         tars = [task.path for task in tasks]
         classes, rejected = list(source.classes), list(source.rejected)
-        return finish(directory, tars, classes, split, vars(options), plan.fingerprint, rejected)
+        return finish(directory, tars, classes, split, options.stored, plan.fingerprint, rejected)
 
 
 def finished(source: Source, directory: Path, options: Options, *, split: str) -> Manifest | None:
@@ -98,7 +120,7 @@ def finished(source: Source, directory: Path, options: Options, *, split: str) -
     """
     if not (directory / MANIFEST).exists():
         return None
-    manifest, stored, split = Manifest.read(directory), vars(options), as_text(split)
+    manifest, stored, split = Manifest.read(directory), options.stored, as_text(split)
     known = manifest.source in origin.fingerprints(source, directory, stored, split).counts
     if not known and not origin.packed_earlier(source, manifest, stored, split):
         raise origin.another(source, directory, manifest, stored)
@@ -113,9 +135,9 @@ def pack_share(
     if finished(source, directory, options, split=split):
         return
     origin.refuse_strangers(directory, source)
-    plan = origin.fingerprints(source, directory, vars(options), as_text(split))
+    plan = origin.fingerprints(source, directory, options.stored, as_text(split))
     origin.refuse_inside(directory, source)
-    with working_folder(directory, plan, Work.SHARE):
+    with limited(options.limits), working_folder(directory, plan, Work.SHARE):
         tasks = _tasks(source, directory, options)
         low, high = even_split(len(tasks), *share)
         tasks = tasks[low:high]
@@ -123,30 +145,36 @@ def pack_share(
         parallel(_pack_shard, tasks, workers=workers, images=images, label=f"pack {split} {share[0] + 1}/{share[1]}")
 
 
-def index(directory: Path, *, classes: Sequence[str] | None, split: str, workers: int) -> Manifest:
+def index(
+    directory: Path, *, classes: Sequence[str] | None, split: str, workers: int, allowed: Limits = USUAL
+) -> Manifest:
     """Makes manifest and index for tars of another tool, or remakes those of a set of ours.
 
     Args:
         classes: class names in the order of their labels; None: those of an existing manifest, or the numbers
             themselves.
+        allowed: how large an image may be.
     """
     refuse_tar(directory)
     origin.refuse_foreign(directory)
     tars = sorted(tar for tar in directory.glob("*.tar") if tar.is_file() and not tar.name.startswith("."))
     if passed := passed_over(directory, tars):
-        say(f"{directory}: only uncompressed *.tar files directly in it are indexed, not {passed}")
+        say(f"{directory}: only uncompressed *.tar files directly in it are indexed, not {in_line(passed)}")
     if not tars and any(inside.is_dir() for inside in directory.glob("[!.]*")):
         raise ShardError(unpacked(directory))
     if not tars:
         raise ShardError(f"no shards in {directory}: expected uncompressed *.tar files of WebDataset samples")
-    if strange := [name for name in (os.fsencode(tar.name) for tar in tars) if not is_utf8(name)]:
-        raise ShardError(f"the tar {strange[0]!r} in {directory} has a name that is not UTF-8: rename it")
+    if strange := [tar.name for tar in tars if not is_utf8(os.fsencode(tar.name)) or in_line(tar.name) != tar.name]:
+        name = os.fsencode(strange[0])
+        raise ShardError(f"the tar {name!r} in {directory} has a name that is not UTF-8, or not in one line: rename it")
     if classes is None:
         classes = _known_names(directory)
     # 2: scans of earlier versions did not turn images.
     plan = json.dumps([2] + [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in tars])
+    if allowed != USUAL:
+        plan += str(tuple(allowed))
     fingerprint = hashlib.sha256(plan.encode()).hexdigest()
-    with working_folder(directory, origin.Fingerprints(fingerprint), Work.INDEX):
+    with limited(allowed), working_folder(directory, origin.Fingerprints(fingerprint), Work.INDEX):
         parallel(_index_shard, tars, workers=workers, images=None, label=f"index {split}")
         odd = np.array(odd_samples(tars), np.int64)
         manifest = finish(directory, tars, classes, as_text(split), {}, "", [])
@@ -200,12 +228,12 @@ def _pack_shard(task: _Shard) -> None:
             tick()
         return
     source, rejected = received(task.source), []
-    temporary = task.path.parent / WORK / f"{task.path.name}.{os.getpid()}"
-    with _named(temporary), open(temporary, "wb") as file:
+    temporary = task.path.parent / WORK / f"{task.path.name}.{token_hex(8)}"
+    with _named(temporary), new_file(temporary) as file:
         with webdataset.TarWriter(file, mtime=0) as tar:  # an integer: a float would add a PAX header to each member
             for key, item in task.samples:
                 try:
-                    jpeg = _jpeg(source, item, task.options)
+                    jpeg = jpeg_of(source, item, *task.options.image)
                 except SourceError:
                     raise
                 except Exception as error:  # decoders raise anything on garbage
@@ -227,23 +255,6 @@ def _named(path: Path) -> Iterator[None]:
         if error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-
-
-def _jpeg(source: Source, item: Item, options: Options) -> bytes:
-    """JPEG bytes of an item. Raises SourceError if a file exists but cannot be read: that may be temporary and says
-    nothing about the image. Raises anything that decoders raise on garbage."""
-    try:
-        data = source.load(item.reference)
-    except OSError as error:
-        if error.errno and (error.errno == errno.ENOENT or error.errno not in NO_FILE):  # it was there when listed
-            raise unreadable(os.fsencode(error.filename or item.name), "file", error) from error
-        raise
-    if not isinstance(data, bytes | Image.Image):
-        raise SourceError(
-            f"{called(source)}.load returned an object of type {type(data).__qualname__} for {item.name}: it returns "
-            f"the bytes of an image file, or a PIL image"
-        )
-    return to_jpeg(data, options.shorter_side, options.quality, options.keep_small)
 
 
 def _index_shard(path: Path) -> None:
@@ -271,7 +282,7 @@ def _shard_count(source: Source, trial: list[Item], total: int, options: Options
     sizes, last = list[int](), ""
     for item in trial:
         try:
-            sizes.append(len(_jpeg(source, item, options)))
+            sizes.append(len(jpeg_of(source, item, *options.image)))
         except SourceError:  # a guess without it could give a later start another number of shards, mixing two packs
             raise
         except Exception as error:  # it is rejected and reported when it is packed

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
+from pipelines.limits import Limits, apply, limits
 from pipelines.speech import bar
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images
     if _found_first(work.__module__):
         context.set_forkserver_preload([work.__module__])  # import it once, not once per worker: it takes seconds
     count = context.Value("q", 0)
-    pool = ProcessPoolExecutor(max(1, min(workers, len(tasks))), context, _start, (count,))
+    pool = ProcessPoolExecutor(max(1, min(workers, len(tasks))), context, _start, (count, limits()))
     try:
         with bar(images, label, "img", lines=True) as shown:
             futures = [pool.submit(work, task) for task in tasks]
@@ -82,9 +83,10 @@ def _place_socket() -> None:
             tempfile.tempdir = usual
 
 
-def _start(count: Any) -> None:
+def _start(count: Any, chosen: Limits) -> None:
     global _count
     _count = count
+    apply(chosen)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd EXIF blocks, amid the bar
     Thread(target=_leave_with_parent, daemon=True).start()

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.augment import Augment, without_chance
 from pipelines.dali import Decode
+from pipelines.errors import first_line, of_the_system
+from pipelines.files import write_atomically
+from pipelines.limits import Limits, limited
 from pipelines.loader import Loader
+from pipelines.manifest import ShardError
 from pipelines.order import Ints
+from pipelines.pillow import guarded, opened, upright_rgb
 from pipelines.plan import TrainingPlan
 from pipelines.png import as_png, fit
 from pipelines.shards import ShardSet
-from pipelines.sources import upright_rgb
 
 VERSIONS = 5  # per image
 LOOKED_AT = 10_000  # samples searched for different classes: the set may have a billion
@@ -51,7 +53,7 @@ def draw(directory: Path, out: Path, *, resize: int, crop: int, rows: int, seed:
     """Write the picture of `shown_figure` for a set. Raises ShardError, OSError."""
     figure = shown_figure(ShardSet(directory), Augment(resize, crop), rows=rows, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(as_png(figure, dpi=figure.dpi))
+    write_atomically(out, as_png(figure, dpi=figure.dpi))
 
 
 def shown_figure(shards: ShardSet, augment: Augment, *, rows: int, seed: int, threads: int = 0) -> Figure:
@@ -112,6 +114,17 @@ def _told(augment: Augment) -> str:
 
 
 def decoded(shards: ShardSet, sample: int) -> Pixels:
-    """The whole image of a sample, as it is shown: uint8 [height, width, 3]."""
-    image = Image.open(BytesIO(shards.read(sample).tobytes()))
-    return np.asarray(upright_rgb(image) if shards.turned else image.convert("RGB"))
+    """The whole image of a sample, as it is shown: uint8 [height, width, 3]. Raises ShardError if it cannot be decoded,
+    or has more pixels than the index says."""
+    (row,) = shards.rows(np.array([sample]))
+    try:
+        with limited(Limits(int(row["width"]) * int(row["height"]), int(row["size"]))), guarded():
+            image = opened(shards.read(sample).tobytes())
+            return np.asarray(upright_rgb(image) if shards.turned else image.convert("RGB"))
+    except Exception as error:  # decoders raise anything on garbage
+        if of_the_system(error):
+            raise
+        raise ShardError(
+            f"{shards.name(sample)} cannot be shown ({first_line(error)}): run `python -m pipelines verify "
+            f"{shards.directory}`, and it is left out"
+        ) from error

@@ -61,15 +61,20 @@ def check(key: str, name: str, table: Table) -> None:
             f"{key} {name} is no module:name: write the module as Python imports it, and one of its names, such as "
             f"{path or 'my_module'}:{attribute.partition(':')[0].strip(' .') or 'make'}"
         )
-    if name not in _trusted:
-        raise NameProblem(
-            f"{key} {name} comes from a run directory, or an included file, and is code: if you trust its author, "
-            f"add {FLAG}"
-        )
+    check_trust(key, name)
     if find_spec(module.partition(".")[0]) is None:  # imports nothing
         raise NameProblem(
             f"{key} {name}: there is no module {module} in {Path.cwd()} or on PYTHONPATH: start where it lies, or add "
             f"its folder to PYTHONPATH"
+        )
+
+
+def check_trust(key: str, name: str) -> None:
+    """Raises NameProblem for a `module:name` that nobody has trusted."""
+    if is_code(name) and name not in _trusted:
+        raise NameProblem(
+            f"{key} {name} comes from a run directory, or an included file, and is code: if you trust its author, "
+            f"add {FLAG}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.errors import first_line
+from pipelines.files import regular
+
 HEADER = 512  # bytes of the ustar header directly before each member's data
 NAME = 100  # its first field: the name
 SIZE = slice(124, 136)  # its size field, in octal
+LARGEST = 1 << 32  # pixels that two sides of 16 bits can have
+TOO_LARGE = "pixels of max_pixels"  # in the reason why a row is none
 CHUNK = 1 << 20  # rows per pass when all rows are scanned
 
 # One sample: place of its image in the shard, sides, label, and the CRC-32 of its member name and of its bytes.
@@ -31,12 +37,22 @@ SAMPLE = np.dtype(
 Rows = NDArray[Any]  # SAMPLE [n]
 
 
-def mapped(path: Path) -> Rows:
-    """Rows of an index, memory-mapped: nothing is read yet. Raises ValueError, and anything numpy raises on garbage."""
-    rows: Rows = np.load(path, mmap_mode="r").view(np.ndarray)
-    if rows.dtype != SAMPLE:
-        raise ValueError("it holds something else")
-    return rows
+def mapped(path: Path, kind: np.dtype[Any] = SAMPLE) -> Rows:
+    """Array of records as `np.save` writes it, memory-mapped: nothing is read yet but its header, of at most 64 kB.
+    Raises ValueError if the file is not exactly that, and OSError."""
+    with open(path, "rb", opener=regular) as file:
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("its header is none that this program writes")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # numpy raises anything on garbage
+            raise ValueError(first_line(error)) from error
+        if dtype != kind or len(shape) != 1:
+            raise ValueError("it holds something else")
+        begin, there = file.tell(), file.seek(0, os.SEEK_END)
+        if there != begin + shape[0] * kind.itemsize:
+            raise ValueError(f"it has {there} bytes, which are not those of {shape[0]} rows")
+        return np.memmap(file, kind, "r", begin, shape).view(np.ndarray) if shape[0] else np.empty(0, kind)
 
 
 def is_header(header: bytes, name: int, size: int) -> bool:
@@ -55,7 +71,7 @@ def checksum(rows: Rows) -> int:
 
 
 def fault(
-    rows: Rows, tar_bytes: int | NDArray[np.uint64], classes: int, sides: Sequence[int]
+    rows: Rows, tar_bytes: np.uint64 | NDArray[np.uint64], classes: int, sides: Sequence[int], pixels: int = LARGEST
 ) -> tuple[int, str] | None:
     """Position of the first row that cannot be right and the reason, or None.
 
@@ -63,11 +79,12 @@ def fault(
         tar_bytes: size of the tar that the rows point into, or one size per row.
         classes: number of classes.
         sides: least and largest allowed shorter side of an image, or empty.
+        pixels: of an image, at most.
     """
-    behind = rows["offset"] + rows["size"]
     checks = {
-        "lies outside the tar": (rows["offset"] >= HEADER) & (rows["offset"] < behind) & (behind <= tar_bytes),
+        "lies outside the tar": inside(rows, tar_bytes),
         "has no pixels": (rows["width"] > 0) & (rows["height"] > 0),
+        f"has more than the {pixels} {TOO_LARGE}": rows["width"].astype(np.uint64) * rows["height"] <= pixels,
         f"has a label out of range for {classes} classes": (rows["label"] >= 0) & (rows["label"] < classes),
     }
     if len(sides):  # they decide whether images are resized
@@ -75,6 +92,13 @@ def fault(
         shorter = np.minimum(rows["width"], rows["height"])
         checks["has other sides than the manifest says"] = (least <= shorter) & (shorter <= largest)
     return next(((int(good.argmin()), reason) for reason, good in checks.items() if not good.all()), None)
+
+
+def inside(rows: Rows, tar_bytes: np.uint64 | NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each row is a place behind a header in a tar of this size, bool [n]."""
+    behind = rows["offset"] + rows["size"]
+    found: NDArray[np.bool_] = (rows["offset"] >= HEADER) & (rows["offset"] < behind) & (behind <= tar_bytes)
+    return found
 
 
 def top_label(rows: Rows) -> int:

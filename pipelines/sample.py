@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from io import BytesIO
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from PIL import Image
 
+from pipelines.limits import limits
+from pipelines.pillow import ORIENTATION, guarded, opened, upright_rgb
 from pipelines.rows import HEADER, NAME
 from pipelines.shards import IMAGES
-from pipelines.sources import ORIENTATION, upright_rgb
 
 # Formats that DALI decodes on both CPU and GPU, whatever the file extension.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
 LARGEST = 65535  # pixels per side that fit into SAMPLE
+LABEL = 64  # bytes of a class number, with the space around it
 
 
 class Sample(NamedTuple):
@@ -34,6 +35,7 @@ class Sample(NamedTuple):
     plain: bool
 
 
+@guarded()
 def read_sample(file: Any, members: dict[str, Any], *, turn: bool = True) -> Sample:
     """Reads and decodes one sample. Raises ValueError and Pillow's errors.
 
@@ -43,15 +45,18 @@ def read_sample(file: Any, members: dict[str, Any], *, turn: bool = True) -> Sam
     member = next((members[ext] for ext in IMAGES if ext in members), None)
     if member is None or "cls" not in members:
         raise ValueError(f"needs one of {', '.join(IMAGES)} and cls, has {', '.join(members)}")
+    if (size := members["cls"].size) > LABEL:
+        raise ValueError(f"its cls has {size} bytes, and a class number at most {LABEL}")
     file.seek(members["cls"].offset_data)
-    text = file.read(members["cls"].size).strip()[:20]  # digits; no valid label has 20
+    text = file.read(size).strip()[:20]  # digits; no valid label has 20
     if not text.isdigit() or (label := int(text)) >= 1 << 31:
         raise ValueError(
             f"label {text.decode('ascii', 'backslashreplace')} is not a class number: for classes by name pack folders"
         )
+    limits().check_bytes(member.size)
     file.seek(member.offset_data - HEADER)
     header, data = file.read(HEADER), file.read(member.size)
-    image = Image.open(BytesIO(data))
+    image = opened(data)
     if image.format not in FORMATS:
         raise ValueError(f"is a {image.format} image: pack it from a folder, or write it as JPEG, PNG or WebP")
     if max(image.size) > LARGEST:

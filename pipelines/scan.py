@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 
 from pipelines import quarantine
 from pipelines.errors import first_line, of_the_system
-from pipelines.files import as_text, jsonl, replacing, sha256, write_atomically
-from pipelines.manifest import Manifest, ShardError
+from pipelines.files import as_text, jsonl, regular, replacing, sha256, write_atomically
+from pipelines.manifest import Manifest, Shard, ShardError
 from pipelines.parallel import tick
+from pipelines.pillow import strips
 from pipelines.quarantine import QUARANTINE
-from pipelines.rows import SAMPLE, checksum, sides, top_label
+from pipelines.rows import SAMPLE, Rows, checksum, sides, top_label
 from pipelines.sample import LARGEST, read_sample
+from pipelines.scanned import Scan, read_scan, rows_file, rows_of, scan_file
 from pipelines.shards import IMAGES, INDEX, TURNED
-from pipelines.speech import say
+from pipelines.speech import in_line, say
 from pipelines.tars import tar_samples
 
-WORK = ".pack"  # in an unfinished set: the plan, and the scan of each finished shard
 REJECTED = "rejected.jsonl"
 # Without names, more classes than both limits are not believed: such labels are ids.
 MANY, PER_SAMPLE = 1000, 10  # classes; classes per sample
@@ -47,7 +48,7 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
     def left(name: str, reason: str) -> None:
         rejected.append({"file": f"{path.name}/{name}", "reason": reason})
 
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         for key, members in tar_samples(path, left):
             repeats, last = repeats + (key == last), key
             try:
@@ -62,15 +63,16 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
                 turned += lies
                 for extension in [e for e in IMAGES if e in members][1:]:
                     left(members[extension].name, "another image of the same key is used")
-                flat = np.asarray(image, np.float64).reshape(-1, 3)  # sums of integers below 2^53: exact in any order
-                pixels += len(flat)
-                total += flat.sum(0)
-                products += flat.T @ flat
+                pixels += image.width * image.height
+                for _, strip in strips(image):
+                    flat = strip.astype(np.float64).reshape(-1, 3)  # sums of integers below 2^53: exact in any order
+                    total += flat.sum(0)
+                    products += flat.T @ flat
             if count:
                 tick()
     data = BytesIO()
     np.save(data, np.array(rows, SAMPLE))
-    write_atomically(_rows_file(path), data.getvalue())
+    write_atomically(rows_file(path), data.getvalue())
     shard = {"name": as_text(path.name), "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)}
     scan = {
         "shard": shard,
@@ -83,28 +85,19 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
     write_atomically(scan_file(path), json.dumps(scan, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
-def scan_file(path: Path) -> Path:
-    """Path of a shard's scan while its set is unfinished. It is written last: if it exists, so does the shard."""
-    return path.parent / WORK / f"{path.name}.json"
-
-
-def _rows_file(path: Path) -> Path:
-    return path.parent / WORK / f"{path.name}.npy"
-
-
 def odd_samples(tars: Sequence[Path]) -> list[int]:
     """Sample numbers of a set that are not plain, from the scans of its tars."""
     found, first = list[int](), 0
-    for scan in (json.loads(scan_file(tar).read_bytes()) for tar in tars):
-        found += [first + row for row in scan["odd"]]
-        first += scan["shard"]["samples"]
+    for scan in map(read_scan, tars):
+        found += [first + row for row in scan.odd]
+        first += scan.shard["samples"]
     return found
 
 
 def reasons(rejected: Sequence[dict[str, str]]) -> str:
     """The most frequent reasons with their counts, as text."""
     counts = Counter(line["reason"] for line in rejected).most_common()
-    told = [f"{reason} ({count})" for reason, count in counts[:REASONS]]
+    told = [f"{in_line(reason)} ({count})" for reason, count in counts[:REASONS]]
     more = sum(count for _, count in counts[REASONS:])
     return "; ".join(told + [f"other reasons ({more})"] * bool(more))
 
@@ -127,19 +120,19 @@ def finish(
 
     Raises ShardError if no usable image is left, or if a label has no name.
     """
-    scans = [json.loads(scan_file(tar).read_bytes()) for tar in tars]
-    rejected = rejected + [line for scan in scans for line in scan["rejected"]]
+    scans = [read_scan(tar) for tar in tars]
+    rejected = rejected + [line for scan in scans for line in scan.rejected]
     write_atomically(directory / REJECTED, jsonl(rejected))
-    if not any(scan["shard"]["samples"] for scan in scans):
+    if not any(scan.shard["samples"] for scan in scans):
         why = f"{len(rejected)} were rejected, see {directory / REJECTED}: {reasons(rejected)}"
         raise ShardError(f"no usable image in {directory}: {why}")
     # All rows are checked before any is written, shard by shard: together they may exceed memory.
-    looks = [_look(_rows_file(tar)) for tar in tars]
-    shards = [scan["shard"] | {"rows": look.checksum} for scan, look in zip(scans, looks, strict=True)]
+    looks = [_look(rows_of(tar, scan)) for tar, scan in zip(tars, scans, strict=True)]
+    shards: list[Shard] = [{**scan.shard, "rows": look.checksum} for scan, look in zip(scans, looks, strict=True)]
     samples = sum(shard["samples"] for shard in shards)
     names = _names(directory, classes, max(look.top for look in looks), samples)
     mean, std, values, vectors = _statistics(scans)
-    if turned := sum(scan.get("turned", 0) for scan in scans):
+    if turned := sum(scan.turned for scan in scans):
         stored = stored | {TURNED: turned}
     _tell_repeats(directory, scans)
     manifest = Manifest(
@@ -147,7 +140,7 @@ def finish(
         samples=samples,
         classes=names,
         shards=shards,
-        index_sha256=_write_index(directory / INDEX, samples, tars),
+        index_sha256=_write_index(directory / INDEX, samples, (rows_of(*of) for of in zip(tars, scans, strict=True))),
         mean=_digits(mean),
         std=_digits(std),
         eigenvalues=_digits(values),
@@ -175,11 +168,11 @@ def _names(directory: Path, classes: Sequence[str] | None, top: int, samples: in
     return list(classes) if classes is not None else [str(k) for k in range(top + 1)]
 
 
-def _tell_repeats(directory: Path, scans: list[dict[str, Any]]) -> None:
+def _tell_repeats(directory: Path, scans: list[Scan]) -> None:
     """Reports samples of the same name, which other tools cannot read."""
-    where = [scan["shard"]["name"] for scan in scans if scan.get("repeats")]
+    where = [scan.shard["name"] for scan in scans if scan.repeats]
     if where:
-        many = sum(scan["repeats"] for scan in scans if scan.get("repeats"))
+        many = sum(scan.repeats for scan in scans)
         tars = ", ".join(where[:REASONS]) + (", ..." if len(where) > REASONS else "")
         say(
             f"{directory}: {many} samples have the same name as the one before them ({tars}): each was taken as a "
@@ -207,37 +200,36 @@ class _Look(NamedTuple):
     largest: int = 0
 
 
-def _look(path: Path) -> _Look:
-    rows = np.load(path)
+def _look(rows: Rows) -> _Look:
     return _Look(checksum(rows), top_label(rows), *sides(rows)) if len(rows) else _Look(checksum(rows))
 
 
-def _write_index(path: Path, samples: int, tars: list[Path]) -> str:
+def _write_index(path: Path, samples: int, rows: Iterable[Rows]) -> str:
     """Writes the rows of all shards, shard by shard, as one array in numpy's format. Returns its SHA-256."""
     header = BytesIO()
     descr = np.lib.format.dtype_to_descr(SAMPLE)
     np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": (samples,)})
     digest = hashlib.sha256()
     with replacing(path) as file:
-        for piece in chain([header.getvalue()], (np.load(_rows_file(tar)).tobytes() for tar in tars)):
+        for piece in chain([header.getvalue()], (of_one.tobytes() for of_one in rows)):
             file.write(piece)
             digest.update(piece)
     return digest.hexdigest()
 
 
-def _statistics(scans: list[dict[str, Any]]) -> tuple[NDArray[np.float64], ...]:
+def _statistics(scans: list[Scan]) -> tuple[NDArray[np.float64], ...]:
     """Mean, standard deviation, eigenvalues and eigenvectors (columns) of the RGB covariance, for pixels in [0, 1]."""
     # Sums over a large set do not fit into 64 bits: object arrays hold Python integers.
-    pixels = sum(scan["pixels"] for scan in scans)
-    total = sum(np.array(scan["total"], object) for scan in scans)
-    products = sum(np.array(scan["products"], object) for scan in scans)
+    pixels = sum(scan.pixels for scan in scans)
+    total = sum(np.array(scan.total, object) for scan in scans)
+    products = sum(np.array(scan.products, object) for scan in scans)
     mean = np.array(total / pixels, np.float64) / 255
     # Exact up to the division: the variance of a constant channel is exactly 0.
     covariance = np.array((products * pixels - np.outer(total, total)) / (255 * pixels) ** 2, np.float64)
     values, vectors = np.linalg.eigh(covariance)
-    values, vectors = values[::-1].clip(0), vectors[:, ::-1]
+    values, vectors = values[::-1], vectors[:, ::-1]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # the sign of an eigenvector is free
-    return mean, np.sqrt(np.diag(covariance)), values, vectors
+    return mean, np.sqrt(np.diag(covariance).clip(0)), values.clip(0, 1), vectors
 
 
 def _digits(values: NDArray[np.float64]) -> list[float]:

@@ -20,11 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import quarantine
-from pipelines.errors import UserError, first_line
-from pipelines.files import HeldFile, sha256
+from pipelines.errors import UserError
+from pipelines.files import HeldFile, regular, sha256
+from pipelines.limits import limits
 from pipelines.manifest import Manifest, ShardError
 from pipelines.opened import PATIENCE, OpenTars
-from pipelines.rows import HEADER, NAME, checksum, fault, is_header, mapped, sides, top_label
+from pipelines.pillow import claims
+from pipelines.rows import HEADER, NAME, TOO_LARGE, checksum, fault, inside, is_header, mapped, sides, top_label
+from pipelines.speech import in_line
 
 INDEX = "index.npy"
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -44,6 +47,8 @@ class ShardSet:
     manifest, quarantine and the length of the index. Methods that read a tar raise ReadError if that fails for more
     than `patience` seconds.
 
+    No image may have more pixels than the `limits` allow where the set is opened.
+
     Args:
         listed: whether to read the quarantine list.
 
@@ -60,7 +65,7 @@ class ShardSet:
     hurried: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, directory: str | Path, patience: float = PATIENCE, *, listed: bool = True) -> None:
-        self.directory = Path(directory)
+        self.directory, self._pixels = Path(directory), limits().pixels
         self.manifest = Manifest.read(self.directory)
         self.names: list[str] = [shard["name"] for shard in self.manifest.shards]
         shards = self.manifest.shards
@@ -85,9 +90,11 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
+    @cached_property
     def classes(self) -> list[str]:
-        return self.manifest.classes
+        """Names of the classes, of printable characters: they are shown in lines, tables and pictures."""
+        names, together = self.manifest.classes, "".join(self.manifest.classes)
+        return names if in_line(together) == together else [in_line(name) for name in names]
 
     @property
     def turned(self) -> bool:
@@ -118,9 +125,14 @@ class ShardSet:
                 raise self._damaged(f"the checksum of the rows of {entry['name']} differs")
             self._checked[shard] = True
         taken: NDArray[Any] = self._rows[samples]
-        if found := fault(taken, self._tar_bytes[shards], len(self.classes), self.manifest.sides):
+        if found := fault(taken, self._tar_bytes[shards], len(self.classes), self.manifest.sides, self._pixels):
             at, reason = found
             row = samples[at] - self.firsts[shards[at]]
+            if TOO_LARGE in reason:
+                raise ShardError(
+                    f"row {row} of {self.names[shards[at]]} in {self.directory / INDEX} {reason}: raise it, or leave "
+                    f"such images out by `python -m pipelines index {self.directory} --max-pixels {self._pixels}`"
+                )
             raise self._damaged(f"row {row} of {self.names[shards[at]]} {reason}")
         return taken
 
@@ -165,7 +177,7 @@ class ShardSet:
         """
         found: list[NDArray[np.uint8] | None] = [None] * len(samples)
         places = self._places(samples) if self._nowait else iter(())
-        for i, (shard, offset, size, _, crc) in enumerate(places):
+        for i, (shard, offset, size, _, crc, shape) in enumerate(places):
             if not self._looked_at[shard]:
                 continue
             data = np.empty(size, np.uint8)
@@ -177,7 +189,7 @@ class ShardSet:
                     self._nowait = 0  # not supported by the file system or the system
                     break
                 continue
-            if got == size and crc32(data.data) == crc:
+            if got == size and crc32(data.data) == crc and claims(data.data, shape):
                 found[i] = data
         return found
 
@@ -202,28 +214,33 @@ class ShardSet:
 
     def _name(self, shard: int, offset: int) -> str:
         raw = self._tars.read(shard, lambda file: os.pread(file.fileno(), NAME, offset - HEADER))
-        return f"{self.names[shard]}/{raw.rstrip(bytes(1)).decode(errors='replace')}"
+        return f"{self.names[shard]}/{in_line(raw.rstrip(bytes(1)).decode(errors='replace'))}"
 
-    def _places(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, int, int, int, int]]:
-        """Place of each sample: shard, offset, size, and the CRC-32 of its name and bytes."""
+    def _places(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, int, int, int, int, tuple[int, int]]]:
+        """Place of each sample: shard, offset, size, the CRC-32 of its name and bytes, and its sides."""
         rows = self.rows(samples)
-        columns = (rows[name].tolist() for name in ("offset", "size", "name", "crc"))
+        columns = [rows[name].tolist() for name in ("offset", "size", "name", "crc")]
+        columns.append(list(zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)))
         return zip(np.searchsorted(self._ends, samples, side="right").tolist(), *columns, strict=True)
 
-    def _read(self, shard: int, offset: int, size: int, name: int, crc: int) -> NDArray[np.uint8]:
+    def _read(
+        self, shard: int, offset: int, size: int, name: int, crc: int, shape: tuple[int, int]
+    ) -> NDArray[np.uint8]:
         raw = self._tars.read(shard, lambda file: os.pread(file.fileno(), HEADER + size, offset - HEADER))
         if len(raw) != HEADER + size or not is_header(raw[:HEADER], name, size):
             raise self._mismatch(shard)
         data = memoryview(raw)[HEADER:]
         if crc32(data) != crc:
             raise BadSample(f"{self._name(shard, offset)} is damaged")
+        if not claims(data, shape):
+            raise BadSample(f"{self._name(shard, offset)} has other sides than the index says")
         return np.frombuffer(data, np.uint8)
 
     def _open_file(self, shard: int) -> HeldFile:
         """Opens a tar. The first time, checks its size and the headers of its first and last sample by the index."""
         path = self.directory / self.names[shard]
         try:
-            file = HeldFile(path)
+            file = HeldFile(path, opener=regular)
         except FileNotFoundError as error:
             if self._looked_at[shard]:  # it existed before: its file system may be gone for a while
                 raise
@@ -231,7 +248,10 @@ class ShardSet:
         if not self._looked_at[shard]:
             if os.fstat(file.fileno()).st_size != self.manifest.shards[shard]["bytes"]:
                 raise self._mismatch(shard)
-            for row in self._rows_of(shard)[[0, -1]]:
+            ends = self._rows_of(shard)[[0, -1]]
+            if not inside(ends, self._tar_bytes[shard]).all():
+                raise self._mismatch(shard)
+            for row in ends:
                 header = os.pread(file.fileno(), HEADER, int(row["offset"]) - HEADER)
                 if not is_header(header, row["name"], row["size"]):
                     raise self._mismatch(shard)
@@ -250,8 +270,8 @@ class ShardSet:
             raise self._damaged("sha256 differs")
         try:
             index = mapped(path)
-        except Exception as error:  # numpy raises anything on garbage
-            raise self._damaged(first_line(error)) from error
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
         if not index.shape == (manifest.samples,) == (self._ends[-1],):
             raise self._damaged("its number of rows is not the manifest's")
         if old and (top := top_label(index)) >= len(self.classes):

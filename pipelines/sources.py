@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import Counter
@@ -13,19 +14,19 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipelines.errors import SourceError, UserError
-from pipelines.folders import Content, Found, content, contents, is_utf8, top
+from pipelines.folders import NO_FILE, Content, Found, content, contents, is_utf8, top, unreadable
+from pipelines.limits import limits
+from pipelines.pillow import ORIENTATION, guarded, opened, read_image, upright_rgb
 from pipelines.resolve import failed
 
-Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice this; ImageNet's largest has 4 % of it
 SOURCES = {  # besides those of torchvision, by their own names
     "imagefolder": "pipelines.sources:ImageFolder",
 }
-ORIENTATION = 0x0112  # EXIF tag; 1 means upright
 JPEG_LONGEST = 65500  # most pixels per side that libjpeg writes
+DRAFT = 50_000_000  # pixels above which a JPEG is reduced while it is decoded
 SPLITS = {"train", "training", "val", "valid", "validate", "validation", "dev", "test", "testing", "trainval"}
 
 
@@ -191,8 +192,7 @@ class ImageFolder(Source):
         return classes, items
 
     def load(self, reference: str) -> bytes:
-        with open(os.path.join(os.fsencode(self.root), reference.encode(errors="surrogateescape")), "rb") as file:
-            return file.read()
+        return read_image(os.path.join(os.fsencode(self.root), reference.encode(errors="surrogateescape")))
 
 
 def looks_like_split(name: str) -> bool:
@@ -200,19 +200,13 @@ def looks_like_split(name: str) -> bool:
     return any(word in SPLITS for word in re.findall("[a-z]+", name.lower()))
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB with its EXIF rotation applied; 16-bit levels are scaled, alpha is dropped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
+@guarded()
 def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_small: bool = False) -> bytes:
     """Bytes to store: an upright RGB JPEG with shorter side `shorter_side` (0: unchanged).
 
-    An upright RGB JPEG that already has this size keeps its bytes. Raises OSError, ValueError or Pillow's errors if
-    `data` is not a whole image, or one that no JPEG can hold.
+    An upright RGB JPEG that already has this size keeps its bytes. One of more than `DRAFT` pixels that is to become
+    smaller is first reduced by libjpeg, up to 8 times, which takes less memory. Raises OSError, ValueError or Pillow's
+    errors if `data` is not a whole image, or one that no JPEG can hold or that exceeds the limits.
 
     Args:
         keep_small: smaller images keep their size.
@@ -227,9 +221,11 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_sma
     if isinstance(data, Image.Image):
         image = data
     else:
-        image = Image.open(BytesIO(data))
-        image.load()
+        image = opened(data)
         fits = wanted(image.size) == image.size
+        if image.width * image.height > DRAFT and not fits:
+            image.draft(None, wanted(image.size))
+        image.load()
         if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1 and fits:
             return data
     image = upright_rgb(image)
@@ -240,8 +236,27 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_sma
         raise ValueError(
             f"would have {size[0]}x{size[1]} pixels, and a JPEG has at most {JPEG_LONGEST} a side: {remedy}"
         )
+    limits().check_pixels(size[0] * size[1])
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
     out = BytesIO()
     image.save(out, "JPEG", quality=quality)
     return out.getvalue()
+
+
+@guarded()
+def jpeg_of(source: Source, item: Item, shorter_side: int, quality: int, keep_small: bool) -> bytes:
+    """The bytes of `to_jpeg` for an item. Raises SourceError if a file exists but cannot be read: that may be temporary
+    and says nothing about the image. Raises anything that decoders raise on garbage."""
+    try:
+        data = source.load(item.reference)
+    except OSError as error:
+        if error.errno and (error.errno == errno.ENOENT or error.errno not in NO_FILE):  # it was there when listed
+            raise unreadable(os.fsencode(error.filename or item.name), "file", error) from error
+        raise
+    if not isinstance(data, bytes | Image.Image):
+        raise SourceError(
+            f"{called(source)}.load returned an object of type {type(data).__qualname__} for {item.name}: it returns "
+            f"the bytes of an image file, or a PIL image"
+        )
+    return to_jpeg(data, shorter_side, quality, keep_small)

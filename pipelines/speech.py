@@ -10,6 +10,7 @@ import codecs
 import errno
 import io
 import os
+import re
 import select
 import sys
 from contextlib import suppress
@@ -23,6 +24,8 @@ CLEAR = "\033[H\033[2J"  # ECMA-48: cursor to the first line, and erase the scre
 COLUMNS = 79  # of a terminal that does not tell its size
 PLAIN = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}"  # a bar without a terminal
 PATIENCE = 1.0  # seconds that training waits for a reader that does not read (Ctrl-S, `less`)
+# Control characters (C0, DEL, C1: ECMA-48), and those of Unicode that turn the direction of text round.
+UNPRINTED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
 _bars: type[tqdm[Any]] | None = None  # once there has been one
 
 
@@ -102,8 +105,20 @@ def train_on() -> None:
             stream.patience = PATIENCE
 
 
+def in_line(text: str) -> str:
+    """Text of a stranger, such as a file's name, as part of a line: what would move a terminal's cursor, hide text or
+    begin another line is escaped."""
+    return printed(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
+def printed(text: str) -> str:
+    """Lines of text without control characters: these are escaped."""
+    return UNPRINTED.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: str, end: str = "\n") -> None:
-    """Prints a line on stderr, above a progress bar if there is one. Never raises."""
+    """Prints a line on stderr, above a progress bar if there is one. Control characters are escaped. Never raises."""
+    text = printed(text)
     if _bars is None or not watched():
         _put(sys.stderr, text + end)
     else:
@@ -113,12 +128,25 @@ def say(text: str, end: str = "\n") -> None:
 
 def cry(text: str) -> None:
     """`say` for a process that is about to end: does not wait for a bar, whose thread may hang. Never raises."""
-    _put(sys.stderr, text + "\n")
+    _put(sys.stderr, printed(text) + "\n")
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Prints a line of a command's result on stdout. Never raises: see `unheard`."""
-    _put(sys.stdout, text + end)
+    """Prints a line of a command's result on stdout. Control characters are escaped. Never raises: see `unheard`."""
+    _put(sys.stdout, printed(text) + end)
+
+
+def show_raw(text: str) -> None:
+    """`show` of the very characters."""
+    _put(sys.stdout, text)
+
+
+def show_bytes(data: bytes) -> None:
+    """`show` of these very bytes."""
+    with suppress(AttributeError, OSError, ValueError, RuntimeError):
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
 
 
 def show_anew(text: str) -> None:
@@ -126,7 +154,9 @@ def show_anew(text: str) -> None:
     stands = False
     with suppress(AttributeError, OSError, ValueError):
         stands = sys.stdout.isatty()
-    show(CLEAR + text if stands else text)
+    if stands:
+        show_raw(CLEAR)
+    show(text)
 
 
 def unheard() -> OSError | None:
@@ -181,7 +211,7 @@ def bar(
     return tqdm(
         total=total,
         initial=initial,
-        desc=label,
+        desc=in_line(label),
         unit=unit,
         file=_errors,
         mininterval=0.1 if watched() else 10,

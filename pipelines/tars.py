@@ -2,22 +2,79 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
+from pipelines.errors import first_line, of_the_system
+from pipelines.files import regular
 from pipelines.manifest import ShardError
 from pipelines.rows import HEADER
 
-Members = dict[str, tarfile.TarInfo]  # members of a sample by extension
+HEADERS = 256 << 10  # bytes of headers before one member: names and attributes of other tools take a few kB
+DIGITS = re.compile(rb"\d{256}")
+RECORDS = 1000  # of a tar's global PAX headers, which tarfile copies for each member
 
 COMPANION = "AppleDouble companion of a file (._name), which a Mac writes"
 HIDDEN = "its name begins with a dot"
 NO_EXTENSION = "has no extension"
+SPARSE = "is stored with holes: write the tar without --sparse"
 LINK = "is a link: write the tar with --dereference --hard-dereference"
 NO_FILE = "is not a regular file"
 MIXED_UP = "shares its name with others that do not form whole samples, one after the other"
+
+
+class Member(NamedTuple):
+    """A member of a tar; `offset_data` is where its bytes begin."""
+
+    name: str
+    offset_data: int
+    size: int
+
+
+Members = dict[str, Member]  # members of a sample by extension
+
+
+class _Headers:
+    """A tar as tarfile reads it, which otherwise reads as much as a header claims to be long.
+
+    Attributes:
+        left: bytes that may be read before `next_member` is called again.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.left = file, HEADERS
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError(f"a member's header at byte {self.tell()} is longer than {HEADERS} bytes")
+        data = self.file.read(size)
+        if DIGITS.search(data):  # over which tarfile's patterns take the square of their number
+            raise tarfile.ReadError(f"a member's header before byte {self.tell()} has a number without an end")
+        return data
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """All members of a tar, in its order; none is kept. Raises tarfile.TarError, and anything else on garbage."""
+    headers, end = _Headers(file), os.fstat(file.fileno()).st_size
+    with tarfile.open(fileobj=headers, mode="r:") as tar:  # type: ignore[call-overload]
+        while (member := tar.next()) is not None:
+            tar.members.clear()
+            whole = member.issparse() or not member.isreg() or member.offset_data + member.size <= end
+            if not (whole and member.size >= 0 and member.offset < tar.offset <= end + HEADER):
+                raise tarfile.ReadError(f"a member at byte {member.offset} claims {member.size} bytes")
+            if len(tar.pax_headers) > RECORDS:
+                raise tarfile.ReadError(f"it has more than {RECORDS} global PAX records")
+            headers.left = HEADERS
+            yield member
+    file.seek(tar.offset)
+    if file.read(HEADER) != bytes(HEADER):  # tarfile silently takes a damaged header for the end
+        raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
 
 
 def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None) -> Iterator[tuple[str, Members]]:
@@ -31,9 +88,9 @@ def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None
     Raises ShardError if the tar is truncated, damaged or compressed.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
-            key, members = "", list[tuple[str, tarfile.TarInfo]]()
-            for member in tar:
+        with open(path, "rb", opener=regular) as file:
+            key, members = "", list[tuple[str, Member]]()
+            for member in _members(file):
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 if reason := _no_part(member, base, extension):
@@ -43,14 +100,13 @@ def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None
                 if (name := f"{folder}/{stem}" if folder else stem) != key:
                     yield from _samples(key, members, left)
                     key, members = name, []
-                members.append((extension.lower(), member))
+                members.append((extension.lower(), Member(member.name, member.offset_data, member.size)))
             yield from _samples(key, members, left)
-            with open(path, "rb") as file:
-                file.seek(tar.offset)
-                if file.read(HEADER) != bytes(HEADER):  # tarfile silently takes a damaged header for the end
-                    raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise ShardError(f"{path} is not a whole, uncompressed tar ({error}): copy or make it anew") from error
+    except Exception as error:  # tarfile raises anything on garbage
+        if of_the_system(error):
+            raise
+        why = f"{path} is not a whole, uncompressed tar ({first_line(error)}): copy or make it anew"
+        raise ShardError(why) from error
 
 
 def passed_over(directory: Path, tars: Sequence[Path]) -> str:
@@ -68,13 +124,15 @@ def _no_part(member: tarfile.TarInfo, base: str, extension: str) -> str:
         return ""
     if base.startswith("."):
         return COMPANION if base.startswith("._") else HIDDEN
+    if member.issparse():
+        return SPARSE
     if not member.isreg():
         return LINK if member.issym() or member.islnk() else NO_FILE
     return "" if extension else NO_EXTENSION
 
 
 def _samples(
-    key: str, members: list[tuple[str, tarfile.TarInfo]], left: Callable[[str, str], object]
+    key: str, members: list[tuple[str, Member]], left: Callable[[str, str], object]
 ) -> Iterator[tuple[str, Members]]:
     """The samples made of neighbours of one key: one sample, unless an extension repeats."""
     samples: list[Members] = []

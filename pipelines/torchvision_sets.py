@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines.errors import SourceError, first_line
+from pipelines.files import folder, read_file, write_atomically
 from pipelines.sources import Item, Source
 
 DEBIAN = "usr/share/datasets/fashion-mnist"  # where its package dataset-fashion-mnist has the files
@@ -128,8 +129,8 @@ def _fashion_mnist_from_debian(root: Path) -> None:
     if raw.exists() or source is None:
         return
     half = root / ".raw"  # renamed when complete: torchvision would not repair a half
-    half.mkdir(parents=True, exist_ok=True)
+    folder(half)
     for packed in source.glob("*.gz"):
-        (half / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-    raw.parent.mkdir(exist_ok=True)
+        write_atomically(half / packed.stem, gzip.decompress(read_file(packed)), durable=False)
+    folder(raw.parent)
     half.rename(raw)

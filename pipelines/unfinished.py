@@ -12,10 +12,14 @@ from enum import Enum
 from pathlib import Path
 from typing import TextIO
 
+from pipelines import files
+from pipelines.files import no_link
 from pipelines.manifest import ShardError
 from pipelines.origin import Fingerprints
-from pipelines.scan import WORK
+from pipelines.scanned import WORK
 from pipelines.speech import say
+
+PLAN = 1000  # characters of a plan, at most
 
 
 class Work(Enum):
@@ -31,9 +35,11 @@ def working_folder(directory: Path, plan: Fingerprints, work: Work) -> Iterator[
     """Holds the set's working folder during the body, if the plan is the one it was begun with. The folder is removed
     when the set is finished. Raises ShardError."""
     folder = directory / WORK
-    folder.mkdir(parents=True, exist_ok=True)
+    files.folder(folder)
     lock = fcntl.LOCK_SH if work is Work.SHARE else fcntl.LOCK_EX
-    with os.fdopen(os.open(folder / "plan", os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="ascii") as begun:
+    with os.fdopen(
+        no_link(str(folder / "plan"), os.O_RDWR | os.O_CREAT), "r+", encoding="ascii", errors="replace"
+    ) as begun:
         try:
             fcntl.flock(begun, lock | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -43,6 +49,7 @@ def working_folder(directory: Path, plan: Fingerprints, work: Work) -> Iterator[
                 raise
             say(f"{directory} cannot be locked ({error.strerror}): make sure that no other process packs into it")
         _settle(begun, directory, plan, work)
+        files.sweep(directory)
         yield
     if work is not Work.SHARE:
         shutil.rmtree(folder)
@@ -50,7 +57,7 @@ def working_folder(directory: Path, plan: Fingerprints, work: Work) -> Iterator[
 
 def _settle(file: TextIO, directory: Path, plan: Fingerprints, work: Work) -> None:
     """Writes the plan, or accepts the one that is there if it is the same. Raises ShardError if it is another."""
-    begun = file.read()
+    begun = file.read(PLAN)
     line = f"{'index' if work is Work.INDEX else 'pack'} {plan.fingerprint}"
     if begun == line:
         return

@@ -10,8 +10,9 @@ import numpy as np
 
 from pipelines import quarantine
 from pipelines.errors import first_line, of_the_system
-from pipelines.files import sha256
-from pipelines.manifest import MANIFEST, Manifest, ShardError
+from pipelines.files import regular, sha256
+from pipelines.limits import USUAL, Limits, limited
+from pipelines.manifest import MANIFEST, Manifest, Shard, ShardError
 from pipelines.order import Ints
 from pipelines.parallel import parallel, tick
 from pipelines.rows import SAMPLE, Rows, checksum, fault, mapped, sides
@@ -20,7 +21,7 @@ from pipelines.shards import INDEX, TURNED, ShardSet
 from pipelines.shown import refused
 from pipelines.tars import tar_samples
 
-Problem = dict[str, Any]  # name, shard, reason, and the row within the shard if it concerns one sample
+Problem = dict[str, Any]  # name, shard, reason, and the row limited the shard if it concerns one sample
 
 
 class _Task(NamedTuple):
@@ -32,16 +33,22 @@ class _Task(NamedTuple):
     turned: bool = False
 
 
-def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = lambda _: None) -> list[Problem]:
+def verify(
+    directory: Path, *, workers: int, allowed: Limits = USUAL, tell: Callable[[Problem], None] = lambda _: None
+) -> list[Problem]:
     """Decodes every sample and compares it with manifest and index.
 
     Returns the problems and writes them to `quarantine.jsonl`, so that these samples are never shown; `tell` is called
     with each before that, since the set may be read-only. Raises ShardError if manifest or index cannot be used at all,
     or if the list cannot be written.
+
+    Args:
+        allowed: how large an image may be.
     """
-    manifest = Manifest.read(directory)
-    path = directory / INDEX
-    if not path.exists() or sha256(path) != manifest.index_sha256:
+    with limited(allowed):
+        shards = ShardSet(directory, listed=False)
+    manifest, path = shards.manifest, directory / INDEX
+    if sha256(path) != manifest.index_sha256:
         raise ShardError(f"{path} is missing or damaged: run `python -m pipelines index {directory}`")
     index, start, tasks = mapped(path), 0, []
     for shard in manifest.shards:
@@ -52,9 +59,9 @@ def verify(directory: Path, *, workers: int, tell: Callable[[Problem], None] = l
         start = rows.stop
     if manifest.sides and sides(index) != tuple(manifest.sides):
         raise ShardError(f"{path} and {MANIFEST} disagree (sides): run `python -m pipelines index {directory}`")
-    found = parallel(_verify_shard, tasks, workers=workers, images=manifest.samples, label="verify")
+    with limited(allowed):
+        found = parallel(_verify_shard, tasks, workers=workers, images=manifest.samples, label="verify")
     looked_at = [problem for problems in found for problem in problems]
-    shards = ShardSet(directory, listed=False)
     problems = [problem for problem in looked_at if problem["reason"]] + refused(
         shards, _odd_samples(shards, looked_at)
     )
@@ -83,12 +90,12 @@ def _unwritten(path: Path, problems: int, why: str | None) -> str:
     return f"{path.parent} has no problems any more, but its old list could not be removed ({why}): remove {path.name}"
 
 
-def _disagrees(rows: Rows, shard: dict[str, Any], manifest: Manifest) -> str:
+def _disagrees(rows: Rows, shard: Shard, manifest: Manifest) -> str:
     """How a shard's rows contradict the manifest; empty if they do not. A set without checksums is not compared: it may
     have been damaged before there were any; then its samples are reported as problems."""
     if checksum(rows) != shard["rows"]:
         return f"rows of {shard['name']}"
-    found = fault(rows, shard["bytes"], len(manifest.classes), manifest.sides)
+    found = fault(rows, np.uint64(shard["bytes"]), len(manifest.classes), manifest.sides)
     return f"row {found[0]} of {shard['name']} {found[1]}" if found else ""
 
 
@@ -115,7 +122,7 @@ def _problems(task: _Task, tick: Callable[[], None]) -> Iterator[Problem]:
             members |= {member.offset_data: (key, group) for member in group.values()}
     except ShardError as error:
         yield {"shard": shard, "name": shard, "reason": str(error)}
-    with open(task.path, "rb") as file:
+    with open(task.path, "rb", opener=regular) as file:
         for row, indexed in enumerate(index[task.rows.start : task.rows.stop].tolist()):
             key, group = members.get(indexed[0], (f"sample {row}", None))
             if (reason := _difference(file, group, indexed, task.turned)) is not None:

@@ -18,9 +18,10 @@ from PIL import Image
 from pipelines import __main__ as command
 from pipelines import folders
 from pipelines.errors import SourceError
-from pipelines.manifest import Manifest, ShardError
+from pipelines.manifest import Manifest, Shard, ShardError
 from pipelines.pack import Options, finished, index, pack
 from pipelines.scan import _statistics
+from pipelines.scanned import Scan
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
 
@@ -191,7 +192,7 @@ def test_a_class_whose_name_is_not_utf8(src: Path, tmp_path: Path) -> None:
 def test_a_tar_whose_name_is_not_utf8(src: Path, tmp_path: Path) -> None:
     pack(ImageFolder(src), tmp_path / "set", OPTIONS, split="x", workers=1)
     os.rename(tmp_path / "set" / "shard-000000.tar", os.fsencode(tmp_path / "set") + b"/\xe9.tar")
-    with pytest.raises(ShardError, match=r"the tar b'\\xe9.tar' in .* has a name that is not UTF-8: rename it"):
+    with pytest.raises(ShardError, match=r"the tar b'\\xe9.tar' in .* has a name that is not UTF-8, or not in one"):
         index(tmp_path / "set", classes=None, split="x", workers=1)
 
 
@@ -338,5 +339,6 @@ def test_the_deviation_of_a_channel_that_never_varies() -> None:
     """At any level: a rounding error below zero would give NaN, and a manifest that is reported as damaged."""
     for level in range(256):
         pixels = 16 * 16
-        scan = {"pixels": pixels, "total": [level * pixels] * 3, "products": [[level * level * pixels] * 3] * 3}
+        shard: Shard = {"name": "x.tar", "samples": 1, "bytes": 0, "sha256": ""}
+        scan = Scan(shard, pixels, [level * pixels] * 3, [[level * level * pixels] * 3] * 3, [])
         assert _statistics([scan])[1].tolist() == [0, 0, 0], level

@@ -36,7 +36,7 @@ from pipelines.errors import SourceError
 from pipelines.manifest import Manifest, ShardError
 from pipelines.origin import Fingerprints
 from pipelines.pack import Options, finished, index, pack
-from pipelines.scan import WORK
+from pipelines.scanned import WORK
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder, to_jpeg
 from pipelines.tars import passed_over

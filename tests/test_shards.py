@@ -156,7 +156,7 @@ def test_shard_without_a_field(directory: Path, key: str) -> None:
     manifest = Manifest.read(directory)
     del manifest.shards[2][key]
     manifest.write(directory)
-    with pytest.raises(ShardError, match=r"manifest.json is damaged \(its shards cannot be right\): run `python"):
+    with pytest.raises(ShardError, match=rf"manifest.json is damaged \(shards.2.{key} is missing\): run `python"):
         ShardSet(directory)
 
 

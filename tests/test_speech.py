@@ -267,3 +267,14 @@ def test_the_real_wandb_asks_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert b"wandb online does not work" in done.stdout
     assert b"wandb login" in done.stdout
+
+
+def test_text_of_strangers_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[2J\r\x07\x9bK\u202eb\u2028\tc"
+    seen = r"a\x1b[2J\r\x07\x9bK\u202eb\u2028"
+    for speak, read in ((speech.show, "out"), (speech.say, "err"), (speech.cry, "err")):
+        speak(f"{evil}\nsecond")
+        assert getattr(capsys.readouterr(), read) == f"{seen}\tc\nsecond\n"
+    assert speech.in_line(f"{evil}\nsecond") == seen + r"\tc\nsecond"
+    speech.show_raw(evil)
+    assert capsys.readouterr().out == evil

@@ -118,7 +118,7 @@ def test_a_tar_that_cannot_be_read_hides_no_other(shard_sets: Path, tmp_path: Pa
     (directory / shards.names[1]).mkdir()
     one, _, two = verify(directory, workers=1)
     assert one["name"] == shards.names[1]
-    assert one["reason"].startswith("cannot be read: [Errno 21] Is a directory")
+    assert one["reason"].endswith("is a folder: put the right file there")
     assert (two["shard"], two["row"]) == (shards.names[2], 0)
 
 
