@@ -14,29 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from dist_train import __version__, choices
 from dist_train.config import Config, ConfigError
 from dist_train.data import to_pack
-from dist_train.flat import OPTIONS, as_dict
+from dist_train.flat import as_dict
+from dist_train.misspelt import PROGRAM, explained
 from dist_train.monitor import notify
-from dist_train.packaged import DEFAULT, instead_of_config, with_packaged
+from dist_train.packaged import DEFAULT, with_packaged
 from dist_train.ranks import kin, launcher
 from dist_train.ranks.watch import Watch
 from dist_train.rundir import events, restarts
 from dist_train.rundir.announcement import Announcement
 from dist_train.rundir.last_words import LastWords
 from dist_train.rundir.named import is_of_run, run_named
-from pipelines import resolve
+from pipelines import resolve, yamls
 from pipelines.cli import interrupted
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.opened import raise_limit
 from pipelines.speech import train_on
-from pipelines.words import instead_of_argument, instead_of_option
 
-PROGRAM = "python -m dist_train"
-KNOWN = ("--help", "--version", *OPTIONS)
+_plainly = get_loader("yaml")
 
 
 def parse(argv: Sequence[str], *, strange: bool = False) -> tuple[Config, str]:
@@ -59,16 +58,17 @@ def parse(argv: Sequence[str], *, strange: bool = False) -> tuple[Config, str]:
     if not files:
         files = ["--config", str(DEFAULT)]
         argv = files + argv
+    _look_at(files[1::2])
     try:
         namespace = parser.parse_args(argv)
         groups = parser.instantiate(namespace)
         of_files = parser.parse_args(files).data
     except ArgumentError as error:
-        raise ConfigError(_explain(str(error), given)) from error
+        raise ConfigError(explained(str(error), given)) from error
     except ImportError as error:  # jsonargparse's, for a class_path
         raise ConfigError("a setting has a class_path, which is not taken here: write the value itself") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config is not a text file in UTF-8 ({error.reason}): write it anew") from error
+    except (yamls.NoYaml, UnicodeDecodeError, OSError) as error:  # of the files that these name
+        raise ConfigError(f"a setting, or a file that a file names, {first_line(error)}") from error
     config = Config(**{f.name: groups[f.name] for f in fields(Config)})
     _trust(config, argv, None if trusting else [] if strange else files[1::2])
     data = config.data
@@ -158,6 +158,7 @@ def train(argv: Sequence[str]) -> int:
 
 def _parser() -> ArgumentParser:
     # A class_path in a file would be imported before it is refused, and the file may be a stranger's.
+    set_loader("yaml", _bounded, (yaml.YAMLError,))
     set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
     parser = ArgumentParser(
         prog="dist_train",
@@ -186,6 +187,28 @@ def _files(argv: Sequence[str]) -> list[str]:
     return found
 
 
+def _look_at(files: Iterable[str]) -> None:
+    """Raises ConfigError for a file that is no YAML, or would take much memory; the parser tells of those that are not
+    there."""
+    for word in files:
+        try:
+            if os.path.exists(_file(word)):
+                yamls.load(yamls.read(_file(word)))
+        except yamls.NoYaml as error:
+            raise ConfigError(f"--config {word} {error}") from error
+        except OSError as error:
+            raise ConfigError(f"--config {word} cannot be read ({first_line(error)}): name a YAML file") from error
+
+
+def _bounded(text: str) -> Any:
+    """jsonargparse's reading of a text, or of a word of the command line."""
+    yamls.check(text)
+    try:
+        return _plainly(text)
+    except ValueError as error:
+        raise yamls.NoYaml(f"holds what is no number ({first_line(error)}): mend it") from error
+
+
 def _file(word: str) -> Path:
     return Path(os.path.expanduser(word))  # as jsonargparse does
 
@@ -195,8 +218,8 @@ def _says(code: str, argv: Sequence[str], own: Sequence[Path]) -> bool:
     name in turn."""
     if any(code in (word, word.partition("=")[2]) for word in argv):
         return True
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        return any(code in _scalars(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in own)
+    with suppress(OSError, yamls.NoYaml):
+        return any(code in _scalars(yamls.load(yamls.read(file))) for file in own)
     return False
 
 
@@ -227,52 +250,6 @@ def _listed(value: str) -> str:
     if re.match(r"\s*\[", value):
         return value
     return f"[{', '.join(piece.strip() for piece in value.split(',') if piece.strip())}]"
-
-
-def _explain(message: str, argv: Sequence[str]) -> str:
-    """jsonargparse's message as one sentence that names the key and the remedy."""
-    if found := re.search(r"unrecognized arguments: (-[\w.-]+)", message):
-        return _unknown(found[1], argv)
-    if found := re.search(r"unrecognized arguments: (?:-- )?(.+)", message):
-        meant = instead_of_argument(found[1], OPTIONS) or f"see `{PROGRAM} --help`, and write a list as 2,5"
-        return f"{found[1]} is one argument too many: {meant}"
-    if found := re.search(r"Option '([\w.-]+)' is not accepted", message):
-        return _unknown(found[1])
-    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message):
-        return _unknown(f"{found[1]}.{found[2]}")
-    if found := re.search(r"Parser key \"(\w+)\":\s+Unable to load config '(.*?)'\s", message):
-        return _no_group(found[1], found[2])
-    if found := re.search(r"Parser key \"(\w+)\":\s+Importing '(.*?)' is not allowed", message):
-        return _no_group(found[1], found[2])
-    if found := re.search(r"Parser key \"config\": (?:File does not exist|Path is not a file): '(.*)'", message):
-        return f"--config {found[1]} does not exist, or is no file: {instead_of_config(found[1])}"
-    if found := re.search(r"Parser key \"([\w.]+)\":\s+Expected an? (.+?)\. Got value: (.*)", message):
-        kind = re.sub(r"<class '(\w+)'>", r"\1", found[2])
-        if choices := re.fullmatch(r"typing.Literal\[(.*)\]", kind):
-            kind = "one of " + choices[1].replace("'", "")
-        if kind == "tuple":
-            kind = "a list, such as [2, 5]"
-        return f"{found[1]} is {found[3]}: it must be {kind}"
-    if found := re.search(r"Parser key \"(\w+\.options)\":\s+Does not validate against any", message):
-        return f"{found[1]} takes numbers, words, true, false, null, and lists of these, each by its own KEY"
-    return " ".join(message.split())
-
-
-def _unknown(word: str, argv: Sequence[str] = ()) -> str:
-    """The sentence on an option, or on a key of a file."""
-    key = word.lstrip("-")
-    if word.startswith("-") and "." not in key:
-        return f"unknown option {word}: {instead_of_option(word, KNOWN, PROGRAM, argv)}"
-    return f"unknown configuration key {key}: {instead_of_option(key, KNOWN, PROGRAM)}"
-
-
-def _no_group(group: str, value: str) -> str:
-    """The sentence on a group that got one word, as other programs have options of that name."""
-    sentence = f"--{group} takes a group of settings, and {value} is no YAML file of one"
-    option = {"data": "--data.train", "model": "--model.name", "optim": "--optim.name", "schedule": "--schedule.name"}
-    if group in option:
-        return f"{sentence}: did you mean {option[group]} {value}?"
-    return f"{sentence}: {instead_of_option(group, KNOWN, PROGRAM)}"
 
 
 def _at_home(config: Config) -> Config:

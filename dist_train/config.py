@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from dist_train import choices
 from pipelines.augment import Augment, Inputs
-from pipelines.bounds import above, broken, least, within
+from pipelines.bounds import above, broken, folder_name, folder_path, least, within
 from pipelines.errors import UserError
+from pipelines.limits import USUAL
 
 Options = dict[str, bool | int | float | str | list[bool | int | float | str] | None]
 # Not Any: for a mapping with a class_path, jsonargparse would import and call what it names.
@@ -52,6 +53,8 @@ class DataConfig(Augment):
     """Batches to read ahead."""
     max_bad: int = least(0, 100)
     """Samples that may fail to decode, and are replaced, before the run stops."""
+    max_pixels: int = least(1, USUAL.pixels)
+    """Pixels that an image may have: a decoder takes gigabytes for more."""
 
 
 @dataclass(frozen=True)
@@ -206,10 +209,10 @@ class MonitorConfig:
 class RunConfig:
     """Name, directory and timeouts of the run."""
 
-    name: str = ""
+    name: str = folder_name("")
     """An existing run of this name is continued. Default: name of the configuration, date, time and four digits."""
     root: str = "runs"
-    dir: str = ""
+    dir: str = folder_path("")
     """Run directory, in place of root/name."""
     start_timeout: float = above(0, 1800.0)
     """Seconds without a sign of life, before the first step, after which a process ends itself."""

@@ -11,6 +11,7 @@ from threading import Thread
 from dist_train.config import Config, ConfigError
 from pipelines import kinds
 from pipelines.augment import scale
+from pipelines.limits import Limits, limited
 from pipelines.manifest import MANIFEST, ShardError
 from pipelines.misc import cpus
 from pipelines.opened import PATIENCE
@@ -128,7 +129,8 @@ def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
     """The training and the validation set. Raises UserError if they do not fit together, or the settings."""
     data, batch = config.data, config.train.global_batch
     patience = min(PATIENCE, config.run.step_timeout / 2)  # before the watch calls it a hang
-    train, val = (ShardSet(path, patience) for path in (data.train, data.val))
+    with limited(Limits(pixels=data.max_pixels)):
+        train, val = ShardSet(data.train, patience), ShardSet(data.val, patience)
     scale(data.inputs, train.manifest)
     if train.classes != val.classes:
         raise ShardError(

@@ -17,6 +17,13 @@ from pipelines import resolve
 Parameters = Iterable[nn.Parameter]
 Make = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 RATIO = "lr_ratio"  # in a group of parameters: its learning rate as a multiple of `optim.lr`, if not 1
+MOMENTS = (
+    "momentum_buffer",
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+)  # of torch's optimizers that have fused kernels
+KEPT = "_kept"  # attribute of an optimizer: what it keeps of each parameter, as it was after one step, by name
 FIELDS = ("momentum", "weight_decay")  # given to an optimizer that has arguments of these names
 
 
@@ -67,17 +74,19 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
             group[RATIO] = group["lr"] / config.lr
     like = next(p for p in parameters if p.requires_grad)
     # torch's own mark of optimizers that skip on the device; GradScaler goes by it, too.
-    optimizer._step_supports_amp_scaling = _tried(config.name, made, like)  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling, kept = _tried(config.name, made, like)  # type: ignore[attr-defined]
+    setattr(optimizer, KEPT, kept)
     return optimizer
 
 
-def _tried(name: str, made: Make, like: nn.Parameter) -> bool:
-    """Whether an optimizer skips a step on the device. Raises NameProblem if a run could not be continued with it."""
+def _tried(name: str, made: Make, like: nn.Parameter) -> tuple[bool, dict[str, Any]]:
+    """Whether an optimizer skips a step on the device, and what it keeps of each parameter (see KEPT). Raises
+    NameProblem if a run could not be continued with it."""
     device = torch.device("cpu") if like.is_meta else like.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         numbers = [torch.ones(shape, dtype=like.dtype, device=device) for shape in ((2, 2), (2,))]
         try:
-            resumes, skips = _resumes(made, numbers), _skips(made, numbers)
+            resumes, skips, kept = _resumes(made, numbers), _skips(made, numbers), _kept(made, numbers)
         except resolve.NameProblem:
             raise
         except Exception as error:
@@ -88,7 +97,7 @@ def _tried(name: str, made: Make, like: nn.Parameter) -> bool:
             f"optim.name {name} steps otherwise once its state was saved and loaded: keep what changes in "
             f"self.state[parameter]"
         )
-    return skips
+    return skips, kept
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -131,6 +140,14 @@ def _resumes(made: Make, numbers: Sequence[Tensor]) -> bool:
     for trial in (undisturbed, resumed):
         trial.step(0.25)
     return _same(undisturbed.parameters, resumed.parameters)
+
+
+def _kept(made: Make, numbers: Sequence[Tensor]) -> dict[str, Any]:
+    """What an optimizer keeps of a matrix and of a vector alike, after a step."""
+    trial = _Trial(made, *numbers)
+    trial.step(0.5)
+    matrix, vector = (trial.optimizer.state.get(parameter, {}) for parameter in trial.parameters)
+    return {name: value for name, value in vector.items() if name in matrix}
 
 
 def _skips(made: Make, numbers: Sequence[Tensor]) -> bool:
@@ -212,6 +229,44 @@ def update(
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads the moments but not the options: learning rate, momentum and decay are the configuration's."""
+    """Loads the moments but not the options: learning rate, momentum and decay are the configuration's. Raises
+    ValueError for one that does not fit its parameter, that the optimizer would miss, or that is not finite."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept: dict[str, Any] = getattr(optimizer, KEPT, {})
+    for number, values in state["state"].items():
+        if not (isinstance(number, int) and 0 <= number < len(parameters)):
+            raise ValueError(f"there is no parameter {number!r:.20}, which has moments")
+        if values and (missing := kept.keys() - values.keys() - {MOMENTS[0]}):
+            raise ValueError(f"{min(missing)} of parameter {number} is missing")
+        for name, value in values.items():
+            if not (_fits(name, value, parameters[number]) and _like(value, kept.get(name))):
+                is_ = f"{list(value.shape)}, {value.dtype}" if torch.is_tensor(value) else type(value).__name__
+                raise ValueError(f"{name} of parameter {number} is {is_}, for {list(parameters[number].shape)}")
+            single = isinstance(value, float | int) or (torch.is_tensor(value) and not value.dim())
+            if (single or name in MOMENTS) and not torch.isfinite(torch.as_tensor(value)).all():
+                raise ValueError(f"{name} of parameter {number} is not finite")
+            if name == "step" and value < 0:
+                raise ValueError(f"{name} of parameter {number} is negative")
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     _fill_momentum(optimizer)  # it may have been trained without
+
+
+def _like(value: Any, example: Any) -> bool:
+    """Whether a value of a state has the type of the one that the optimizer has under this name, if it has one."""
+    if torch.is_tensor(example):
+        return torch.is_tensor(value) and value.dtype == example.dtype and bool(value.dim()) == bool(example.dim())
+    if isinstance(example, float | int):
+        return isinstance(value, float | int)
+    return True
+
+
+def _fits(name: str, value: Any, parameter: nn.Parameter) -> bool:
+    """Whether a value of an optimizer's state can be one of this parameter: fused kernels read beyond the end of one
+    that is too small. Some optimizers keep means along an axis, which then has length 1."""
+    if not torch.is_tensor(value):
+        return name not in MOMENTS
+    if name in MOMENTS:  # expanded values share memory: kernels read beyond its end too
+        same = value.shape == parameter.shape and value.dtype == parameter.dtype
+        return same and bool(torch.ops.aten.is_non_overlapping_and_dense(value))
+    same = value.dim() == parameter.dim()
+    return not value.dim() or (same and all(n in (1, m) for n, m in zip(value.shape, parameter.shape, strict=True)))

@@ -43,7 +43,7 @@ class Diverged(Ended):
 
 
 class BadData(Ended):
-    """More samples than allowed cannot be decoded."""
+    """More samples than allowed cannot be decoded, or a shard set cannot be used."""
 
     code, state = USAGE, "failed"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -177,7 +178,7 @@ def _pack(config: Config, world: World, watch: Watch, announcement: Announcement
 
 def _placed(config: Config, name: str, world: World) -> Config:
     """The configuration with name and directory of the run filled in, the same on all ranks."""
-    name = world.share(config.run.name or Path(config.run.dir).name or name)
+    name = world.share(config.run.name or Path(os.path.abspath(config.run.dir or "/")).name or name)
     path = config.run.path(name)
     return replace(config, run=replace(config.run, name=name, dir=str(path)))
 

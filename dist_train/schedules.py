@@ -7,15 +7,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-import yaml
+from pydantic import Field
 
 from dist_train import choices
 from dist_train.config import Config, ConfigError, ScheduleConfig
 from dist_train.outcomes import NoRate
 from dist_train.packaged import DEFAULT
-from pipelines import resolve
+from pipelines import resolve, yamls
+from pipelines.valid import Count, Invalid, made_of
 
 # Errors and summed losses of epochs on which a schedule is tried: they fall, rise, and stay.
 TRIAL = [(0.9, 90.0), (0.8, 80.0), (0.85, 85.0), (0.85, 84.0), (0.85, 84.0), (0.7, 84.0), (0.9, 99.0), (0.6, 50.0)]
@@ -30,6 +31,7 @@ class Schedule:
         epochs: `train.epochs`.
         saved: names of the attributes that a checkpoint holds: numbers, strings, or lists and dicts of these. All
             others must follow from the settings.
+        forms: types of some of these, for `pipelines.valid`: what a checkpoint says is compared with them.
         exhausted: true when nothing is to be gained any more; `schedule.stop_early` then ends the run.
     """
 
@@ -37,6 +39,7 @@ class Schedule:
     base: float
     epochs: int
     saved: ClassVar[tuple[str, ...]] = ()
+    forms: ClassVar[dict[str, Any]] = {}
     exhausted: bool = False
 
     def rate(self, lr: float, epoch: int, step: int, steps: int) -> float:
@@ -99,7 +102,13 @@ class Schedule:
         return plain
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned. Raises ValueError for what cannot be."""
+        for name, form in self.forms.items():
+            if name in state:
+                try:
+                    made_of(form, state[name])
+                except Invalid as error:
+                    raise ValueError(f"{name} of the schedule: {error}") from error
         vars(self).update({name: state[name] for name in self.saved if name in state})
 
 
@@ -115,6 +124,12 @@ class Plateau(Schedule):
     """
 
     saved = ("best", "bad_epochs", "divisions", "exhausted")
+    forms: ClassVar[dict[str, Any]] = {
+        "best": Annotated[float, Field(ge=0)],
+        "bad_epochs": Count,
+        "divisions": Count,
+        "exhausted": bool,
+    }
     best: float = math.inf
     bad_epochs: int = 0
     divisions: int = 0
@@ -182,6 +197,7 @@ class BlogRule(Schedule):
     """
 
     saved = ("minimum", "worse", "divisions")
+    forms: ClassVar[dict[str, Any]] = {"minimum": float, "worse": Count, "divisions": Count}
     minimum: float = 1e9
     worse: int = 0
     divisions: int = 0
@@ -272,7 +288,7 @@ def remedy(config: Config, schedule: Schedule, steps: int) -> str:
 def _made_for(file: Path) -> tuple[str, list[int]]:
     """Source and milestones in a YAML file; none if it cannot be read, which must not end a run."""
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = yamls.load(yamls.read(file))
         return str(settings["data"]["source"]), list(settings["schedule"]["milestones"])
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, LookupError, TypeError):
         return "", []

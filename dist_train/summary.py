@@ -12,7 +12,6 @@ from dist_train.pictures.curves import draw_curves
 from dist_train.rundir import confusion, record
 from dist_train.rundir.ledger import accounted
 from dist_train.rundir.state import Progress
-from pipelines.files import readable_jsonl
 
 
 def summary(path: Path, end: Ended, progress: Progress, seconds: Mapping[str, float]) -> str:
@@ -22,9 +21,9 @@ def summary(path: Path, end: Ended, progress: Progress, seconds: Mapping[str, fl
     lines: list[dict[str, Any]] = []
 
     def readable() -> list[tuple[str, str]]:
-        found, damaged = readable_jsonl(path / record.FILE)
+        found, damaged = record.readable(path)
         lines.extend(found)
-        numbers = ", ".join(map(str, damaged[:8]))
+        numbers = ", ".join(map(str, list(damaged)[:8]))
         return [("record", f"damaged in line {numbers} of {path / record.FILE}, left out here")] if damaged else []
 
     def curves() -> list[tuple[str, str]]:

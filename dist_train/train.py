@@ -29,8 +29,7 @@ from dist_train.rundir.resume import QUARANTINED, identity, quarantined
 from dist_train.rundir.saver import Saver
 from dist_train.rundir.state import MEMORY, Progress, Step, TrainState, Window
 from dist_train.validate import chance_error, validate
-from pipelines.loader import Batch, Loader
-from pipelines.opened import ReadError
+from pipelines.loader import Batch, Loader, Unreadable
 from pipelines.order import even_split
 from pipelines.shards import ShardSet
 
@@ -61,7 +60,7 @@ class Trainer:
     watch: Watch
     logged: Logged
     pending: Pending | None  # the last step, until the next one is under way
-    unread: list[ReadError]  # why this rank can no longer read its samples
+    unread: Unreadable  # why this rank can no longer read its samples
     # What is written and shown
     run: RunDirectory
     saver: Saver

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from dist_train.ranks.world import World
 from dist_train.rundir.confusion import MOST, Confusion
-from pipelines.loader import Loader
+from pipelines.loader import Loader, Unreadable
 from pipelines.misc import ceil_div
-from pipelines.opened import ReadError
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def validate(
     world: World,
     autocast: torch.autocast,
     after_batch: Callable[[], None],
-    unread: list[ReadError],
+    unread: Unreadable,
 ) -> tuple[Scores, Confusion]:
     """Scores of `model` over all images of `loader`, and its confusion matrix, the same on all ranks.
 

@@ -234,6 +234,7 @@ class Start:
         net = torch.nn.Linear(4, 3)
         self.said: list[str] = []
         self.run = RunDirectory(run, self.said.append, keep=2, writes=True)
+        config = replace(config, train=replace(config.train, global_batch=24))  # ten steps an epoch
         self.config, self.shards, self.world = config, shards, world
         self.settled = vars(Settled(False, "by construction", "kept", precision=precision))
         self.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +123,7 @@ def test_any_number_of_ranks_counts_the_same(finished: Path, tmp_path: Path, ran
     assert json.loads(result.stdout) == [line["top1_error"], line["top5_error"], pytest.approx(line["loss"]), 63]
 
 
-def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing else comes of it; what was there stays. Other ranks write nothing, nor does who has lost the run."""
     counts = Confusion(*(np.arange(n) for n in (3, 3, 3, 2, 2, 2)))
     assert keep(tmp_path, counts, ["a", "b", "ü"], writes=False) == []
@@ -133,8 +136,13 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
     same(found, counts)
 
     before = (tmp_path / FILE).read_bytes()
-    (tmp_path / f".{FILE}.tmp").symlink_to("/dev/full")
-    (said,) = keep(tmp_path, Confusion(*(np.zeros(3, np.int64),) * 6), ["a"])
+
+    def is_full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(np, "savez_compressed", is_full)
+        (said,) = keep(tmp_path, Confusion(*(np.zeros(3, np.int64),) * 6), ["a"])
     assert said.startswith(f"{FILE} cannot be written ([Errno 28] No space left on device")
     assert (tmp_path / FILE).read_bytes() == before
 
@@ -142,7 +150,9 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
     ConfusionFile(lease, print, writer, writes=True).put(counts, ["another's"], 7, 0)
     writer.wait()
     assert (tmp_path / FILE).read_bytes() == before
-    for damage in (before[:100], before[:-100], b"", before.replace(b"samples", b"simples")):
+    bomb = BytesIO()
+    np.savez_compressed(bomb, names=np.zeros(1 << 29, np.uint8))
+    for damage in (before[:100], before[:-100], b"", before.replace(b"samples", b"simples"), bomb.getvalue()):
         (tmp_path / FILE).write_bytes(damage)
         with pytest.raises(ConfusionError, match="is damaged"):
             read(tmp_path)

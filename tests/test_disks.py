@@ -225,10 +225,13 @@ def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_killed_starts_left_is_removed(tmp_path: Path) -> None:
-    for name in (".owner.tmp", ".status.json.0.tmp", ".metrics.jsonl.tmp"):
+    hexadecimal = "0123456789abcdef"
+    for name in (f".owner.{hexadecimal}.tmp", f".metrics.jsonl.{hexadecimal}.tmp", ".mine.tmp"):
         (tmp_path / name).write_bytes(bytes(9))
+    (tmp_path / f".linked.{hexadecimal}.tmp").symlink_to(".mine.tmp")
     Begun(tmp_path)
-    assert not list(tmp_path.glob(".*.tmp"))
+    left = sorted(path.name for path in tmp_path.glob(".*.tmp"))
+    assert left == [f".linked.{hexadecimal}.tmp", ".mine.tmp"], "what a user has put there stays"
 
 
 def test_half_a_line_is_no_line(tmp_path: Path) -> None:

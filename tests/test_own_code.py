@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -393,6 +394,10 @@ def test_only_what_was_typed_is_trusted(own: Path, tmp_path: Path) -> None:
     config, _ = cli.parse(["--config", str(run / "config.yaml"), "--model.name=own_code:Slower", long])
     with pytest.raises(ConfigError, match=r"optim\.name code:Slower comes from a run directory"):
         cli.checked(replace(config, model=ModelConfig()))
+    shutil.rmtree(run / "checkpoints")  # and however little of the run is left
+    (run / "owner").touch()
+    with pytest.raises(ConfigError, match=r"optim\.name code:Slower comes from a run directory"):
+        cli.checked(cli.parse(["--config", str(run / "config.yaml")])[0])
     (tmp_path / "checkpoints").mkdir()  # beside a file of the user's own, which is no run for that
     (tmp_path / "mine.yaml").write_text("optim: {name: own_code:Slower}")
     assert cli.checked(cli.parse(["--config", str(tmp_path / "mine.yaml")])[0])

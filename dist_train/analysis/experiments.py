@@ -21,6 +21,7 @@ from dist_train.analysis.tables import report
 from dist_train.cli import parse
 from dist_train.config import ConfigError
 from dist_train.rundir import status
+from pipelines.files import appended
 from pipelines.manifest import MANIFEST
 from pipelines.misc import cpus
 from pipelines.resolve import FLAG
@@ -132,7 +133,7 @@ def _train(given: Sequence[str], directory: Path, place: Place) -> str:
     """Train a run, with its output in a log beside it. Returns the reason if it failed."""
     os.sched_setaffinity(0, {place.cpu})  # of this thread, and so of the process that it starts
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{directory}.log", "ab") as log:
+    with appended(Path(f"{directory}.log")) as log:
         subprocess.run([*TRAINER, *given], stdout=log, stderr=log, env=os.environ | place.gpu, check=False)
     state = _state(directory)
     return "" if state in ENDED else f"{directory} is {state or 'not begun'}: see {directory}.log"

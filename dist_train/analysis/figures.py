@@ -42,7 +42,8 @@ from dist_train.pictures.nearest import draw_nearest
 from dist_train.pictures.style import CROSS, TITLE
 from dist_train.pictures.top5 import BARS, draw_top5
 from dist_train.ranks.world import pick_device
-from pipelines.files import write_atomically
+from pipelines.files import folder, write_atomically
+from pipelines.limits import Limits, limited
 from pipelines.png import as_png, fit
 from pipelines.preview import decoded, shown_figure
 from pipelines.shards import ShardSet
@@ -71,11 +72,14 @@ def start(args: Namespace) -> int:
         device = pick_device(args.device)
     drawings: dict[str, Callable[[], Drawn]] = {}
     if "inputs" in args.only:
-        config = read_config(args.run)
+        config = read_config(args.run, trusting=args.trust)
         drawings["inputs"] = lambda: Drawn(inputs_figure(config))
     if set(args.only) != {"inputs"}:
         drawings |= _of_net(_threads(open_run(args.run, device, args.checkpoint, trusting=args.trust)), args)
-    out.mkdir(parents=True, exist_ok=True)
+    if out.parent == args.run:  # not through a stranger's link
+        folder(out)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
     rows = write_figures({name: drawings[name] for name in drawings if name in args.only}, out)
     show("\n".join(f"{label:>14}  {text}" for label, text in rows))
     return 0
@@ -121,7 +125,8 @@ def write_figures(drawings: Mapping[str, Callable[[], Drawn]], out: Path) -> lis
 
 def inputs_figure(config: Config) -> Figure:
     """Training images, and what the net is shown of them by this configuration. Raises ShardError."""
-    shards = ShardSet(config.data.train)
+    with limited(Limits(pixels=config.data.max_pixels)):
+        shards = ShardSet(config.data.train)
     return shown_figure(shards, config.data, rows=ROWS, seed=config.train.seed, threads=torch.get_num_threads())
 
 

@@ -14,6 +14,7 @@ from PIL import Image, JpegImagePlugin
 from pipelines.augment import Augment
 from pipelines.misc import cpus
 from pipelines.pack import Options, index, pack
+from pipelines.pillow import opened
 from pipelines.sources import Item, Source
 
 LARGEST = 512  # images of a rank's batch
@@ -70,7 +71,7 @@ class Site(NamedTuple):
 
 def halves_chroma(data: bytes) -> bool:
     """Whether these are the bytes of a JPEG with colour at half the resolution in both directions (4:2:0)."""
-    image = Image.open(BytesIO(data))
+    image = opened(data)
     return image.format == "JPEG" and JpegImagePlugin.get_sampling(image) == 2
 
 

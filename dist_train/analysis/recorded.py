@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_train.analysis.arms import Arm, Experiment
-from dist_train.analysis.trained import read_config
+from dist_train.analysis.trained import RunError, read_config
+from dist_train.config import Config
 from dist_train.probe import stable_lr
 from dist_train.rundir import record, status
 from dist_train.rundir.state import MEMORY
@@ -109,13 +110,22 @@ def as_file(runs: Sequence[ArmRun]) -> bytes:
 
 def _load(arm: Arm, seed: int, directory: Path) -> ArmRun:
     """The run in a directory, numbers with six digits. Raises RunError."""
-    config, records = read_config(directory), record.read(directory)
+    try:
+        return _of_lines(arm, seed, read_config(directory), record.read(directory), status.read(directory)["state"])
+    except KeyError as missing:
+        raise RunError(
+            f"{directory / record.FILE} has a line without {missing}: restore it, or move the run away"
+        ) from missing
+
+
+def _of_lines(arm: Arm, seed: int, config: Config, records: list[dict[str, Any]], state: str) -> ArmRun:
+    """The run of these records, which ended in this state. Raises KeyError."""
     steps, checks, probes = ([r for r in records if r["kind"] == kind] for kind in ("step", "validation", "probe"))
     errors = dict(running_errors(steps))
     return ArmRun(
         arm.name,
         seed,
-        diverged=status.read(directory)["state"] == "diverged",
+        diverged=state == "diverged",
         batch=config.train.global_batch,
         until_error=config.train.until_error,
         momentum=config.optim.momentum if config.optim.name == "sgd" else None,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
 from dist_train import build
@@ -17,9 +16,11 @@ from dist_train.config import Config, ConfigError, idle_fields
 from dist_train.data import open_sets
 from dist_train.process import keep_freed_memory
 from dist_train.ranks.world import World
-from dist_train.rundir import store
+from dist_train.rundir import stored
 from dist_train.rundir.checkpoint import FOLDER, Checkpoint, CheckpointError, find, newest_name
+from dist_train.rundir.fitting import check_weights
 from dist_train.rundir.named import RUNS, no_run
+from pipelines import yamls
 from pipelines.errors import UsageError, UserError
 from pipelines.manifest import MANIFEST, Manifest
 from pipelines.resolve import FLAG
@@ -143,8 +144,8 @@ def read_config(directory: Path, *, trusting: bool = False) -> Config:
 def _without_idle(file: Path) -> list[str]:
     """Options that undo what earlier versions accepted: settings of our nets for one of torchvision's."""
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError:  # the parser will tell
+        found = yamls.load(yamls.read(file))
+    except yamls.NoYaml:  # the parser will tell
         return []
     model = found.get("model", {}) if isinstance(found, dict) else {}
     name = str(model.get("name", "")) if isinstance(model, dict) else ""
@@ -193,8 +194,11 @@ def _model(directory: Path, config: Config, device: torch.device, classes: int, 
         model = build.model(config, World.single(device), classes, compiled=False)
     path = checkpoint.path
     try:
-        model.load_state_dict(store.load_state(path, torch.device("cpu"))["model"])
-    except (OSError, KeyError, RuntimeError) as error:
+        most = stored.needed(model, config.optim.name)
+        weights = stored.load_state(path, torch.device("cpu"), most)["model"]
+        check_weights(model, weights)
+        model.load_state_dict(weights)
+    except (OSError, *stored.WRONG) as error:
         if not path.exists():
             raise VanishedError(f"{path} vanished while it was read, the run goes on: try again") from error
         reason = " ".join(str(error).split())[:200]

@@ -14,13 +14,13 @@ from typing import Any
 
 from dist_train.monitor.reader import Shown
 from dist_train.monitor.webhook import Message, NotSent, Webhook
-from dist_train.ranks import launcher
 from dist_train.rundir import record
 from dist_train.rundir.last_words import TELLING
 from dist_train.rundir.ledger import accounted, clock
 from pipelines.errors import UserError
-from pipelines.files import read_json, write_atomically
+from pipelines.files import read_json, regular, write_atomically
 from pipelines.speech import say
+from pipelines.valid import object_of
 
 EVERY, GATHERING = 60.0, 1.0  # seconds between two messages; seconds of events that one message gathers
 AT_ONCE, LOOKING = TELLING, 1.0  # seconds for a message that is waited for, and of them for reading the record
@@ -173,7 +173,7 @@ def keep_sent(run: Path, message: Message) -> None:
     """Records that a message was sent just now. If that cannot be written, another start may send one too soon."""
     with suppress(OSError):
         body = {"time": time.time(), "kind": message.kind}
-        write_atomically(run / FILE, json.dumps(body).encode(), by=f".{launcher.rank()}", durable=False)
+        write_atomically(run / FILE, json.dumps(body).encode(), durable=False)
 
 
 def merged(messages: list[Message]) -> Message:
@@ -231,10 +231,10 @@ def _errors(run: Path) -> list[tuple[str, str]]:
     """Best and last validation errors of the record; empty if a line is damaged."""
     best, last = None, None
     try:
-        with open(run / record.FILE, "rb") as file:
+        with open(run / record.FILE, "rb", opener=regular) as file:
             for line in file:
                 if b'"validation"' in line[:40]:  # skips the steps, of which a long run has many
-                    last = json.loads(line)
+                    last = object_of(record.RecordLine, line)
                     best = last if best is None or last["top1_error"] < best["top1_error"] else best
         return [(label, _shown(line)) for label, line in (("best", best), ("last", last)) if line is not None]
     except (OSError, ValueError, KeyError, TypeError):

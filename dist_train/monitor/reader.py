@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from dist_train.config import Config
+from pipelines.files import regular
+from pipelines.valid import Invalid, object_of
 
 LONGEST = 300  # characters of an error's message
 
@@ -73,19 +74,19 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def lines(path: Path, place: int = 0) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """The whole lines of a file from a byte on, each with the byte behind it; None for a damaged one. Empty if there is
-    no such file."""
+def lines(path: Path, kind: type[Any], place: int = 0) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The whole lines of a file from a byte on, each with the byte behind it; None for one that does not have the
+    format `kind`. Empty if there is no such file."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         file.seek(place)
         for line in file:
             if not line.endswith(b"\n"):
                 return
             place += len(line)
             try:
-                values = json.loads(line)
-            except ValueError:
+                values = object_of(kind, line)
+            except Invalid:
                 values = None
-            yield place, values if isinstance(values, dict) else None
+            yield place, values

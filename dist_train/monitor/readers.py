@@ -123,8 +123,8 @@ class _Follower(Thread):
             if reader is None:
                 return
             self._sources = [
-                _Source(self._shown.run / record.FILE, int(reader.begin())),
-                _Source(self._shown.run / events.FILE, self._shown.events_bytes),
+                _Source(self._shown.run / record.FILE, record.RecordLine, int(reader.begin())),
+                _Source(self._shown.run / events.FILE, events.Event, self._shown.events_bytes),
             ]
         except BaseException as error:  # of wandb, sys.exit
             self._tell(error)
@@ -169,14 +169,14 @@ class _Follower(Thread):
 
 
 class _Source:
-    """A file of lines, read from a byte on."""
+    """A file of lines of one format, read from a byte on."""
 
-    def __init__(self, path: Path, place: int) -> None:
-        self._path, self.place = path, place
+    def __init__(self, path: Path, kind: type[Any], place: int) -> None:
+        self._path, self._kind, self.place = path, kind, place
 
     def pass_on(self, take: Callable[[dict[str, Any]], None]) -> None:
         """Passes on the new whole lines; the place moves behind those that were taken."""
-        for end, values in lines(self._path, self.place):
+        for end, values in lines(self._path, self._kind, self.place):
             if values is not None:
                 take(values)
             self.place = end

@@ -18,7 +18,6 @@ from dist_train.monitor.wandb_extras import Pictures
 from dist_train.monitor.wandb_files import Kept
 from dist_train.outcomes import FAILED, Done
 from dist_train.rundir import record
-from pipelines.files import readable_jsonl
 
 FALLBACK: dict[Mode, Mode] = {"online": "offline", "offline": "disabled"}
 STARTED = ("code", "versions", "nodes", "world_size", "device")  # of a start's event, beside the configuration
@@ -183,7 +182,7 @@ class WandbRun:
     def _tell_end(self) -> None:
         end, summary = self._end, self._run.summary
         summary.update({key: end[key] for key in ("state", "reason", "goodput", "seconds") if key in end})
-        checks = [line for line in readable_jsonl(self._shown.run / record.FILE)[0] if line.get("kind") == "validation"]
+        checks = [line for line in record.readable(self._shown.run)[0] if line.get("kind") == "validation"]
         if checks:
             best = min(checks, key=lambda line: float(line["top1_error"]))
             for which, line in (("best", best), ("last", checks[-1])):
@@ -286,7 +285,8 @@ class WandbRun:
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The lines of the record, each with the byte behind it."""
-        return ((end, line) for end, line in lines(self._shown.run / record.FILE) if line is not None)
+        found = lines(self._shown.run / record.FILE, record.RecordLine)
+        return ((end, line) for end, line in found if line is not None)
 
 
 def _step(lines: list[dict[str, Any]]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dist_train.monitor.reader import Shown, lines
 from dist_train.rundir import record
-from pipelines.files import write_atomically
+from pipelines.files import folder, read_file, regular, write_atomically
 
 BLOCK, HEADER = 32768, 7  # bytes: a block of wandb's file; the header of each piece, and of the file
 WHOLE, LAST = 1, 4  # kinds of pieces that end a message
@@ -29,8 +29,8 @@ class Kept:
 
     def id(self) -> str:
         """The run's id in wandb; a new one if there is none yet, or if wandb would refuse it."""
-        self._id.parent.mkdir(exist_ok=True)
-        found = self._id.read_text(encoding="utf-8", errors="replace").strip() if self._id.exists() else None
+        folder(self._id.parent)
+        found = read_file(self._id).decode(errors="replace").strip() if self._id.exists() else None
         if found and ID.fullmatch(found):
             return found
         if found is not None:
@@ -45,11 +45,12 @@ class Kept:
         """The mark, always at the end of a line. If the record was cut back or replaced, so is the mark, on disk too:
         rewritten lines may have other lengths, and it could point into one."""
         try:
-            mark = int(self._sent.read_text(encoding="utf-8"))
+            mark = int(read_file(self._sent))
         except (OSError, ValueError):
             return 0
         most = min(mark, self._shown.record_bytes)
-        found = max((end for end, _ in lines(self._shown.run / record.FILE) if end <= most), default=0)
+        whole = lines(self._shown.run / record.FILE, record.RecordLine)
+        found = max((end for end, _ in whole if end <= most), default=0)
         if found != mark:
             with suppress(OSError):  # a full disk
                 self.move(found)
@@ -92,7 +93,7 @@ def _messages(path: Path) -> Iterator[bytes]:
     """The whole messages of a wandb file, a log in LevelDB's format: blocks of pieces, each behind its checksum, length
     and kind. Raises ValueError for damage."""
     place, message = HEADER, b""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         file.seek(place)
         while True:
             if (rest := BLOCK - place % BLOCK) < HEADER:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from dist_train.outcomes import DIVERGED, DONE, FAILED, STOPPED
 from pipelines.cli import INTERRUPTED, USAGE, heard, refuse
+from pipelines.files import write_atomically
 from pipelines.speech import flush, say
 
 SUBMITTED = "DIST_TRAIN_SUBMITTED"  # environment variable set by `slurm.job`: when the job was submitted
@@ -111,8 +112,7 @@ def end(code: int, sentence: str, *, at: float = 0, final: bool = False, failure
         about = {"message": sentence, "errorCode": code, "final": final or code in FINAL, "failure": failure}
         about["extraInfo"] = {"timestamp": str(int(at or time.time()))}
         with suppress(OSError):  # atomically: torchrun cannot read a partial file
-            Path(f"{path}.new").write_text(json.dumps({"message": about}), encoding="utf-8")
-            os.replace(f"{path}.new", path)
+            write_atomically(Path(path), json.dumps({"message": about}).encode(), durable=False)
     return exit_code(code)
 
 

@@ -23,6 +23,7 @@ from dist_train.outcomes import Refused
 from dist_train.ranks import launcher, network, peers
 from dist_train.ranks.share import by_host
 from pipelines.errors import UserError
+from pipelines.files import write_atomically
 from pipelines.misc import CpuShare, cpu_share
 
 T = TypeVar("T")
@@ -158,7 +159,7 @@ def pick_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.de
 def flight_record(folder: Path) -> None:
     """Write NCCL's record of the last collectives, for `torchfrtrace --prefix nccl-rank- FOLDER`. Raises OSError."""
     dump = torch._C._distributed_c10d._dump_nccl_trace  # type: ignore[attr-defined]
-    (folder / f"nccl-rank-{dist.get_rank()}").write_bytes(dump())
+    write_atomically(folder / f"nccl-rank-{dist.get_rank()}", dump())
 
 
 def join(device: str) -> World:

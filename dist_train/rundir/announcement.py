@@ -12,6 +12,7 @@ from typing import Any
 from dist_train.ranks import launcher
 from dist_train.rundir import status
 from dist_train.rundir.errors import Failure
+from pipelines.files import read_file
 
 FIRST = ".failed.tmp"  # made by the first rank that fails before the run is claimed; the claim removes it
 
@@ -104,7 +105,7 @@ class Announcement:
 
     def _still_ours(self) -> bool:
         """Whether no other rank has failed since."""
-        return (self._run / status.FILE).read_bytes() == self._ours
+        return read_file(self._run / status.FILE) == self._ours
 
     def _begin(self) -> bool:
         path = self._run / status.FILE
@@ -114,7 +115,7 @@ class Announcement:
         if found.get("state") == "failed":
             self._failed = f"; the start before this one failed: {found['reason']}"
         if path.exists():
-            self._before, self._changed = path.read_bytes(), path.stat().st_mtime_ns
+            self._before, self._changed = read_file(path), path.stat().st_mtime_ns
         self._remove_stale()
         self._made = [folder for folder in (self._run, *self._run.parents) if not folder.exists()]
         self._run.mkdir(parents=True, exist_ok=True)

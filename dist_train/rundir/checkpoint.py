@@ -15,17 +15,37 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from pipelines.errors import UserError
-from pipelines.files import sha256
+from pipelines.files import read_file, sha256
+from pipelines.valid import MOST, Count, Invalid, parsed
 
 FOLDER, STATE, META = "checkpoints", "state.pt", "meta.json"
+LARGEST = 1 << 22  # bytes of meta.json, which has some 5000
 NAME = re.compile(r"step-\d{8,}(-validated)?")  # sorting by name sorts by progress
 
 
 class CheckpointError(UserError):
     """A run cannot resume from a checkpoint; the message says what differs and the remedy."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What meta.json says that programs go by; beside it stand the settings that a run cannot change. Older versions
+    wrote fewer keys."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Count
+    epoch: Count = 0
+    step: Count = 0
+    validated: bool = False
+    best_epoch: Annotated[int, Field(ge=-1, lt=MOST)] = -1
+    config: dict[str, Any] | None = None
+    process: dict[str, Any] | None = None
+    training: Annotated[str, Field(alias="training set")] = ""
 
 
 @dataclass(frozen=True)
@@ -82,12 +102,23 @@ def best_of(folder: Path) -> tuple[str, bool]:
     not if a better one was never saved, or is gone. Reads only meta.json. Raises OSError."""
     name, its, newest = "", -1, -1
     for path in listed(folder):
-        with suppress(ValueError, TypeError, AttributeError, FileNotFoundError):  # a damaged one does not count
-            meta = json.loads((path / META).read_bytes())
-            newest = int(meta.get("best_epoch", -1))
+        with suppress(CheckpointError, FileNotFoundError):  # a damaged one does not count
+            meta = _meta(path)
+            newest = meta.get("best_epoch", -1)
             if is_best(meta):
                 name, its = path.name, newest
     return name, its == newest
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    """Content of meta.json, of whose keys those of `About` are of its types. Raises CheckpointError, OSError."""
+    text = read_file(path / META, LARGEST)
+    try:
+        parsed(About, text)
+    except Invalid as error:
+        raise CheckpointError(f"{META} is damaged ({error})") from error
+    meta: dict[str, Any] = json.loads(text)
+    return meta
 
 
 def newest_name(run: Path) -> str:
@@ -98,16 +129,14 @@ def newest_name(run: Path) -> str:
 def verified(path: Path) -> Checkpoint:
     """Returns the checkpoint in this directory. Raises CheckpointError, with the reason, if it is not good."""
     try:
-        meta: dict[str, Any] = json.loads((path / META).read_bytes())
+        meta = _meta(path)
         size = (path / STATE).stat().st_size
         if size != meta["bytes"]:
             raise CheckpointError(f"{STATE} has {size} bytes instead of {meta['bytes']}")
         if sha256(path / STATE) != meta["sha256"]:
             raise CheckpointError(f"the sha256 of {STATE} differs")
         return Checkpoint(path, meta)
-    except CheckpointError:
-        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{META} is damaged ({type(error).__name__})") from error
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read ({error})") from error

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.writer import Writer
 from pipelines.errors import UserError
-from pipelines.files import replacing
+from pipelines.files import regular, replacing
 
 FILE = "confusion.npz"
 MOST = 2000  # classes up to which pairs are counted: int64 [2000, 2002] on each device, 32 MB
+LARGEST = 1 << 28  # bytes of them, unpacked
 Counted = NDArray[np.int64]
 
 
@@ -87,7 +88,9 @@ def read(run: Path) -> tuple[Confusion, list[str]]:
     if not path.exists():
         raise ConfusionError(f"there is no {path}: it is written when the net is validated, after an epoch")
     try:
-        with open(path, "rb") as held, np.load(held, allow_pickle=False) as file:
+        with open(path, "rb", opener=regular) as held, np.load(held, allow_pickle=False) as file:
+            if sum(entry.file_size for entry in file.zip.infolist()) > LARGEST:
+                raise ValueError(f"it unpacks to more than {LARGEST} bytes")
             names = [str(name) for name in json.loads(file["names"].tobytes())]
             counts = Confusion(**{k: file[k].astype(np.int64) for k in Confusion.__dataclass_fields__})
     except Exception as error:  # whatever numpy makes of garbage

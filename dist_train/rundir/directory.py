@@ -7,12 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dist_train.config import Config
 from dist_train.flat import dump
 from dist_train.ranks import kin
 from dist_train.rundir import restarts
+from dist_train.rundir.announcement import FIRST
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.confusion import ConfusionFile
 from dist_train.rundir.events import Events
@@ -22,8 +21,9 @@ from dist_train.rundir.record import Record
 from dist_train.rundir.status import Status
 from dist_train.rundir.store import Store
 from dist_train.rundir.writer import Writer
+from pipelines import yamls
 from pipelines.errors import UserError
-from pipelines.files import write_atomically
+from pipelines.files import sweep, write_atomically
 
 CONFIG = "config.yaml"
 
@@ -74,9 +74,8 @@ class RunDirectory:
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for stale in self.path.glob(".*.tmp"):  # leftovers of killed starts may be what fills the disk
-                with suppress(OSError):
-                    stale.unlink()
+            sweep(self.path, 0)  # leftovers of killed starts may be what fills the disk
+            (self.path / FIRST).unlink(missing_ok=True)
             still()
             self.lease.acquire()
             still()  # the previous holder of the lease saves no more from here on
@@ -105,8 +104,8 @@ class RunDirectory:
 def _settings(path: Path) -> dict[str, Any]:
     """Flat settings of a configuration file; empty if it is missing or damaged. Raises OSError."""
     try:
-        groups = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
+        groups = yamls.load(yamls.read(path)) if path.exists() else None
+    except yamls.NoYaml:
         groups = None
     groups = groups if isinstance(groups, dict) else {}
     found = {name: group for name, group in groups.items() if isinstance(group, dict)}

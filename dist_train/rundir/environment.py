@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pipelines.files import write_atomically
+from pipelines.files import folder, write_atomically
 
 FOLDER = "environment"
 
@@ -28,7 +28,7 @@ def keep(run: Path, texts: Mapping[str, str]) -> list[str]:
         name = f"{stem}-{hashlib.sha256(data).hexdigest()[:8]}{dot}{suffix}"
         with suppress(OSError):
             if data and not (path := run / FOLDER / name).exists():
-                path.parent.mkdir(exist_ok=True)
+                folder(path.parent)
                 write_atomically(path, data, durable=False)
             found += [name] if data else []
     return found

@@ -14,8 +14,11 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from secrets import token_hex
 
 from dist_train.rundir.lease import Lease
+from pipelines.files import folder, read_file, regular, write_atomically
+from pipelines.valid import Count, Invalid, parsed
 
 FOLDER, FIRST = "errors", "first.json"
 HEAD = re.compile(r"rank (\d+) on (.*) is at step (\d+), in (.*)")
@@ -31,7 +34,7 @@ class Failure:
         reason: one sentence.
     """
 
-    rank: int
+    rank: Count
     node: str
     kind: str
     reason: str
@@ -65,18 +68,18 @@ class Errors:
         path = self.folder / FIRST
         if not self._lease.token or not path.exists():
             return None
-        with suppress(ValueError, TypeError):
-            return Failure(**json.loads(path.read_text(encoding="utf-8")))
+        with suppress(Invalid):
+            return parsed(Failure, read_file(path, 1 << 20))
         return None
 
     def enter(self, failure: Failure) -> Failure:
         """Record a failure as the first unless another rank was faster. Returns the first failure. Raises OSError."""
         if not self._lease.token or not self._lease.holds():
             return failure
-        self.folder.mkdir(parents=True, exist_ok=True)
-        whole = self.folder / f".{FIRST}.{failure.rank}"
+        self._make()
+        whole = self.folder / f".{FIRST}.{token_hex(8)}"
         try:
-            whole.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+            write_atomically(whole, _as_json(failure), durable=False)
             os.link(whole, self.folder / FIRST)  # the file system decides which rank succeeds
         except FileExistsError:
             return self.first() or failure
@@ -84,21 +87,29 @@ class Errors:
             whole.unlink(missing_ok=True)
         return failure
 
+    def _make(self) -> None:
+        for path in (self.folder.parent, self.folder):
+            folder(path)
+
     def amend(self, failure: Failure) -> None:
         """Replace the first failure, of which its rank has found out more. Raises OSError."""
-        (self.folder / FIRST).write_text(json.dumps(asdict(failure)), encoding="utf-8")
+        write_atomically(self.folder / FIRST, _as_json(failure), durable=False)
 
     def write(self, rank: int, text: str) -> None:
         """Write the full report of a rank. Raises OSError."""
         if self._lease.token and self._lease.holds():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f"rank-{rank}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
+            self._make()
+            write_atomically(self.folder / f"rank-{rank}.txt", text.encode(errors="backslashreplace"), durable=False)
 
     def places(self) -> list[Standstill]:
         """Where the ranks are stuck, for those that have reported it. Raises OSError."""
         found = []
         for path in self.folder.glob("rank-*.txt"):
-            with open(path, encoding="utf-8", errors="replace") as file:
+            with open(path, encoding="utf-8", errors="replace", opener=regular) as file:
                 if head := HEAD.match(file.readline().rstrip("\n")):
                     found.append(Standstill(int(head[1]), head[2], int(head[3]), head[4]))
         return sorted(found, key=lambda place: place.rank)
+
+
+def _as_json(failure: Failure) -> bytes:
+    return json.dumps(asdict(failure)).encode()

@@ -22,36 +22,46 @@ given_up     no further start is made: reason
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_train.rundir import lines
 from dist_train.rundir.lease import Lease
+from dist_train.rundir.ledger import Seconds
 from dist_train.rundir.lines import Lines
 from dist_train.rundir.writer import Writer
-from pipelines.files import HeldFile, no_link, readable_jsonl
+from pipelines.valid import Count
 
 FILE = "events.jsonl"
 
 
+@dataclass
+class Event:
+    """The format of a line: what is read of it; there is more."""
+
+    event: str
+    time: Seconds = 0.0
+    start: str = ""
+    step: Count = 0
+    epoch: Count = 0
+    state: str = ""
+    reason: str = ""
+    nodes: list[str] = field(default_factory=list)
+    node: str = ""
+    heartbeat: Seconds | None = None
+
+
 def read(run: Path) -> list[dict[str, Any]]:
     """Returns all events of a run, without damaged lines."""
-    return readable_jsonl(run / FILE)[0]
+    return lines.readable(run / FILE, Event, 1 << 24)[0]
 
 
 def tell(run: Path, event: str, **values: Any) -> None:
     """Append one event at once; others may be writing too. Raises OSError."""
-    line = (json.dumps({"time": time.time(), "event": event, "start": "", **values}) + "\n").encode()
-    path = run / FILE
-    with HeldFile(path, "ab", opener=no_link) as file:
-        if size := os.fstat(file.fileno()).st_size:
-            with open(path, "rb") as old:
-                old.seek(size - 1)
-                line = line if old.read(1) == b"\n" else b"\n" + line  # end half a line left by a kill
-        file.write(line)
+    lines.append(run / FILE, {"time": time.time(), "event": event, "start": "", **values})
 
 
 class Events(Lines):

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dist_train.outcomes import Ended, LeaseLost, NotSaved
-from pipelines.files import write_atomically
+from pipelines.files import read_file, write_atomically
 
 FILE = "owner"
 TAKEN, GONE = 1, 2  # how a lease is lost
@@ -37,7 +37,7 @@ class Lease:
         system does not answer."""
         if not self.lost:
             try:
-                self.lost = TAKEN * ((self.run / FILE).read_text(encoding="utf-8") != self.token)
+                self.lost = TAKEN * (read_file(self.run / FILE, 1 << 10).decode(errors="replace") != self.token)
             except FileNotFoundError:
                 self.lost = GONE
         return not self.lost

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 # State of rank 0, in seconds:
 #     training     steps that led to the present weights, without data
@@ -21,6 +23,7 @@ from typing import Any
 PHASES = ("training", "data", "validation", "saving", "compiling", "startup", "queue", "down", "stopped", "lost")
 REPEATED = ("training", "data", "validation")  # repeated by a start from an older checkpoint
 LONGEST = 1e12  # seconds: more is not a valid time
+Seconds = Annotated[float, Field(ge=0, lt=LONGEST, allow_inf_nan=False)]
 KEPT = ("began", "until", "seconds", "goodput")  # keys of status.json that cover all starts
 
 

@@ -14,7 +14,40 @@ from typing import Any
 
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.writer import Writer
-from pipelines.files import HeldFile, no_link
+from pipelines.errors import UserError
+from pipelines.files import MOST, HeldFile, appended, read_file, regular
+from pipelines.valid import Invalid, Torn, objects_of
+
+
+def readable(path: Path, kind: type[Any], most: int = MOST) -> tuple[list[dict[str, Any]], dict[int, Invalid]]:
+    """The lines of a file that have the format `kind`, and what is wrong with each other one, by its number, from 1.
+    Both are empty if there is no such file. Raises OSError."""
+    try:
+        return objects_of(kind, read_file(path, most))
+    except FileNotFoundError:
+        return [], {}
+
+
+def read(path: Path, kind: type[Any], most: int = MOST) -> list[dict[str, Any]]:
+    """All lines of a file, without those that a kill has torn. Raises OSError, also for one of more than `most` bytes,
+    and UserError for any other line that does not have the format `kind`."""
+    found, wrong = readable(path, kind, most)
+    for number, error in wrong.items():
+        if not isinstance(error, Torn):
+            raise UserError(f"{path} is damaged (line {number}: {error}): restore it, or move it away")
+    return found
+
+
+def append(path: Path, values: dict[str, Any]) -> None:
+    """Append one line at once; others may be writing too. It begins on a line of its own, whatever a kill has left
+    behind. Raises OSError."""
+    line = (json.dumps(values) + "\n").encode()
+    with appended(path) as file:
+        if size := os.fstat(file.fileno()).st_size:
+            with open(path, "rb", opener=regular) as old:
+                old.seek(size - 1)
+                line = line if old.read(1) == b"\n" else b"\n" + line
+        file.write(line)
 
 
 class Lines:
@@ -44,10 +77,10 @@ class Lines:
 
     def begin(self) -> None:
         """Open for appending; half a line left by a kill is ended. Raises OSError."""
-        self._file = HeldFile(self.path, "ab", opener=no_link)
+        self._file = appended(self.path)
         self.size = self._inside = self._settled = self.path.stat().st_size
         if self.size:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=regular) as file:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
                     self._file.write(b"\n")

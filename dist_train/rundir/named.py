@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dist_train.rundir import checkpoint, record, status
+from dist_train.rundir import checkpoint, events, lease, record, status
 from pipelines.words import nearest
 
 RUNS = Path("runs")
 LISTED = 3  # names per sentence
+MARKS = (  # files of which only a run has two
+    *("config.yaml", checkpoint.FOLDER, status.FILE, record.FILE, events.FILE, lease.FILE),
+    *("slurm/config.yaml", "slurm/job.json", "code/copied.json"),
+)
 
 
 def run_named(text: str, root: Path = RUNS) -> Path:
@@ -28,8 +32,7 @@ def is_of_run(file: Path) -> bool:
         if place.parent.name == "slurm" and place.name == "config.yaml":
             return True
         for folder in place.parents:
-            marks = ("config.yaml", checkpoint.FOLDER, status.FILE, record.FILE)
-            if sum(os.path.exists(folder / name) for name in marks) > 1:
+            if sum(os.path.exists(folder / name) for name in MARKS) > 1:
                 return True
     return False
 

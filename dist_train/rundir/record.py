@@ -7,21 +7,55 @@ same, bit for bit, however often a run was stopped.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_train.rundir import lines
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.lines import Lines
 from dist_train.rundir.writer import Writer
-from pipelines.files import read_jsonl, write_atomically
+from pipelines.files import regular, replacing
+from pipelines.valid import Count, Finite, Invalid
 
 FILE = "metrics.jsonl"
+PIECE = 1 << 20  # bytes that are copied at once
 MACHINE = "machine"
 
 
+@dataclass
+class Rates:
+    """The format of "machine": what is read of it."""
+
+    images_per_s: Finite = 0.0
+
+
+@dataclass
+class RecordLine:
+    """The format of a line: what is read of it; there is more. A loss may be NaN."""
+
+    kind: str
+    step: Count = 0
+    epoch: Count = 0
+    progress: Finite = 0.0
+    loss: float = 0.0
+    lr: Finite = 0.0
+    train_error: Finite = 0.0
+    top1_error: Finite = 0.0
+    top5_error: Finite = 0.0
+    images_per_s: Finite = 0.0  # of older versions
+    machine: Rates = field(default_factory=Rates)
+
+
 def read(run: Path) -> list[dict[str, Any]]:
-    """Returns all lines of a run's record."""
-    return read_jsonl(run / FILE)
+    """Returns all lines of a run's record, without those that a kill has torn. Raises UserError for a line that is none
+    of a record."""
+    return lines.read(run / FILE, RecordLine)
+
+
+def readable(run: Path) -> tuple[list[dict[str, Any]], dict[int, Invalid]]:
+    """Returns the lines of a run's record, and what is wrong with others, by their number."""
+    return lines.readable(run / FILE, RecordLine)
 
 
 def rate(line: dict[str, Any]) -> float | None:
@@ -43,11 +77,14 @@ class Record(Lines):
 
     def open(self, size: int) -> None:
         """Begin or continue; everything after byte `size`, that of the restored state, is cut off. Raises OSError."""
-        kept = self.path.read_bytes()[:size] if self.path.exists() else b""
-        if len(kept) < size:
-            self._say(f"{FILE} has {len(kept)} of the {size} bytes that the checkpoint covers: lines are missing")
-        # A new file, so that a stale process with the old one open cannot add to it.
-        write_atomically(self.path, kept)
+        kept = 0
+        with replacing(self.path) as new:  # a new file, so that a stale process with the old one open cannot add to it
+            if self.path.exists():
+                with open(self.path, "rb", opener=regular) as old:
+                    while piece := old.read(min(PIECE, size - kept)):
+                        kept += new.write(piece)
+        if kept < size:
+            self._say(f"{FILE} has {kept} of the {size} bytes that the checkpoint covers: lines are missing")
         self.begin()
 
     def append(self, kind: str, **values: Any) -> None:

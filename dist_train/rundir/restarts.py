@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dist_train.ranks import launcher
 from dist_train.rundir import events
 from dist_train.rundir.checkpoint import newest_name
 from pipelines.errors import UserError
-from pipelines.files import read_json, write_atomically
+from pipelines.files import read_file, write_atomically
+from pipelines.valid import Count, Invalid, parsed
 
 FILE = "starts.json"
 LIMIT = 3  # starts at the same place; another would end like them
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """The format of the file: how many restarts found this checkpoint as the newest."""
+
+    checkpoint: str
+    count: Count
 
 
 class NoProgress(UserError):
@@ -40,10 +50,13 @@ def count(run: Path) -> None:
     if not launcher.restarts() or not run.is_dir():
         return
     path, newest = run / FILE, newest_name(run)
-    before = read_json(path) if path.exists() else {}
-    number = before["count"] + 1 if before.get("checkpoint") == newest else 1
+    try:
+        before = parsed(Restarts, read_file(path, 1 << 16)) if path.exists() else Restarts(newest, 0)
+    except Invalid as wrong:
+        raise UserError(f"{path} is damaged ({wrong}): remove it") from wrong
+    number = before.count + 1 if before.checkpoint == newest else 1
     if number < LIMIT:
-        write_atomically(path, json.dumps({"checkpoint": newest, "count": number}).encode())
+        write_atomically(path, json.dumps(asdict(Restarts(newest, number))).encode())
         return
     place = f"at {newest}" if newest else "at the beginning"
     error = NoProgress(f"{number} automatic restarts began {place} without progress: see the log")

@@ -15,19 +15,25 @@ from torch import nn
 
 from dist_train.config import Config, ScheduleConfig, idle_fields
 from dist_train.flat import as_dict
+from dist_train.outcomes import NoRate
 from dist_train.ranks.world import World
-from dist_train.rundir.checkpoint import FOLDER, META, Checkpoint, CheckpointError, find, newest_name, verified
+from dist_train.rundir.checkpoint import FOLDER, META, STATE, Checkpoint, CheckpointError, find, newest_name, verified
 from dist_train.rundir.directory import CONFIG, RunDirectory
+from dist_train.rundir.fitting import alike
 from dist_train.rundir.named import no_run
 from dist_train.rundir.state import TrainState
-from dist_train.rundir.store import load_state
+from dist_train.rundir.stored import WRONG, load_state, needed
+from pipelines.errors import first_line
 from pipelines.quarantine import QUARANTINE
 from pipelines.shards import ShardSet
+from pipelines.valid import Count, made_of
 
+BOUNDS = ("max_bad", "max_pixels")
 # Keys of `data` that may change
-FREE = ("train", "val", "source", "raw", "device", "threads", "hw_decoder_load", "readers", "ahead", "max_bad")
+FREE = ("train", "val", "source", "raw", "device", "threads", "hw_decoder_load", "readers", "ahead", *BOUNDS)
 # Keys whose change is recorded
 TOLD = ("optim.", "schedule.", "train.epochs", "data.hw_decoder_load")
+LARGEST = 1 << 31  # bytes of the state of another run, whose net may be larger than ours
 SET, QUARANTINED = "training set", "quarantined"
 
 
@@ -91,21 +97,43 @@ def restore(
             each = " for each tower" if config.train.tower_parallel else ""
             init_from(state.model, Path(config.model.init_from), world.device, each, run.say)
         return resumed
+    if found.meta.get("config") is None:
+        raise CheckpointError(f"{found.path / META} has no config: put the right one back")
     ours = identity(config, training_set) | earlier_set(found, run.path, training_set)
     _refuse_other_settings(found, run.path, ours)
     resumed.init_from = _begun_from(found, run.path, config.model.init_from)
-    saved = load_state(found.path, world.device)
-    if found.meta["config"].get("schedule.name", ScheduleConfig.name) != config.schedule.name:
-        del saved["schedule"]  # another schedule begins with a state of its own
-    state.load_state_dict(saved)
+    steps = len(training_set) // config.train.global_batch
+    resumed.record_bytes, resumed.ledger = _load(state, found, config, steps, world.device)
     progress = state.progress
     if found.meta.get(QUARANTINED, 0) != quarantined(training_set):  # unknown which of them still count
         progress.bad_samples = 0
     run.say(f"continuing from {found.path.name}: epoch {progress.epoch + 1}, step {progress.step}")
-    resumed.found, resumed.checkpoint, resumed.record_bytes = True, found.path.name, int(saved["record"])
-    resumed.ledger = saved.get("ledger", {})  # older versions saved none
+    resumed.found, resumed.checkpoint = True, found.path.name
     resumed.changed = _unlike(found, settled, run.say) | _changed(found.meta["config"], as_dict(config))
     return resumed
+
+
+def _load(
+    state: TrainState, found: Checkpoint, config: Config, steps: int, device: torch.device
+) -> tuple[int, dict[str, Any]]:
+    """Loads a checkpoint of a run with so many steps an epoch. Returns the size of the record that it covers, and the
+    time ledger. Raises CheckpointError for a state that is not this run's, though its hash is right."""
+    most = needed(state.model, config.optim.name) * (2 if config.train.tower_parallel else 1)  # of both towers
+    saved = load_state(found.path, device, most)
+    try:
+        if found.meta["config"].get("schedule.name", ScheduleConfig.name) != config.schedule.name:
+            del saved["schedule"]  # another schedule begins with a state of its own
+        state.load_state_dict(saved)
+        progress = state.progress
+        if progress.step_in_epoch > steps or progress.best_epoch >= max(1, progress.epoch):
+            raise ValueError(f"step {progress.step_in_epoch} of epoch {progress.epoch + 1} is beyond it")
+        state.schedule.lr(progress.epoch, progress.step_in_epoch, steps)  # tried, whatever it has loaded
+        return made_of(Count, saved["record"]), made_of(dict[str, Any], saved.get("ledger", {}))  # older: none
+    except (*WRONG, NoRate) as error:
+        raise CheckpointError(
+            f"{found.path / STATE} does not fit this run ({first_line(error)}): put the right one back, or begin anew "
+            f"under another run.name"
+        ) from error
 
 
 def identity(config: Config, training_set: ShardSet) -> dict[str, Any]:
@@ -140,8 +168,11 @@ def init_from(model: nn.Module, path: Path, device: torch.device, each: str, say
         found = find(path, bad=lambda name, reason: why.append(f"{name}: {reason}"))
     if found is None:
         raise CheckpointError(f"model.init_from: no checkpoint in {path} is good ({'; '.join(why) or 'there is none'})")
-    theirs, ours = load_state(found.path, device)["model"], model.state_dict()
-    taken = [name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape]
+    ours = model.state_dict()
+    theirs = load_state(found.path, device, max(needed(model, ""), LARGEST))["model"]
+    taken = [name for name, value in ours.items() if name in theirs and alike(theirs[name], value)]
+    if odd := [name for name, _ in model.named_parameters() if name in taken and not theirs[name].isfinite().all()]:
+        raise CheckpointError(f"model.init_from: {odd[0]} of {found.path} is not finite: choose another checkpoint")
     if not taken:
         raise CheckpointError(f"model.init_from: no layer of {found.path} fits model.name: is it another kind of net?")
     model.load_state_dict(ours | {name: theirs[name] for name in taken})
@@ -165,7 +196,7 @@ def _refuse_other_settings(found: Checkpoint, run: Path, ours: dict[str, Any]) -
     for key, value in _plain(ours).items():
         was = found.meta.get(key, defaults.get(key))
         if was != value:
-            different.append(f"{key} was {was!r}, now {value!r}")
+            different.append(f"{key} was {was!r:.99}, now {value!r}")
     if different:
         raise CheckpointError(
             f"{run} was begun with other settings ({'; '.join(different)}): restore them, as --config {run / CONFIG} "
@@ -201,7 +232,7 @@ def _begun_from(found: Checkpoint, run: Path, given: str) -> str:
 def _unlike(found: Checkpoint, settled: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """Process settings that differ from those of the process that saved. Says if the bits may differ for it."""
     # Older versions saved none of them, or not all.
-    then = {"precision": settled["precision"]} | found.meta.get("process", settled | {"numerics": 1})
+    then = {"precision": settled["precision"]} | (found.meta.get("process") or settled | {"numerics": 1})
     if then.get("numerics") != settled["numerics"]:
         say("the checkpoint is from a version that rounds differently: from here on the bits may differ from its own")
     unlike = {k: v for k, v in settled.items() if then.get(k, "") != v}

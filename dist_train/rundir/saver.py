@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 from dist_train.config import CheckpointConfig
-from dist_train.outcomes import NotSaved, Stopped, Unread
+from dist_train.outcomes import BadData, NotSaved, Stopped, Unread
 from dist_train.ranks.world import World
 from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.directory import RunDirectory
 from dist_train.rundir.state import TrainState
+from pipelines.loader import Unreadable
+from pipelines.manifest import ShardError
 from pipelines.opened import ReadError
 
 
@@ -77,17 +80,17 @@ class Saver:
         state |= {"record": run.record.size, "ledger": run.ledger.state_dict()}
         run.store.save(state, self._state.progress.as_meta() | self.meta)
 
-    def give_up(self, unread: list[ReadError], *, saves: bool, stop: bool) -> NoReturn:
-        """End the run on all ranks because one of them cannot read its samples. Raises Unread, or what `finish` raises;
-        Stopped if the run was to stop anyway.
+    def give_up(self, unread: Unreadable, *, saves: bool, stop: bool) -> NoReturn:
+        """End the run on all ranks because one of them cannot read its samples. Raises Unread, BadData if their set
+        cannot be used, or what `finish` raises; Stopped if the run was to stop anyway.
 
         Args:
             unread: the errors of this rank, if it is the one.
             saves: whether the state is that after the last step taken.
         """
 
-        def tell() -> None:
-            if unread:
+        def tell(kind: type[ReadError | ShardError]) -> None:
+            if unread and isinstance(unread[0], kind):
                 raise unread[0]
 
         if saves:
@@ -95,7 +98,8 @@ class Saver:
         self.finish()
         if stop:
             raise Stopped
-        self._world.together(tell, failure=Unread)
+        self._world.together(partial(tell, ShardError), failure=BadData)  # another try would end the same way
+        self._world.together(partial(tell, ReadError), failure=Unread)
         raise AssertionError("one of them has said so")
 
     def finish(self) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from dist_train import optim
 from dist_train.numbers import Number, combined
 from dist_train.ranks.tower_parallel import pair_of
+from dist_train.rundir.fitting import check_weights
 from dist_train.schedules import Schedule
+from pipelines.valid import MOST, Count, Finite, made_of
 
 MEMORY = 50  # approximate number of steps in the running mean of the training error
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Logged = dict[str, tuple[Literal["max", "min", "mean", "sum"], float, Count]]  # a `Number` each, which may be NaN
 
 
 class Step(NamedTuple):
@@ -40,14 +45,14 @@ class Progress:
     replaced on all ranks. `train_error` is a running mean of the top-1 training error, as a fraction of 1.
     """
 
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
+    epoch: Count = 0
+    step_in_epoch: Count = 0
+    step: Count = 0
     validated: bool = False
-    best_error: float = 1.0
-    best_epoch: int = -1
-    bad_samples: int = 0
-    train_error: float = 1.0
+    best_error: Annotated[float, Field(ge=0, le=1)] = 1.0
+    best_epoch: Annotated[int, Field(ge=-1, lt=MOST)] = -1
+    bad_samples: Count = 0
+    train_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
 
     def advance(self) -> None:
         self.step, self.step_in_epoch, self.validated = self.step + 1, self.step_in_epoch + 1, False
@@ -79,15 +84,15 @@ class Window:
     and gradient norms. `skipped` counts steps that were not taken because fp16 overflowed. `numbers`: those that were
     logged since the last record, by name, each as the fields of a `Number`."""
 
-    steps: int = 0
-    loss: float = 0.0
-    wrong: float = 0.0
-    norm: float = 0.0
-    skipped: int = 0
+    steps: Count = 0
+    loss: Finite = 0.0
+    wrong: Finite = 0.0
+    norm: Finite = 0.0
+    skipped: Count = 0
     numbers: dict[str, list[Any]] = field(default_factory=dict)
-    epoch_steps: int = 0
-    epoch_loss: float = 0.0
-    epoch_wrong: float = 0.0
+    epoch_steps: Count = 0
+    epoch_loss: Finite = 0.0
+    epoch_wrong: Finite = 0.0
 
     def add(self, loss: float, wrong: float, norm: float, logged: Mapping[str, Number] | None = None) -> None:
         """Add the sums of a step over its batch, and the numbers that were logged in it."""
@@ -126,6 +131,17 @@ class Window:
         self.epoch_steps, self.epoch_loss, self.epoch_wrong = 0, 0.0, 0.0
 
 
+@dataclass
+class Scale:
+    """State of a `GradScaler`, under the names that it has there."""
+
+    scale: Positive
+    growth_factor: Positive
+    backoff_factor: Positive
+    growth_interval: Annotated[int, Field(ge=1, lt=MOST)]
+    _growth_tracker: Count
+
+
 class TrainState(NamedTuple):
     """Everything a checkpoint stores. None of it is per rank, so a run may resume at another world size."""
 
@@ -151,15 +167,19 @@ class TrainState(NamedTuple):
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned. Raises one of `stored.WRONG` for what does not fit, before anything of it is
+        used; what has been loaded by then stays."""
         model, optimizer = saved["model"], saved["optimizer"]
         if pair := pair_of(self.model):
             model, optimizer = pair.split(model, optimizer)
+        check_weights(self.model, model)
+        progress, window = made_of(Progress, saved["state"]), made_of(Window, saved.get("window", {}))
+        window.numbers = {name: list(number) for name, number in made_of(Logged, window.numbers).items()}
         self.model.load_state_dict(model)
         optim.load_moments(self.optimizer, optimizer)
         if saved["scaler"]:  # empty if it was saved without fp16
-            self.scaler.load_state_dict(saved["scaler"])
+            self.scaler.load_state_dict(asdict(made_of(Scale, saved["scaler"])))
         if "schedule" in saved:
             self.schedule.load_state_dict(saved["schedule"])
-        vars(self.progress).update(saved["state"])
-        vars(self.window).update(saved.get("window", {}))  # older versions recorded single steps
+        vars(self.progress).update(vars(progress))
+        vars(self.window).update(vars(window))  # older versions recorded single steps, and saved none

@@ -7,19 +7,20 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 from dist_train.ranks import launcher
 from dist_train.rundir.errors import Errors, Failure
 from dist_train.rundir.lease import Lease
-from dist_train.rundir.ledger import KEPT, LONGEST
+from dist_train.rundir.ledger import KEPT, Seconds
 from dist_train.rundir.writer import Writer
 from pipelines.errors import UserError
-from pipelines.files import HeldFile, read_json, write_atomically
+from pipelines.files import HeldFile, no_link, read_file, regular, write_atomically
+from pipelines.valid import Count, Finite, Invalid, object_of
 
 FILE = "status.json"
 PERIOD = 10.0  # seconds between two heartbeats
@@ -27,7 +28,7 @@ SILENT = 60.0  # seconds without a heartbeat after which the process counts as g
 TRIES, BETWEEN = 5, 1.0  # attempts to write an end, and seconds between them
 OVER = ("done", "stopped", "diverged", "failed")
 CRASH = "crash"  # set if a start under Slurm has noted how the previous one failed
-STATES = ("starting", "running", *OVER)
+MOST = 1 << 20  # bytes of the file
 STAYS = (
     "step",
     "epoch",
@@ -37,30 +38,51 @@ STAYS = (
 )  # kept by a start that has not claimed the run
 
 
+@dataclass
+class State:
+    """The format of the file. All but the state may be missing; `rank`, `node` and `error` are of a failure."""
+
+    state: Literal["starting", "running", "done", "stopped", "diverged", "failed"]
+    reason: str = ""
+    heartbeat: Seconds = 0.0
+    step: Count = 0
+    epoch: Count = 0
+    pid: int = 0
+    start: str = ""
+    orderly: bool = False
+    announced: Seconds = 0.0
+    crash: bool = False
+    began: Seconds = 0.0
+    until: Seconds = 0.0
+    seconds: dict[str, Seconds] = field(default_factory=dict)
+    goodput: Finite = 0.0
+    rank: Count = 0
+    node: str = ""
+    error: str = ""
+
+
 def read(run: Path) -> dict[str, Any]:
-    """Returns the latest content; empty before the first start. Raises UserError for a damaged file."""
+    """Returns the latest content; empty before the first start. Raises OSError, and UserError for a damaged file."""
     path = run / FILE
-    body: Any = read_json(path) if path.exists() else {}
-    if not isinstance(body, dict) or (body and not _makes_sense(body)):
-        raise UserError(f"{path} is damaged (it is not the state of a run): restore it, or move it away")
-    return body
-
-
-def _makes_sense(body: dict[str, Any]) -> bool:
-    heartbeat = body.get("heartbeat", 0)
-    return (
-        body.get("state") in STATES
-        and isinstance(body.get("reason", ""), str)
-        and isinstance(heartbeat, int | float)
-        and 0 <= heartbeat < LONGEST
-    )
+    try:
+        return object_of(State, read_file(path, MOST))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except Invalid as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or move it away") from error
 
 
 def known(run: Path) -> dict[str, Any]:
-    """Like `read`, but empty for a damaged file, which is overwritten later."""
-    with suppress(UserError, IsADirectoryError):
+    """Like `read`, but empty for a damaged file, and what else a start replaces, or cannot. Raises OSError if the file
+    system does not answer."""
+    try:
         return read(run)
-    return {}
+    except UserError:
+        return {}
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+        return {}
 
 
 def write(run: Path, state: str, reason: str = "", **where: Any) -> None:
@@ -168,19 +190,19 @@ class Status:
 
 
 def place(run: Path, text: bytes) -> None:
-    """Replace the file by way of one temporary file per rank, since several may write at once. Only ends other than a
-    stop wait for the disk: a stop has little time, and the next start relies on the checkpoint."""
+    """Replace the file. Only ends other than a stop wait for the disk: a stop has little time, and the next start
+    relies on the checkpoint."""
     path, ends = run / FILE, any(f'"state": "{state}"'.encode() in text for state in OVER if state != "stopped")
     try:
-        write_atomically(path, text, by=f".{launcher.rank()}", durable=False)
+        write_atomically(path, text, durable=False)
         if ends:  # it already survives anything but a loss of power
-            with HeldFile(path) as file:
+            with HeldFile(path, opener=regular) as file:
                 os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
             raise
         # Overwriting the old file needs no more room on a full disk.
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as old:
+        with open(path, "r+b", opener=no_link) as old:
             old.write(text)
             old.truncate()
 

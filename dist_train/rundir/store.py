@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_train.rundir.checkpoint import FOLDER, META, STATE, best_of, is_best, listed
 from dist_train.rundir.lease import Lease
+from pipelines.files import folder, new_file
 
 LINKING = "best.new"  # the link before it is renamed to `best`
 
@@ -81,8 +82,8 @@ class Store:
 
     def clean(self, bad: list[str]) -> None:
         """Remove leftovers of killed saves, and rename the checkpoints known to be bad to `bad-*`."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for stale in (*self.directory.glob(".*.tmp"), self.directory / LINKING):
+        folder(self.directory)
+        for stale in (*self.directory.glob(".step-*.tmp"), self.directory / LINKING):
             _remove(stale)
         for name in bad:
             aside = self.directory / f"bad-{name}"
@@ -124,7 +125,7 @@ class Store:
         """Write state and meta to the disk, under a name that readers ignore."""
         _remove(temporary)
         temporary.mkdir()  # without parents: a deleted run directory is not recreated
-        with open(temporary / STATE, "wb") as file, open(temporary / META, "w", encoding="utf-8") as text:
+        with new_file(temporary / STATE) as file, new_file(temporary / META) as text:
             hashed = _Hashed(file)
             try:
                 torch.save(state, hashed)  # type: ignore[arg-type]
@@ -133,7 +134,8 @@ class Store:
                     raise hashed.error from None
                 raise
             self._moment("written")
-            json.dump(meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}, text, indent=1)
+            about = meta | {"sha256": hashed.digest.hexdigest(), "bytes": hashed.size}
+            text.write(json.dumps(about, indent=1).encode())
             # Each flush may take seconds on a busy file system, so all run at once.
             with ThreadPoolExecutor(2) as pool:
                 flushed = [pool.submit(_flush, opened) for opened in (file, text)]
@@ -183,12 +185,6 @@ class Store:
                 os.rename(path, hidden)  # never a half-deleted directory under a good name
                 self._moment("pruning")
                 _remove(hidden)
-
-
-def load_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    """Loads the state from a checkpoint's directory."""
-    state: dict[str, Any] = torch.load(checkpoint / STATE, map_location=device, weights_only=True)
-    return state
 
 
 def _flush(file: IO[Any]) -> None:

@@ -84,6 +84,7 @@ def _tell_end(
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` after a round trip through JSON: tuples become lists, other types from a configuration text."""
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    """`values` after a round trip through JSON: tuples become lists, other types from a configuration text; what has a
+    date or a mapping as its key is left out."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str, skipkeys=True))
     return plain
