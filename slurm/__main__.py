@@ -12,9 +12,8 @@ from typing import Any
 from dist_train.flat import OPTIONS
 from dist_train.rundir.named import RUNS
 from pipelines.cli import Parser, Verb, as_module, positive, run_verb
-from pipelines.resolve import FLAG
 from pipelines.speech import begin, say, show
-from slurm import cluster, options, submissions
+from slurm import options, submissions
 from slurm.submissions import SlurmError, Submission, SubmittedRun
 
 
@@ -104,6 +103,7 @@ def _logs_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--rank", type=int, default=0, help="rank whose log is shown")
     parser.add_argument("--follow", action="store_true", help="until the job ends")
+    parser.add_argument("--raw", action="store_true", help="the very bytes, which may control the terminal")
 
 
 def _logs(args: Namespace) -> int:
@@ -113,8 +113,17 @@ def _logs(args: Namespace) -> int:
     run, *others = submissions.find_runs(args.run)
     if others:
         raise SlurmError(f"{args.run} is a sweep: name one of its runs, such as {shlex.quote(run.name)}")
-    show_log(run, args.rank, args.follow)
+    show_log(run, args.rank, args.follow, args.raw)
     return 0
+
+
+def _meant(text: str) -> list[SubmittedRun]:
+    """The runs that a command is to act on: a link in somebody's sweep may lead to another run of the user's."""
+    runs = submissions.find_runs(text)
+    for run in runs:
+        if run.directory.is_symlink() and run.directory.name != Path(text).name:
+            raise SlurmError(f"{run.directory} is a link, and perhaps not what you mean: name it by itself")
+    return runs
 
 
 def _cancel_options(parser: Parser) -> None:
@@ -126,54 +135,20 @@ def _cancel(args: Namespace) -> int:
     """Save, end, and never requeue."""
     from slurm.cancel import cancel
 
-    cancel(submissions.find_runs(args.run), now=args.now)
+    cancel(_meant(args.run), now=args.now)
     return 0
 
 
 def _requeue_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--exclude", metavar="NODE", help="nodes to avoid")
-    parser.add_argument(
-        FLAG, action="store_true", help="run what the directory says, although it is not as you submitted it"
-    )
 
 
 def _requeue(args: Namespace) -> int:
     """Put a run back into the queue: the same job if Slurm still has it there, otherwise a new one."""
-    from dist_train.cli import checked, parse
-    from slurm import receipts
-    from slurm.site import kept
-    from slurm.snapshot import beside
-    from slurm.submit import launch
+    from slurm.requeue import put_back
 
-    here: list[SubmittedRun] = []  # of a sweep on this machine, to be run in turn
-    runs = submissions.find_runs(args.run)
-    for run in [] if args.trust else runs:
-        receipts.check(run)
-    for run in runs:
-        submission, active = run.last, not cluster.ended(run.last)
-        if active and (submission.local or submission.chain):
-            where = "runs on this machine" if submission.local else "is in the queue as a chain, which is not requeued"
-            raise SlurmError(f"{run.name} {where}: cancel it first")
-        if not active and not beside(Path(submission.folder)).is_dir():  # the copy of its code took it already
-            checked(parse(["--config", str(run.config_file), FLAG])[0])
-        submission.no_requeue.unlink(missing_ok=True)
-        if submission.local:
-            here.append(run)
-            continue
-        if active:
-            cluster.requeue(submission, args.exclude or "")
-            run.append(submitted=submission.job)
-        else:
-            wanted = submission.parameters | kept(run.directory)
-            wanted |= {"exclude": args.exclude} if args.exclude else {}
-            folder, chain = Path(submission.folder), len(submission.chain)
-            (submission,) = launch([run], folder, wanted, local=False, chain=chain)
-        show(f"{run.name}: {submission.subject} in the queue")
-    if here:
-        last = here[0].last
-        for run, submission in zip(here, launch(here, Path(last.folder), last.parameters, local=True), strict=True):
-            show(f"{run.name}: {submission.subject} in the queue")
+    put_back(_meant(args.run), args.exclude or "")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -24,17 +25,29 @@ def cancel(runs: Iterable[SubmittedRun], *, now: bool) -> None:
     """
     asked: dict[SubmittedRun, Submission] = {}
     for run in runs:
-        submission, place = run.last, cluster.entry(run.last)
-        if not place.active:
-            show(f"{run.name}: job {submission.job} has ended already")
-            continue
+        if cluster.ended(run.last):
+            show(f"{run.name}: job {run.last.job} has ended already")
+        else:
+            asked[run] = proven(run)
+    for submission in asked.values():
         submission.cancel()  # before any of them ends: what waits for its turn does not start then
-        asked[run] = submission
     saving = {} if now else {run: its for run, its in asked.items() if _stop(its)}
     for run, submission in asked.items():
         if run not in saving:
             _end(run, submission)
     _wait(saving)
+
+
+def proven(run: SubmittedRun) -> Submission:
+    """The submission of a run that is in the queue. Raises SlurmError unless what its file names is this run's."""
+    submission = run.last
+    run.check_folder(submission)
+    if not cluster.belongs(submission):
+        raise SlurmError(
+            f"{run.job_file} names {submission.subject.rpartition(' ')[0]}, which Slurm does not know as this run's: "
+            f"look at `squeue`, and use scancel for a job of yours"
+        )
+    return submission
 
 
 def _stop(submission: Submission) -> bool:
@@ -85,7 +98,9 @@ def _waiting(left: dict[SubmittedRun, Submission], saving: dict[SubmittedRun, Su
 def _patience(run: SubmittedRun) -> float:
     """Seconds that the run may take to save and to end."""
     with suppress(UserError, KeyError, TypeError):
-        return PATIENCE + float(run.config()["run"]["stop_timeout"])
+        patience = run.config()["run"]["stop_timeout"]
+        if 0 <= patience < math.inf:
+            return PATIENCE + float(patience)
     return PATIENCE
 
 

@@ -25,7 +25,7 @@ FINISHED = {
     "TIMEOUT",
 }
 
-CONTROLLER, QUEUE = b"submitit.local._local", b"slurm.local"  # programs that run a local job, and a sweep of them
+CONTROLLER, QUEUE = "submitit.local._local", "slurm.local"  # modules that run a local job, and a sweep of them
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,11 @@ def look(submissions: Iterable[Submission]) -> dict[str, Entry]:
         job = submission.job
         if not submission.local:
             jobs += [link.job for link in submission.links]
-        elif not submission.waits and _is(job, CONTROLLER):
+        elif not submission.waits and _is(job, CONTROLLER, submission.folder):
             entries[job] = Entry("RUNNING", "local", job=job)
-        elif submission.waits and _is(job.split("_")[0], QUEUE) and not submission.no_requeue.exists():
+        elif (
+            submission.waits and _is(job.split("_")[0], QUEUE, submission.folder) and not submission.no_requeue.exists()
+        ):
             entries[job] = Entry("PENDING", "local, after others", job=job)
     if jobs:
         try:
@@ -95,6 +97,30 @@ def entry(submission: Submission) -> Entry:
     return current(submission, look([submission])) or Entry("COMPLETED", "not in the queue")
 
 
+def belongs(submission: Submission, *, to_anybody: bool = False) -> bool:
+    """True if all its jobs that are in the queue are this user's, and have their logs in its folder: the number of any
+    other job may stand in the file of a run. Raises SlurmError.
+
+    Args:
+        to_anybody: whether they may be another user's.
+    """
+    if submission.local:
+        return True  # `look` knows its process by the folder
+    jobs = [job for job, place in look([submission]).items() if place.active]
+    if not jobs:
+        return True
+    form = "JobArrayID:|,UserID:|,STDOUT:|"
+    text = command("squeue", "--noheader", "--array", "--states=all", f"--Format={form}", "--jobs=" + ",".join(jobs))
+    found = [line.rstrip("|").split("|", 2) for line in text.splitlines() if line.count("|") >= 3]
+    folder = os.path.realpath(submission.folder)
+    ours = {
+        job
+        for job, user, log in found
+        if (to_anybody or user == str(os.getuid())) and os.path.realpath(os.path.dirname(log)) == folder
+    }
+    return ours >= set(jobs)
+
+
 def ended(submission: Submission) -> bool:
     """True if the job neither runs nor will run."""
     return not entry(submission).active
@@ -112,7 +138,7 @@ def end(submission: Submission) -> None:
     """Cancels the job, whatever its state, and all others of its chain."""
     if not submission.local:
         end_jobs([job for job, place in look([submission]).items() if place.active])
-    elif not submission.waits and _is(submission.job, CONTROLLER):
+    elif not submission.waits and _is(submission.job, CONTROLLER, submission.folder):
         os.kill(int(submission.job), signal.SIGINT)
 
 
@@ -155,9 +181,16 @@ def command(*words: str) -> str:
         raise SlurmError(f"{words[0]} failed: {' '.join(error.stderr.split())}") from error
 
 
-def _is(process: str, program: bytes) -> bool:
-    """True if this process is alive and runs this program; another process may have its number by now."""
+def _is(process: str, module: str, folder: str) -> bool:
+    """True if this process of ours runs this module for the jobs of this folder; any other process may have its number
+    by now, or ever since."""
     try:
-        return program in Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
+        place = Path(f"/proc/{process}")
+        words = [os.fsdecode(word) for word in (place / "cmdline").read_bytes().split(b"\0")]
+        return (
+            place.stat().st_uid == os.getuid()
+            and words[1:3] == ["-m", module]
+            and os.path.realpath(words[3]) == os.path.realpath(folder)
+        )
+    except (IndexError, OSError):
         return False

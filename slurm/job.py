@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from dist_train.rundir.checkpoint import newest_name
 from dist_train.rundir.last_words import LastWords
 from pipelines import kinds
 from pipelines.cli import refuse
+from pipelines.files import appended
 from pipelines.misc import cpus
 from pipelines.resolve import FLAG, trust
 from pipelines.speech import begin, say
@@ -80,7 +82,8 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         # Neighbouring job numbers give different ports, so that jobs on one node do not collide.
         os.environ["MASTER_PORT"] = str(PORTS[int(here.raw_job_id) % len(PORTS)])
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
-        over, (number, length) = _submission(here).no_requeue, self.link
+        submission, (number, length) = _submission(here), self.link
+        over = submission.no_requeue
         if number:
             os.environ["SLURM_RESTART_COUNT"] = str(number)  # to the run it is a restart
         if not length or number < length - 1:  # else nothing comes after it
@@ -94,7 +97,7 @@ class Job(Checkpointable):  # type: ignore[misc]  # submitit's helpers carry no 
         if code == STOPPED:  # a chain goes on with its next job
             leave(0 if length and not over.exists() else _come_back(here, rank, requeue, STOPPED))
         if code in FINAL or (length and not code):  # a retry would end the same way
-            over.touch()
+            submission.forbid_requeue()
         if code:
             leave(code)
         atexit.register(leave, 0)  # once submitit has written the result
@@ -146,7 +149,7 @@ def _refuse(why: str, here: JobEnvironment, announcement: Announcement, director
     """Ends a job whose code is not the one that it was submitted with; another try would end the same way."""
     code = refuse(why)
     with suppress(OSError):
-        _submission(here).no_requeue.touch()
+        _submission(here).forbid_requeue()
     who = {"rank": here.global_rank, "node": here.hostname, "error": "Refused"}
     if announcement.fail(why, **who):
         with suppress(OSError):
@@ -188,7 +191,7 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
         # The start that crashed, if it had claimed the run.
         claimed = {"start": found["start"]} if "start" in found and status.CRASH not in found else {}
         status.write(run.directory, "failed", crash, **where, **claimed, **{status.CRASH: True})
-    for link in run.last.links:
+    for link in replace(run.last, folder=submission.folder).links:  # the file may be anybody's
         link.crash.unlink(missing_ok=True)
     last = max((i for i, line in enumerate(history) if "submitted" in line), default=-1)
     starts = history[last + 1 :]
@@ -201,7 +204,7 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
         )
         say(f"error: {reason}")
         for write in (  # most important first; failures on a full disk are ignored
-            submission.no_requeue.touch,
+            submission.forbid_requeue,
             partial(status.write, run.directory, "failed", reason, **where),
             partial(events.tell, run.directory, "given_up", reason=reason),
         ):
@@ -212,7 +215,7 @@ def _begin(run: SubmittedRun, here: JobEnvironment) -> bool:
     first = last >= 0 and not starts
     os.environ[SUBMITTED] = str(int(history[last]["time"])) if first else ""
     run.append(start=here.job_id, checkpoint=newest, nodes=list(here.hostnames))
-    submission.started.touch()
+    appended(submission.started).close()
     return True
 
 

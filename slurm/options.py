@@ -6,7 +6,7 @@ import re
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from pipelines.cli import Parser, natural, positive
+from pipelines.cli import Parser, limit_options, natural, positive
 from pipelines.kinds import SIDE_HELP
 from pipelines.misc import ceil_div
 from slurm import sbatch
@@ -73,6 +73,7 @@ def submit_pack_options(parser: Parser) -> None:
     parser.add_argument("--quality", type=positive, default=90, help="quality of re-encoded JPEGs, 1 to 95")
     parser.add_argument("--shard-mb", type=float, default=64.0, help="target size of a shard in 10^6 bytes")
     parser.add_argument("--seed", type=natural, default=0, help="seed of the order of the samples in the shards")
+    limit_options(parser)
     resources(parser, gpus=0)
     _cluster(parser)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines import kinds, origin
+from pipelines.cli import chosen_limits
 from pipelines.resolve import is_code, trust
 from pipelines.sources import SOURCES, ImageFolder, inventory
 from pipelines.speech import say
@@ -52,7 +53,8 @@ def _submit_set(options: Namespace, name: str, planned: kinds.SetPlan, side: int
     from pipelines.pack import Options
 
     paths, train, directory = planned
-    stored = asdict(Options(side, options.quality, options.shard_mb, options.seed, options.keep_small))
+    limits = chosen_limits(options)
+    stored = asdict(Options(side, options.quality, options.shard_mb, options.seed, options.keep_small, *limits))
     folder = directory / "slurm"
     wanted = parameters(options, f"pack {directory.name}", folder, site)
     del wanted["teardown"]  # the final task packs what a crashed task leaves undone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
 from dist_train.machine import few_cpus
+from pipelines import files
 from pipelines.speech import flush
 from slurm.sbatch import asks_for_gpus
 from slurm.setup import setup_lines
@@ -23,6 +25,7 @@ from slurm.site import SiteFile
 from slurm.submissions import SlurmError
 
 ENTRY = "slurm/entry.py"  # in a copy of the code
+RANDOM = ".submission_file_"  # begins a name that submitit uses once, and then for a link
 TEARDOWN = """\
 code=$?
 lasted=$((SECONDS + 2))  # at most
@@ -167,12 +170,14 @@ def hand_over(
     local: bool,
     code: Path | None = None,
 ) -> list[str]:
-    """Submits tasks, several as an array. Returns their job numbers. Raises SlurmError.
+    """Submits tasks, several as an array. Returns their job numbers. Raises SlurmError, and OSError if there are links
+    in the folder, through which submitit, Slurm or the script would write.
 
     Args:
         code: the copy of the packages that the jobs import; None: those that are there when they start.
     """
     executor: _LocalExecutor | _Executor
+    _refuse_links(folder)
     if local:
         executor = _LocalExecutor(folder, max_num_timeout=10**6)
         executor.code = code
@@ -195,6 +200,16 @@ def hand_over(
         raise SlurmError("there is no sbatch here: use a node of the cluster, or --local") from error
 
 
+def _refuse_links(folder: Path) -> None:
+    """Makes the folder into which submitit, Slurm and the script write without looking. Raises OSError if a link is
+    there, or in it."""
+    files.folder(folder)
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.is_symlink() and not entry.name.startswith(RANDOM):
+                raise files.StrangeFile(errno.ELOOP, "is a link, which is not followed: remove it", entry.path)
+
+
 @contextmanager
 def _outside() -> Iterator[None]:
     """Hides a surrounding job's variables from the new job, except SLURM_CONF and the user's own SBATCH_ACCOUNT
@@ -210,7 +225,7 @@ def _aside(log: Path) -> Iterator[None]:
     """Redirects our output to `log`: submitit's local controller inherits it, and would hold a pipe open to its end."""
     flush()
     ours = [os.dup(1), os.dup(2)]
-    with open(log, "ab") as file:
+    with files.appended(log) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:

@@ -19,15 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dist_train.rundir.named import is_of_run
+from pipelines import yamls
 from pipelines.cli import Parser
 from pipelines.errors import UserError
 from pipelines.files import as_text, read_text
 from pipelines.speech import say
 from pipelines.words import nearest
-from slurm import receipts, sbatch
+from slurm import sbatch
 from slurm.options import resources
 from slurm.submissions import SlurmError
 
@@ -120,18 +119,12 @@ def read(path: Path, text: str) -> SiteFile:
     """The site of a file with this text. Raises UserError."""
     try:
         # All scalars as they are written: 12:00:00 is no number of seconds, and `on` no truth.
-        found = yaml.load(text, Loader=yaml.BaseLoader)  # makes strings, lists and dicts only
+        found = yamls.load(text, words=True)
         return _checked(as_text(" ".join(str(path).split())), found or {})
-    except yaml.YAMLError as error:
-        raise SlurmError(f"{path} is no YAML ({' '.join(str(error).split())}): mend it") from error
+    except yamls.NoYaml as error:
+        raise SlurmError(f"{path} {error}") from error
     except UserError as error:
         raise SlurmError(f"{path}: {error}") from error
-
-
-def kept(directory: Path) -> dict[str, Any]:
-    """What the last submission of a run put into its script, if this user has made it; see `submit.launch`."""
-    facts = receipts.of(directory) or {}
-    return dict(facts.get("site", {}))
 
 
 def _looked_at(path: Path) -> tuple[str, str]:

@@ -16,10 +16,11 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from secrets import token_hex
 
 from dist_train import code
 from dist_train.config import Config
-from pipelines.files import read_json
+from pipelines.files import new_file, read_file, read_json, write_atomically
 from pipelines.resolve import places
 from pipelines.speech import say
 
@@ -40,9 +41,9 @@ def take(top: Path, configs: Iterable[Config]) -> Path:
     for module in [module for module in own if _too_large(own[module])]:
         say(f"{module} is too large to be copied: a job imports what lies in {own.pop(module)[0]} when it starts")
         left.append(module)
-    new = Path(tempfile.mkdtemp(prefix=ASIDE, dir=top))
+    new = top / f"{ASIDE}{token_hex(8)}"
+    new.mkdir()
     try:
-        new.chmod(0o755)
         copied = {package: [code.ROOT / package] for package in code.PACKAGES} | own
         for place in [code.ROOT / CONFIGS, *(place for found in copied.values() for place in found)]:
             if place.name != CONFIGS or not code.library([place]):  # which are inside dist_train where it is installed
@@ -50,9 +51,9 @@ def take(top: Path, configs: Iterable[Config]) -> Path:
         about: dict[str, object] = {"from": {module: list(map(str, found)) for module, found in copied.items()}}
         about["not_copied"] = sorted(left)
         if changes := code.changes():
-            (new / code.CHANGES).write_text(changes, encoding="utf-8", errors="backslashreplace")
+            write_atomically(new / code.CHANGES, changes.encode(errors="backslashreplace"))
         about |= {key: value for key, value in code.version().items() if key in ("commit", "changed")}
-        (new / code.COPIED).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        write_atomically(new / code.COPIED, json.dumps(about, indent=1).encode())
         _replace(top, new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -71,7 +72,7 @@ def digest(copy: Path) -> str:
         return ""
     found = hashlib.sha256()
     for path in sorted(path for path in copy.rglob("*") if path.is_symlink() or not path.is_dir()):
-        data = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes()
+        data = os.fsencode(os.readlink(path)) if path.is_symlink() else read_file(path)
         found.update(b"%b %d %d\n" % (os.fsencode(path.relative_to(copy)), path.is_symlink(), len(data)))
         found.update(data)
     return found.hexdigest()
@@ -105,7 +106,9 @@ def _copy(place: Path, target: Path) -> None:
     for path in code.files_in(place):
         copy = target / path.relative_to(place.parent)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+        if not copy.exists():  # it may be in several folders of a namespace package, of which the first one counts
+            with new_file(copy) as file:
+                file.write(read_file(path))
 
 
 def _replace(top: Path, new: Path | None) -> None:

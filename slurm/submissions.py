@@ -1,7 +1,7 @@
 """Slurm's files in a run directory: submissions and starts.
 
 <run>/slurm/config.yaml          the checked configuration; later edits elsewhere do not reach a queued job
-<run>/slurm/job.json             the newest submission
+<run>/slurm/job.json             the newest submission: for `status`, `logs` and `cancel`; nothing of it is executed
 <run>/slurm/starts.jsonl         one line per submission and per start
 <folder>/<job>_<rank>_log.out    log of one rank over all restarts; `folder` is <run>/slurm, or the sweep's
 <folder>/<job>.started           this start reached the trainer: a crash is worth a retry
@@ -17,18 +17,25 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from pydantic import Field
 
-from dist_train.rundir import status
+from dist_train.rundir import lines, status
+from dist_train.rundir.ledger import Seconds
 from dist_train.rundir.named import RUNS, run_named
-from pipelines.errors import UserError, first_line
-from pipelines.files import read_json, read_jsonl, read_text, write_atomically
+from pipelines import yamls
+from pipelines.errors import UserError
+from pipelines.files import appended, read_file, write_atomically
+from pipelines.valid import Count, Invalid, made_of, parsed
 from pipelines.words import nearest
 
+JobNumber = Annotated[str, Field(pattern=r"^[0-9]{1,10}(_[0-9]{1,10})?$")]
+AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00-\x1f]*$")]
+MOST = 1 << 22  # bytes of a file; a start takes some 200
+CHAIN = 1000  # jobs at most
 CANCELLED = "cancelled\n"  # what `cancel` writes into <job>.over
 
 
@@ -45,16 +52,14 @@ class Submission:
             submitit's controller, or `12_3` while the run waits for its turn in the queue of process 12.
         folder: folder of submitit's files and the logs.
         tasks: number of ranks.
-        parameters: submitit's parameters, to submit the same again.
         chain: all jobs of a chain, in order; empty without one.
     """
 
-    job: str
-    folder: str
-    tasks: int
+    job: JobNumber
+    folder: AbsolutePath
+    tasks: Count
     local: bool
-    parameters: dict[str, Any] = field(default_factory=dict)
-    chain: list[str] = field(default_factory=list)
+    chain: Annotated[list[JobNumber], Field(max_length=CHAIN)] = field(default_factory=list)
 
     @property
     def links(self) -> list[Submission]:
@@ -82,16 +87,20 @@ class Submission:
         """Marker file that forbids a requeue."""
         return Path(self.folder) / f"{self.job}.over"  # queued jobs have this name in their teardown
 
+    def forbid_requeue(self) -> None:
+        """Forbids a requeue; what a mark says already stays."""
+        appended(self.no_requeue).close()
+
     def cancel(self) -> None:
         """Forbids a requeue, and notes that it was the user who did."""
         for link in self.links:
-            link.no_requeue.write_text(CANCELLED, encoding="utf-8")
+            write_atomically(link.no_requeue, CANCELLED.encode())
 
     @property
     def cancelled(self) -> bool:
         """True if the user has cancelled it."""
         with suppress(OSError, ValueError):
-            return self.links[0].no_requeue.read_text(encoding="utf-8") == CANCELLED
+            return read_file(self.links[0].no_requeue, MOST) == CANCELLED.encode()
         return False
 
     @property
@@ -103,6 +112,29 @@ class Submission:
     def log(self, rank: int) -> Path:
         """Log file of one rank."""
         return Path(self.folder) / f"{self.job}_{rank}_log.out"
+
+
+@dataclass
+class _Train:
+    epochs: Count
+
+
+@dataclass
+class _Config:
+    """The format of config.yaml: what is read of it here; the trainer checks the whole."""
+
+    train: _Train
+
+
+@dataclass
+class _Start:
+    """The format of a line of starts.jsonl: of a submission, or of a start and what it found."""
+
+    time: Seconds = 0.0
+    submitted: str = ""
+    start: str = ""
+    checkpoint: str = ""
+    nodes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,19 +167,26 @@ class SubmittedRun:
         return self.folder / "job.json"
 
     def config(self) -> dict[str, Any]:
-        """The configuration as nested dicts."""
+        """The configuration as nested dicts. Raises OSError, and SlurmError for a damaged file."""
         try:
-            config: dict[str, Any] = yaml.safe_load(read_text(self.config_file))
-        except yaml.YAMLError as error:
-            raise SlurmError(f"{self.config_file} is damaged ({first_line(error)}): restore it") from error
-        return config
+            config = yamls.groups(yamls.load(yamls.read(self.config_file)))
+            made_of(_Config, config)
+            return config
+        except yamls.NoYaml as error:
+            raise SlurmError(f"{self.config_file} {error}") from error
+        except Invalid as error:
+            raise SlurmError(f"{self.config_file} is damaged ({error}): restore it, or submit the run again") from error
 
     def submission(self) -> Submission | None:
-        """Latest submission; None before the first."""
+        """Latest submission; None before the first. Raises SlurmError."""
         if not self.job_file.exists():
             return None
-        names = {one.name for one in fields(Submission)}  # a later program than this copy of the code may have more
-        return Submission(**{name: value for name, value in read_json(self.job_file).items() if name in names})
+        try:
+            return parsed(Submission, read_file(self.job_file, MOST))
+        except Invalid as error:
+            raise SlurmError(
+                f"{self.job_file} is damaged ({error}): restore it, or move it away and submit the run again"
+            ) from error
 
     @property
     def last(self) -> Submission:
@@ -155,6 +194,17 @@ class SubmittedRun:
         submission = self.submission()
         assert submission
         return submission
+
+    def check_folder(self, submission: Submission) -> None:
+        """Raises SlurmError unless the files of a submission lie with the run or with its sweep: only there is written
+        what the file of a run says."""
+        place = Path(os.path.realpath(self.directory))
+        own = [folder for folder in (place / "slurm", place.parent / "slurm") if not folder.is_symlink()]
+        if Path(os.path.realpath(submission.folder)) not in own:
+            raise SlurmError(
+                f"{self.job_file} names the folder {submission.folder}, which is not that of this run: submit the run "
+                f"again from where it lies now"
+            )
 
     def crash(self, told: Mapping[str, Any]) -> str:
         """How the last start failed, if it could not say so itself because its environment was missing or all its
@@ -165,7 +215,7 @@ class SubmittedRun:
         """
         try:
             file = next(link.crash for link in reversed(self.last.links) if link.crash.exists())
-            text = file.read_text(encoding="utf-8", errors="replace")
+            text = read_file(file, MOST).decode(errors="replace")
             end, seconds, code, error = text.rstrip("\n").split(" ", 3)
             ended, began = float(end), float(end) - float(seconds)
         except (OSError, StopIteration, ValueError):  # missing or half written
@@ -189,19 +239,19 @@ class SubmittedRun:
 
     def append(self, **values: Any) -> None:
         """Appends a line to starts.jsonl."""
-        with open(self.folder / "starts.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), **values}) + "\n")
+        lines.append(self.folder / "starts.jsonl", {"time": time.time(), **values})
 
     def history(self) -> list[dict[str, Any]]:
-        """Lines of starts.jsonl, oldest first."""
-        return read_jsonl(self.folder / "starts.jsonl")
+        """Lines of starts.jsonl, oldest first, without those that a kill has torn. Raises OSError, and UserError for a
+        damaged file."""
+        return lines.read(self.folder / "starts.jsonl", _Start, MOST)
 
 
 def find_runs(text: str) -> list[SubmittedRun]:
     """The run at this path or of this name under `runs/`, or the members of this sweep; `SWEEP/0` is its first one.
     Raises SlurmError."""
     for path in (Path(text).absolute(), (RUNS / text).absolute()):
-        if SubmittedRun(path).submission():
+        if SubmittedRun(path).job_file.exists():
             return [SubmittedRun(path)]
         if members := _members(path):
             return members
@@ -239,5 +289,12 @@ def all_runs() -> list[SubmittedRun]:
     """Submitted runs under `runs/`, including members of sweeps, oldest first."""
     found = [[SubmittedRun(path.parent.parent.absolute())] for path in RUNS.glob("*/slurm/job.json")]
     found += [_members(sweep.absolute()) for sweep in RUNS.glob("*/")]
-    found = sorted(filter(None, found), key=lambda runs: min(run.job_file.stat().st_mtime for run in runs))
+    found = sorted(filter(None, found), key=lambda runs: min(map(_when, runs)))
     return [run for runs in found for run in runs]
+
+
+def _when(run: SubmittedRun) -> float:
+    """When a run was submitted last, Unix time in seconds; 0 if that cannot be known."""
+    with suppress(OSError):
+        return run.job_file.stat().st_mtime
+    return 0.0

@@ -16,16 +16,15 @@ from dist_train.cli import checked, default_name, overrides_of, parse
 from dist_train.config import Config
 from dist_train.data import check_batch, check_tars, open_sets, to_pack
 from dist_train.flat import dump
+from pipelines import files
 from pipelines.files import read_text, write_atomically
+from pipelines.resolve import check_trust
 from pipelines.speech import say
 from slurm import cluster, receipts, snapshot
 from slurm.chain import forget_ends
 from slurm.job import Job
 from slurm.script import check_text, hand_over
 from slurm.submissions import SlurmError, Submission, SubmittedRun
-
-# Parameters that are lines or words of the job's script: `requeue` takes them from the receipt.
-OF_SCRIPT = ("additional_parameters", "python", "setup", "srun", "srun_args", "teardown")
 
 
 class PlannedRuns(NamedTuple):
@@ -50,12 +49,14 @@ def plan(options: Namespace, argv: Sequence[str]) -> PlannedRuns:
     """
     config, stem = parse(argv)
     checked(config)
+    check_trust("data.source", config.data.source)  # a job imports all that its configuration names
     name = config.run.name or default_name(stem)
     top = config.run.path(name).absolute()
     runs = []
     for i, overrides in enumerate(_sweep(options.array) if options.array else [[]]):
         if overrides:
             config = checked(parse([*argv, *overrides])[0])
+            check_trust("data.source", config.data.source)
         directory = top / _member(i, overrides) if options.array else top
         config = replace(
             config, run=replace(config.run, name=str(directory.relative_to(top.parent)), dir=str(directory))
@@ -81,7 +82,7 @@ def submit(
         chain: as for `launch`.
     """
     for run, config in planned.runs:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        files.folder(run.folder)
         write_atomically(run.config_file, dump(config).encode())
     if live:
         snapshot.drop(planned.top)
@@ -107,7 +108,7 @@ def launch(
         submissions = [_launch_chain(runs[0], folder, wanted, code, chain)]
     else:
         jobs = hand_over(folder, wanted, [Job(run.directory, code) for run in runs], local=local, code=code)
-        submissions = [Submission(job, str(folder), _tasks(wanted), local, wanted) for job in jobs]
+        submissions = [Submission(job, str(folder), _tasks(wanted), local) for job in jobs]
         for run, submission in zip(runs, submissions, strict=True):
             run.submitted(submission)
     _keep_receipts(runs, copy, wanted)
@@ -127,7 +128,7 @@ def _launch_chain(
         except SlurmError:
             cluster.end_jobs(jobs)
             raise
-        submission = Submission(jobs[0], str(folder), _tasks(wanted), local=False, parameters=wanted, chain=jobs)
+        submission = Submission(jobs[0], str(folder), _tasks(wanted), local=False, chain=jobs)
         if number:
             run.record(submission)
         else:  # it may start before the last one is submitted
@@ -137,28 +138,28 @@ def _launch_chain(
 
 def _launch_queue(runs: list[SubmittedRun], folder: Path, wanted: dict[str, Any]) -> list[Submission]:
     """Starts a process that runs them in turn on this machine; it outlives this one, and the terminal."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "controller.log", "ab") as log:
-        words = [sys.executable, "-m", "slurm.local"]
+    files.folder(folder)
+    with files.appended(folder / "controller.log") as log:
+        words = [sys.executable, "-m", "slurm.local", str(folder)]
         queue = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
     jobs = [f"{queue.pid}_{number}" for number in range(len(runs))]
-    submissions = [Submission(job, str(folder), _tasks(wanted), local=True, parameters=wanted) for job in jobs]
+    submissions = [Submission(job, str(folder), _tasks(wanted), local=True) for job in jobs]
     for run, submission in zip(runs, submissions, strict=True):
         run.submitted(submission)
     _keep_receipts(runs, snapshot.beside(folder), wanted)
     assert queue.stdin
     with queue.stdin as told:  # it begins at the end of this text
-        told.write(json.dumps([str(run.directory) for run in runs]).encode())
+        told.write(json.dumps({"runs": [str(run.directory) for run in runs], "wanted": wanted}).encode())
     return submissions
 
 
 def _keep_receipts(runs: list[SubmittedRun], copy: Path, wanted: dict[str, Any]) -> None:
-    site = {key: wanted[key] for key in OF_SCRIPT if key in wanted}
     try:
+        code = snapshot.digest(copy)
         for run in runs:
-            receipts.keep(run.directory, **receipts.facts(run, snapshot.digest(copy)), site=site)
+            receipts.keep(run, wanted, code)
     except OSError as error:  # no reason to withhold a job that is in the queue
-        say(f"warning: no receipt could be kept ({error}): `python -m slurm requeue` will need --trust")
+        say(f"warning: no receipt could be kept ({error}): `python -m slurm requeue` will not know these runs")
 
 
 def _tasks(wanted: dict[str, Any]) -> int:
@@ -183,7 +184,7 @@ def _member(number: int, overrides: list[str]) -> str:
 def _check_directory(run: SubmittedRun) -> None:
     """Raises SlurmError if the run is already in the queue, or its name is unusable."""
     check_text(run.directory)
-    if (old := run.submission()) and cluster.entry(old).active:
+    if (old := run.submission()) and not cluster.ended(old) and cluster.belongs(old, to_anybody=True):
         raise SlurmError(
             f"{run.name} is in the queue already, as job {old.job}: cancel it first, or choose another run.name"
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
 from dist_train.monitor.notify import Outbox, silence
 from dist_train.monitor.webhook import Message, Webhook
 from dist_train.rundir import status
+from pipelines.errors import UserError
 from pipelines.speech import say, show_anew, unheard
 from slurm.cluster import Entry
 from slurm.submissions import SubmittedRun
@@ -56,9 +59,11 @@ class Silences:
         """
         messages = []
         for run in runs:
-            at, place = status.known(run.directory), queue.get(run.name)
+            at, place = dict[str, Any](), queue.get(run.name)
+            with suppress(UserError, OSError):  # the table tells
+                at = status.read(run.directory)
             heartbeat = at.get("heartbeat")
-            if at.get("state") not in ("starting", "running") or not isinstance(heartbeat, int | float):
+            if at.get("state") not in ("starting", "running") or heartbeat is None:
                 self._alive.discard(run.name)
             elif now - heartbeat <= status.SILENT:
                 if at["state"] == "running":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -114,7 +115,7 @@ def test_a_copy_is_replaced_at_once_or_not_at_all(here: Path, tmp_path: Path, mo
     (here / "my_layers.py").write_text("def make(): return 2\n")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nobody tidies up after a kill
-        patch.setattr(snapshot.shutil, "copyfile", lambda source, _: exec(f"raise KeyboardInterrupt({str(source)!r})"))
+        patch.setattr(snapshot, "new_file", lambda path: exec(f"raise KeyboardInterrupt({str(path)!r})"))
         with pytest.raises(KeyboardInterrupt):
             taken(tmp_path / "run")
     assert len(list((tmp_path / "run").iterdir())) == 2
@@ -222,8 +223,8 @@ def submitted(directory: Path) -> SubmittedRun:
     run.config_file.write_text("train: {epochs: 1}\n")
     (directory / "code" / "dist_train").mkdir(parents=True)
     (directory / "code" / "dist_train" / "__init__.py").write_text("")
-    run.submitted(Submission("999999", str(run.folder), 1, local=True, parameters={}))
-    receipts.keep(directory, **receipts.facts(run, snapshot.digest(directory / "code")))
+    run.submitted(Submission("999999", str(run.folder), 1, local=True))
+    receipts.keep(run, {"time": 9, "nodes": 1, "ntasks_per_node": 1}, snapshot.digest(directory / "code"))
     return run
 
 
@@ -233,9 +234,10 @@ def submitted(directory: Path) -> SubmittedRun:
 def test_what_was_changed_since_is_not_requeued(tmp_path: Path, file: str) -> None:
     run = submitted(tmp_path / "run")
     receipts.check(run)
-    with open(tmp_path / "run" / file, "a") as changed:
-        changed.write("\n")
-    with pytest.raises(SlurmError, match=f"{file.partition('/')[0]}.* is not as you submitted it: .* add --trust if"):
+    path = tmp_path / "run" / file
+    path.write_text(path.read_text().replace("999999", "999998") + "\n" if path.exists() else "")
+    words = f"{file.partition('/')[0]}.* is not as you submitted it: .* `python -m slurm submit --local --config .* "
+    with pytest.raises(SlurmError, match=f"{words}--run.dir {run.directory}` continues it"):
         receipts.check(run)
 
 
@@ -244,7 +246,7 @@ def test_a_strangers_run_is_not_requeued(tmp_path: Path) -> None:
     mine = submitted(tmp_path / "run")
     shutil.copytree(mine.directory, tmp_path / "copy")
     with pytest.raises(
-        SlurmError, match=r"was not submitted by you, as far as .* if you trust its author, add --trust"
+        SlurmError, match=r"was not submitted by you, as far as .*: look at its configuration, then `python -m slurm"
     ):
         receipts.check(SubmittedRun(tmp_path / "copy"))
 
@@ -300,18 +302,29 @@ def test_requeue_keeps_the_code_and_submit_takes_the_new(tmp_path: Path, shard_s
     then = code.sources(user.home)
     wait_for(lambda: "has ended" in user.slurm("cancel", "x"), 30, "the job to end")
 
-    with open(user.home / "dist_train" / "run.py", "a") as file:
-        file.write(BROKEN)
-    assert "was not submitted by you" in user.slurm("requeue", "x", code=2)
+    refused = user.slurm("requeue", "x", code=2)
+    assert "was not submitted by you" in refused
     user.environment["XDG_STATE_HOME"] = str(tmp_path / "state")
-    user.slurm("requeue", "x", "--trust")
-    wait_for(lambda: user.log("x").count("outcome") == 2, 100, "the end of the same code")
-    told = [event["code"]["sources"] for event in events.read(user.run("x")) if event["event"] == "start"]
-    assert told == [then, then]
+    told = shlex.split(refused.split("`python -m slurm ")[1].split("`")[0])
+    user.slurm(*told, "--gpus-per-node=0")
+    wait_for(lambda: user.log("x").count("outcome") == 2, 100, "the end of what was told")
+    assert "continuing from step-00000002" in user.log("x")
     wait_for(lambda: "has ended" in user.slurm("cancel", "x"), 30, "the job to end")
 
+    with open(user.home / "dist_train" / "run.py", "a") as file:
+        file.write(BROKEN)
+    user.slurm("requeue", "x")
+    wait_for(lambda: user.log("x").count("outcome") == 3, 100, "the end of the same code")
+    sources = [event["code"]["sources"] for event in events.read(user.run("x")) if event["event"] == "start"]
+    assert sources == [then, then, then]
+    wait_for(lambda: "has ended" in user.slurm("cancel", "x"), 30, "the job to end")
+
+    user.environment["XDG_STATE_HOME"] = "/proc/nowhere"
     assert job_of(user.slurm(*words))
     wait_for(lambda: "edited after the submission" in user.log("x"), 100, "the new code")
+    wait_for(lambda: "has ended" in user.slurm("cancel", "x"), 30, "the job to end")
+    user.environment["XDG_STATE_HOME"] = str(tmp_path / "state")
+    assert "job.json is not as you submitted it" in user.slurm("requeue", "x", code=2), "the receipt is of another one"
 
 
 @pytest.mark.slow

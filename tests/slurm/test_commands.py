@@ -354,17 +354,6 @@ def test_the_batch_script_tells_what_the_start_could_not(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("file", ["slurm/job.json", "slurm/starts.jsonl", "status.json", "metrics.jsonl"])
-def test_a_damaged_run_does_not_hide_the_others(outsider: User, file: str) -> None:
-    for name in ("whole", "damaged"):
-        submitted(outsider.run(name))
-    (outsider.run("damaged") / file).write_text("{no json\n")
-    lines = outsider.slurm("status").splitlines()
-    assert any(line.startswith("whole ") and "not started" in line for line in lines)
-    assert any(line.startswith("damaged ") and f"{file} is damaged" in line for line in lines)
-
-
-@pytest.mark.integration
 def test_a_local_run_stops_and_comes_back(outsider: User) -> None:
     """The same job in processes of this machine."""
     words = ("--local", "--gpus-per-node=2", "--time=30", "--run.name=local", "--train.device=cpu")

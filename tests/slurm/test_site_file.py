@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import yaml
 import slurm.__main__
 from slurm import receipts
 from slurm.setup import setup_lines
-from slurm.site import SiteFile, kept
+from slurm.site import SiteFile
 from slurm.submissions import SubmittedRun
 from tests.slurm.test_commands import state, submitted
 
@@ -213,16 +214,22 @@ def test_the_receipt_keeps_what_the_script_is_made_of(
     monkeypatch.setattr("slurm.submit.check_tars", lambda sets: None)
     assert slurm.__main__.main(shlex.split(f"submit --run.name x {sets}")) == 0, capsys.readouterr()
     run = SubmittedRun((home / "runs" / "x").absolute())
-    assert kept(run.directory).keys() == {"additional_parameters", "python", "setup", "srun", "srun_args", "teardown"}
-    assert (run.directory / "slurm" / "job.json").exists()
+    assert receipts.check(run).wanted == seen[0]
     Path("slurm.yaml").unlink()
-    job = run.directory / "slurm" / "job.json"
-    job.write_text(job.read_text().replace("module load y", "rm -rf z"))
-    assert slurm.__main__.main(["requeue", "x"]) == 2
-    assert f"{job} is not as you submitted it" in capsys.readouterr().err
-    assert slurm.__main__.main(["requeue", "x", "--trust"]) == 0, capsys.readouterr()
+    said = json.loads(run.job_file.read_text())
+    assert said.keys() == {"job", "folder", "tasks", "local", "chain"}
+    shell = {"setup": ["rm -rf z"], "teardown": ["rm -rf z"], "python": "z", "srun": "z", "srun_args": ["z"]}
+    run.job_file.write_text(json.dumps(said | {"parameters": shell | {"additional_parameters": {"bcast": "z"}}}))
+    assert slurm.__main__.main(["requeue", "x"]) == 0, capsys.readouterr()
     assert seen[1] == seen[0]
-    assert receipts.of(run.directory) is not None
+    assert slurm.__main__.main(["requeue", "x", "--exclude=n7"]) == 0, capsys.readouterr()
+    assert seen[2] == seen[0] | {"exclude": "n7"}
+    assert receipts.check(run).parameters.exclude == "n7"
+    assert slurm.__main__.main(["requeue", "x", "--trust"]) == 2
+    assert "unknown option --trust" in capsys.readouterr().err
+    run.job_file.write_text(json.dumps(said | {"job": "8"}))
+    assert slurm.__main__.main(["requeue", "x"]) == 2
+    assert f"{run.job_file} is not as you submitted it" in capsys.readouterr().err
 
 
 def ended(script: str, run: Path) -> tuple[int, str]:
