@@ -18,9 +18,9 @@ ARROWS = """
     __main__  analysis cli ranks pipelines
     analysis  cli train build process monitor pictures probe rundir ranks models data flat config packaged machine \
               driver outcomes pipelines
-    cli       run monitor rundir ranks data flat config packaged choices pipelines
+    cli       run monitor misspelt rundir ranks data flat config packaged choices pipelines
     run       summary train data monitor rundir ranks process flat config outcomes pipelines
-    summary   pictures rundir outcomes pipelines
+    summary   pictures rundir outcomes
     train     build process validate monitor rundir ranks models numbers optim schedules probe flat config outcomes \
               pipelines
     monitor   validate ranks rundir flat config outcomes pipelines
@@ -35,6 +35,7 @@ ARROWS = """
     optim     config choices pipelines
     schedules config packaged choices outcomes pipelines
     data      config pipelines
+    misspelt  flat packaged pipelines
     flat      config pipelines
     config    choices pipelines
     packaged  pipelines
@@ -52,7 +53,18 @@ ALLOWED = {room: set(targets) for room, *targets in map(str.split, ARROWS.strip(
 FOR_SLURM = {
     "monitor": {"notify", "webhook"},
     "ranks": {"kin", "launcher"},
-    "rundir": {"announcement", "checkpoint", "events", "last_words", "ledger", "named", "record", "restarts", "status"},
+    "rundir": {
+        "announcement",
+        "checkpoint",
+        "events",
+        "last_words",
+        "ledger",
+        "lines",
+        "named",
+        "record",
+        "restarts",
+        "status",
+    },
 }
 
 # Words that mean one thing: where each may be a name. A part is a packing task's share of the shards.

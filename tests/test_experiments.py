@@ -21,6 +21,7 @@ from dist_train.packaged import CONFIGS
 from dist_train.rundir.state import Progress
 from tests.helpers.compare import records, status
 
+pytestmark = pytest.mark.integration  # seconds each
 ROOT = Path(__file__).parent.parent
 RECORDED = ROOT / "docs" / "experiments"
 NAMES = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.sweep"))
@@ -57,7 +58,6 @@ def sweep(tmp_path: Path, shard_sets: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return ["experiments", "small", "--seeds", "2", "--jobs", "2", *places]
 
 
-@pytest.mark.integration
 @pytest.mark.slow
 def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(sweep) == 0, capfd.readouterr().err
@@ -89,7 +89,6 @@ def test_an_experiment_from_start_to_table(sweep: list[str], tmp_path: Path, cap
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")} == before, "what is done stays"
 
 
-@pytest.mark.integration
 @pytest.mark.slow
 def test_what_cannot_run_is_said(sweep: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "small.sweep").write_text("--model.nmae x  # misspelt\n--train.seed 0 --train.max_steps 1  # good\n")
@@ -137,7 +136,6 @@ def test_tables_are_drawn_from_the_records(name: str, tmp_path: Path) -> None:
         assert drawn in page, table
 
 
-@pytest.mark.integration
 @pytest.mark.slow
 def test_the_blogs_runs_on_a_shortened_budget(shard_sets: Path, tmp_path: Path) -> None:
     """`make experiments ARGS=blog`, three steps per run, and drawn once more from its own records."""

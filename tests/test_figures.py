@@ -49,6 +49,9 @@ from pipelines.preview import CELL, DPI
 from pipelines.shards import ShardSet
 from tests.helpers.launch import launch
 
+pytestmark = pytest.mark.integration  # seconds each
+
+
 CROP = 67
 Array = NDArray[Any]
 
@@ -266,7 +269,6 @@ def overlapping(figure: Figure) -> list[Any]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])
-@pytest.mark.integration
 def test_every_word_can_be_read(count: int) -> None:
     """Of many images and few, of any shape, with names of any length."""
     rng = np.random.default_rng(0)
@@ -351,7 +353,6 @@ def test_what_the_net_is_shown(run: Trained, tmp_path: Path) -> None:
     assert title.endswith("crop of the central square of images resized to shorter side 72, mirror, lighting")
 
 
-@pytest.mark.integration
 def test_some_figures_only(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["figures", str(run_directory), "--out", str(tmp_path), "--device=cpu", "--images=3", "--only"]
     assert main([*argv, "wrong", "inputs"]) == 0
@@ -442,7 +443,6 @@ def test_a_net_without_dense_layers_has_the_other_figures(
     assert re.fullmatch(r"nearest.png is left out: torchvision:squeezenet1_1 has no dense layer, .*", line)
 
 
-@pytest.mark.integration
 def test_the_command(run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["figures", str(run_directory), "--images=3", "--neighbours=2", "--train-images=50", "--device=cpu"]
     assert main(argv) == 0

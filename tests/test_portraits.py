@@ -19,7 +19,7 @@ from dist_train.__main__ import main
 from dist_train.analysis.trained import VanishedError, open_run
 from dist_train.monitor.portraits import Drawing, What, classes
 from dist_train.ranks import beside
-from dist_train.rundir import checkpoint, store
+from dist_train.rundir import checkpoint, stored
 from dist_train.rundir.checkpoint import CheckpointError
 from dist_train.rundir.confusion import MOST, Confusion, ConfusionError, ConfusionFile
 from dist_train.rundir.lease import Lease
@@ -178,14 +178,14 @@ def test_a_checkpoint_that_vanishes_while_it_is_read(
 ) -> None:
     """Another one takes its place; if all vanish, that is one sentence."""
     older, newer = sorted((run / "checkpoints").glob("step-*"))
-    load, gone = store.load_state, [newer]
+    load, gone = stored.load_state, [newer]
 
-    def vanishing(path: Path, device: torch.device) -> Any:
+    def vanishing(path: Path, device: torch.device, most: int) -> Any:
         if path in gone:
             shutil.rmtree(path)
-        return load(path, device)
+        return load(path, device, most)
 
-    monkeypatch.setattr(store, "load_state", vanishing)
+    monkeypatch.setattr(stored, "load_state", vanishing)
     assert open_run(run, torch.device("cpu")).checkpoint == older.name
     assert not newer.exists()
     gone.append(older)
