@@ -277,3 +277,7 @@ def test_meta(name: str, tmp_path: Path) -> None:
         verified(folder)
     assert len(str(error.value)) < 300
     assert best_of(folder.parent) == ("", True)
+    for key in ("step", "epoch"):
+        (folder / "meta.json").write_text(json.dumps({k: v for k, v in good.items() if k != key}))
+        with pytest.raises(CheckpointError, match=f"{key} is missing"):
+            verified(folder)

@@ -39,8 +39,8 @@ class About:
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Count
-    epoch: Count = 0
-    step: Count = 0
+    epoch: Count
+    step: Count
     validated: bool = False
     best_epoch: Annotated[int, Field(ge=-1, lt=MOST)] = -1
     config: dict[str, Any] | None = None
