@@ -136,11 +136,6 @@ def show(text: str, end: str = "\n") -> None:
     _put(sys.stdout, printed(text) + end)
 
 
-def show_raw(text: str) -> None:
-    """`show` of the very characters."""
-    _put(sys.stdout, text)
-
-
 def show_bytes(data: bytes) -> None:
     """`show` of these very bytes."""
     with suppress(AttributeError, OSError, ValueError, RuntimeError):
@@ -155,7 +150,7 @@ def show_anew(text: str) -> None:
     with suppress(AttributeError, OSError, ValueError):
         stands = sys.stdout.isatty()
     if stands:
-        show_raw(CLEAR)
+        _put(sys.stdout, CLEAR)
     show(text)
 
 

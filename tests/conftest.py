@@ -18,6 +18,7 @@ from dist_train.monitor import wandb_process
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
+from tests.helpers.strange import MINE
 
 pytest_plugins = ["tests.helpers.plugin"]
 
@@ -38,6 +39,15 @@ def photograph(rng: np.random.Generator, width: int, height: int, tint: NDArray[
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Receipts of submissions do not go into the home of whoever runs the tests."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A file of the user's, to which a stranger's links lead."""
+    path = tmp_path / "home" / "victim"
+    path.parent.mkdir()
+    path.write_bytes(MINE)
+    return path
 
 
 @pytest.fixture

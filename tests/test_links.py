@@ -16,17 +16,9 @@ from pipelines.files import appended, folder, new_file, replacing, write_atomica
 from tests.helpers import adding
 from tests.helpers.compare import status
 from tests.helpers.launch import SMALL, launch
+from tests.helpers.strange import MINE
 
 ROOT = Path(__file__).parent.parent
-MINE = b"what the user has written\n"
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> Path:
-    path = tmp_path / "home" / "victim"
-    path.parent.mkdir()
-    path.write_bytes(MINE)
-    return path
 
 
 def test_a_file_is_replaced_and_a_link_is_not_followed(tmp_path: Path, victim: Path) -> None:

@@ -276,5 +276,3 @@ def test_text_of_strangers_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -
         speak(f"{evil}\nsecond")
         assert getattr(capsys.readouterr(), read) == f"{seen}\tc\nsecond\n"
     assert speech.in_line(f"{evil}\nsecond") == seen + r"\tc\nsecond"
-    speech.show_raw(evil)
-    assert capsys.readouterr().out == evil

@@ -17,7 +17,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from dist_train.rundir.lease import Lease
-from pipelines.files import folder, read_file, regular, write_atomically
+from pipelines.files import folder, new_file, read_file, regular, write_atomically
 from pipelines.valid import Count, Invalid, parsed
 
 FOLDER, FIRST = "errors", "first.json"
@@ -79,7 +79,8 @@ class Errors:
         self._make()
         whole = self.folder / f".{FIRST}.{token_hex(8)}"
         try:
-            write_atomically(whole, _as_json(failure), durable=False)
+            with new_file(whole) as file:
+                file.write(_as_json(failure))
             os.link(whole, self.folder / FIRST)  # the file system decides which rank succeeds
         except FileExistsError:
             return self.first() or failure

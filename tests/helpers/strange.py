@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from pipelines.rows import checksum
 
+MINE = b"what the user has written\n"  # into the file of the fixture `victim`
+
 
 def change_manifest(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """`change` is given the manifest as a dict, without its checksum."""

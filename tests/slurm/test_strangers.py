@@ -18,20 +18,12 @@ from slurm import cluster
 from slurm.submissions import Submission, SubmittedRun
 from tests.helpers.compare import assert_same_run
 from tests.helpers.launch import SMALL
+from tests.helpers.strange import MINE
 from tests.slurm.conftest import User, job_of
 from tests.slurm.private_cluster import wait_for
 from tests.slurm.test_commands import submitted
 
 Capture = pytest.CaptureFixture[str]
-MINE = "what the user has written\n"
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> Path:
-    path = tmp_path / "home" / "victim"
-    path.parent.mkdir()
-    path.write_text(MINE)
-    return path
 
 
 def said(place: Path, /, **values: object) -> None:
@@ -208,7 +200,7 @@ def test_what_submit_would_write_through_a_link(
     replaced = name in ("code", "slurm/config.yaml")
     assert link.is_symlink() != replaced
     assert ("there is no sbatch here" if replaced else f"{link} is ") in err
-    assert victim.read_text() == MINE
+    assert victim.read_bytes() == MINE
     assert [path.name for path in victim.parent.iterdir()] == ["victim"]
 
 
@@ -224,7 +216,7 @@ def test_marks_of_a_job_follow_no_link(tmp_path: Path, victim: Path) -> None:
     assert run.last.cancelled
     run.last.forbid_requeue()
     assert run.last.cancelled, "the mark of the user stays"
-    assert victim.read_text() == MINE
+    assert victim.read_bytes() == MINE
 
 
 @pytest.mark.slurm
