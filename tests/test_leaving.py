@@ -89,6 +89,7 @@ def test_orphans_in_the_rendezvous(shard_sets: Path, undisturbed: Path, tmp_path
     run = tmp_path / "run"
     early = start(shard_sets, run, EVERY, how="exec")
     until_status(run, "starting: torch is imported")
+    until(lambda: all(map(listens, ranks_of(early))))  # rank 1 may be slower, and must have been bound
     os.kill(ranks_of(early)[1], signal.SIGSTOP)
     until_status(run, "starting: 2 ranks are waited for")
     time.sleep(0.5)
