@@ -97,7 +97,8 @@ def test_the_citation_is_one() -> None:
 def bounds() -> list[str]:
     """What the project needs, of those that it takes at run time and to be tested."""
     blocks = re.findall(
-        r"(?ms)^(?:dependencies|dev|cuda1\d|tensorboard|gpu-stats) = \[(.*?)\]$", re.sub("#.*", "", PROJECT)
+        r"(?ms)^(?:dependencies|dev|cuda1\d|tensorboard|gpu-stats|parquet|remote) = \[(.*?)\]$",
+        re.sub("#.*", "", PROJECT),
     )
     return re.findall(r'"([^"]+)"', "".join(blocks))
 
