@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import NamedTuple
 from pipelines import resolve
 from pipelines.errors import SourceError
 from pipelines.sources import SOURCES, Source
-from pipelines.torchvision_sets import Torchvision, data_sets, is_data_set, no_data_set
+from pipelines.torchvision_sets import Torchvision, data_sets, has_photographs, is_data_set, no_data_set
 from pipelines.unpacked import pack_command
 from pipelines.words import nearest
 
-IMAGEFOLDER, RAW, TRAIN = "imagefolder", "raw", "train"
-SIDE = 256  # shorter side of images in a set, as in the paper; torchvision's, often small, keep theirs
-SIDE_HELP = f"scale images to it; 0: keep them (default: {SIDE}, or 0 for those of torchvision)"
+IMAGEFOLDER, IMAGENET, RAW, TRAIN = "imagefolder", "imagenet", "raw", "train"
+DEVKIT_HELP = "for imagenet: ILSVRC2012_devkit_t12.tar.gz or a csv of labels; the same as naming it before DST"
+SIDE = 256  # shorter side of images in a set, as in the paper; those of torchvision that are no photographs keep theirs
+SIDE_HELP = f"scale images to it; 0: keep them (default: {SIDE}, or 0 for small ones of torchvision)"
 REMEDY = (
     "a source is made of its folders, and of train=True or False if it has two splits, and its class is one of "
     "pipelines.sources.Source (docs/data.md)"
@@ -70,6 +72,12 @@ class Kind(NamedTuple):
                 f"{self.key} {self.name} takes SRC and DST: name the folder of the classes, and the set to "
                 f"make{example}"
             )
+        if self.name == IMAGENET and (len(paths) < 2 or paths[-1].is_file()):
+            last = f", and not {paths[-1]}, which is a file" if paths and paths[-1].is_file() else ""
+            raise SourceError(
+                f"{self.key} {self.name} takes TRAIN.tar VAL.tar DEVKIT.tar.gz, or folders in place of the tars, or "
+                f"one folder that holds these or Kaggle's ILSVRC, and then DST: name the set to make last{last}"
+            )
         if of_torchvision(self.name) and len(paths) != 1:
             meant = f": did you mean `{pack_command(*paths)}`?" if len(paths) == 2 else ""
             raise SourceError(f"{self.key} {self.name} takes DST alone, it fetches the images itself{meant}")
@@ -102,9 +110,24 @@ class Kind(NamedTuple):
         return any(one.kind in positional and one.default is one.empty and one.name != TRAIN for one in known)
 
 
+def own(name: str) -> str:
+    """The entry of SOURCES that a name means, in any spelling, as for data sets of torchvision; "" if there is none."""
+    plain = re.sub("[-_]", "", name).lower()
+    return plain if plain in SOURCES else ""
+
+
 def of_torchvision(name: str) -> bool:
     """Whether a name, if it is any kind's, is that of a data set of torchvision."""
-    return name not in SOURCES and not resolve.is_code(name)
+    return not own(name) and not resolve.is_code(name)
+
+
+def with_devkit(name: str, paths: Sequence[Path], devkit: Path | None) -> list[Path]:
+    """The words after a kind, with that of --devkit in its place before DST. Raises SourceError."""
+    if devkit is None:
+        return [*paths]
+    if own(name) != IMAGENET:
+        raise SourceError(f"--devkit is for {IMAGENET}, and {name} has none: leave it out")
+    return [*paths[:-1], devkit, *paths[-1:]]
 
 
 def meant(name: str) -> str:
@@ -118,13 +141,14 @@ def kind(key: str, name: str) -> Kind:
     Args:
         key: the command or setting that names it, for messages.
     """
+    name = own(name) or name
     if not of_torchvision(name):
         return Kind(key, name, resolve.resolve(key, name, SOURCES), SIDE)
     if not is_data_set(name):
         if like := meant(name):
             raise SourceError(f"{key} {name} is unknown: did you mean {like}?")
         raise SourceError(f"{no_data_set(name)}; others are {', '.join(SOURCES)}, and module:name of your own")
-    return Kind(key, name, partial(Torchvision, name), 0)
+    return Kind(key, name, partial(Torchvision, name), SIDE if has_photographs(name) else 0)
 
 
 def _splits(paths: Sequence[Path], train: Path, val: Path) -> list[SetPlan]:

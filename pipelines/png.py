@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -39,8 +40,9 @@ def width(text: str, size: float, weight: str = "normal") -> float:
 
 
 def fit(text: str, points: float, size: float, weight: str = "normal") -> str:
-    """The text, cut to this width with an ellipsis if it is wider."""
-    kept = text = literal(text)
+    """The text, cut to this width with an ellipsis if it is wider. A class of ImageNet has room for its words alone,
+    without the WordNet id before them."""
+    kept = text = re.sub(r"^n\d{8} (?=\S)", "", literal(text))
     while text and width(kept, size, weight) > points:
         text = text[:-1]
         kept = text.rstrip(" ,") + "…"

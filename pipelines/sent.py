@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pipelines import origin
 from pipelines.errors import SourceError, first_line
 from pipelines.resolve import failed
-from pipelines.sources import ImageFolder, Source, called, inventory
+from pipelines.sources import Source, called, inventory
 
 
 class Sent(NamedTuple):
@@ -32,8 +32,7 @@ def sent(source: Source) -> tuple[Sent, Sent]:
             f"{called(source)} cannot be sent to worker processes ({first_line(error)}): open files and the like in "
             f"load, or in a cached property"
         ) from error
-    # The references of a folder are names, so their order does not matter, and to list one may take minutes.
-    return Sent(pickled, "" if isinstance(source, ImageFolder) else origin.listing(source)), Sent(pickled)
+    return Sent(pickled, "" if source.stands else origin.listing(source)), Sent(pickled)
 
 
 @lru_cache(1)  # a worker packs many shards of one source

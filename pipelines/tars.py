@@ -14,6 +14,7 @@ from pipelines.files import regular
 from pipelines.manifest import ShardError
 from pipelines.rows import HEADER
 
+PADDING = 1 << 20  # bytes behind the last member of a tar, at most; tar fills it up to a multiple of 10 kB
 HEADERS = 256 << 10  # bytes of headers before one member: names and attributes of other tools take a few kB
 DIGITS = re.compile(rb"\d{256}")
 RECORDS = 1000  # of a tar's global PAX headers, which tarfile copies for each member
@@ -42,26 +43,34 @@ class _Headers:
     """A tar as tarfile reads it, which otherwise reads as much as a header claims to be long.
 
     Attributes:
+        end: where it ends in its file.
         left: bytes that may be read before `next_member` is called again.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.left = file, HEADERS
+    def __init__(self, file: BinaryIO, end: int) -> None:
+        self.file, self.end, self.left = file, end, HEADERS
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
         self.left -= size
         if size < 0 or self.left < 0:
             raise tarfile.ReadError(f"a member's header at byte {self.tell()} is longer than {HEADERS} bytes")
-        data = self.file.read(size)
+        data = self.file.read(max(0, min(size, self.end - self.tell())))
         if DIGITS.search(data):  # over which tarfile's patterns take the square of their number
             raise tarfile.ReadError(f"a member's header before byte {self.tell()} has a number without an end")
         return data
 
 
-def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """All members of a tar, in its order; none is kept. Raises tarfile.TarError, and anything else on garbage."""
-    headers, end = _Headers(file), os.fstat(file.fileno()).st_size
+def tar_members(file: BinaryIO, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """All members of a tar, in its order; none is kept. Their offsets are those in the file. Raises tarfile.TarError,
+    and anything else on garbage.
+
+    Args:
+        start, size: the part of the file that is the tar, in bytes; None: to its end.
+    """
+    end = start + size if size is not None else file.seek(0, os.SEEK_END)
+    headers = _Headers(file, end)
+    file.seek(start)
     with tarfile.open(fileobj=headers, mode="r:") as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
             tar.members.clear()
@@ -73,8 +82,13 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             headers.left = HEADERS
             yield member
     file.seek(tar.offset)
-    if file.read(HEADER) != bytes(HEADER):  # tarfile silently takes a damaged header for the end
+    left = end - tar.offset
+    # tarfile silently takes a damaged header for the end, and zeros, which a client that fetches pieces in any order
+    # leaves for those that are missing.
+    if left < HEADER or file.read(HEADER) != bytes(HEADER):
         raise tarfile.ReadError(f"it breaks off at byte {tar.offset}")
+    if left > PADDING or any(file.read(left - HEADER)):
+        raise tarfile.ReadError(f"zeros at byte {tar.offset}, with {left} bytes behind")
 
 
 def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None) -> Iterator[tuple[str, Members]]:
@@ -90,10 +104,10 @@ def tar_samples(path: Path, left: Callable[[str, str], object] = lambda *_: None
     try:
         with open(path, "rb", opener=regular) as file:
             key, members = "", list[tuple[str, Member]]()
-            for member in _members(file):
+            for member in tar_members(file):
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                if reason := _no_part(member, base, extension):
+                if reason := no_file(member, base) or ("" if extension or member.isdir() else NO_EXTENSION):
                     left(member.name, reason)
                 if reason or member.isdir():
                     continue
@@ -118,8 +132,8 @@ def passed_over(directory: Path, tars: Sequence[Path]) -> str:
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def _no_part(member: tarfile.TarInfo, base: str, extension: str) -> str:
-    """Reason why a member is not part of a sample; empty if it is one, or a folder."""
+def no_file(member: tarfile.TarInfo, base: str) -> str:
+    """Reason why a member, whose name ends in `base`, is no file to be packed; empty if it is one, or a folder."""
     if member.isdir():
         return ""
     if base.startswith("."):
@@ -128,7 +142,7 @@ def _no_part(member: tarfile.TarInfo, base: str, extension: str) -> str:
         return SPARSE
     if not member.isreg():
         return LINK if member.issym() or member.islnk() else NO_FILE
-    return "" if extension else NO_EXTENSION
+    return ""
 
 
 def _samples(

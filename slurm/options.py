@@ -7,7 +7,7 @@ from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from pipelines.cli import Parser, limit_options, natural, positive
-from pipelines.kinds import SIDE_HELP
+from pipelines.kinds import DEVKIT_HELP, SIDE_HELP
 from pipelines.misc import ceil_div
 from slurm import sbatch
 from slurm.submissions import SlurmError
@@ -68,6 +68,7 @@ def submit_pack_options(parser: Parser) -> None:
     parser.add_argument(
         "--tasks", type=positive, required=True, help="tasks of the array, each of which packs a range of shards"
     )
+    parser.add_argument("--devkit", type=Path, metavar="FILE", help=DEVKIT_HELP)
     parser.add_argument("--shorter-side", type=natural, metavar="PX", help=SIDE_HELP)
     parser.add_argument("--keep-small", action="store_true", help="do not enlarge images whose shorter side is less")
     parser.add_argument("--quality", type=positive, default=90, help="quality of re-encoded JPEGs, 1 to 95")
@@ -91,7 +92,8 @@ def resources(parser: Parser, *, gpus: int) -> None:
     parser.add_argument(
         "--time",
         type=_time,
-        help="time limit of one start, 12:00:00; the run is then requeued and continues; not needed with --local",
+        help="time limit of one start, 12:00:00; the job is then requeued and continues"
+        + ("; not needed with --local" if gpus else ""),
     )
     for name in ("partition", "account", "qos", "constraint", "exclude", "mem", "comment"):
         parser.add_argument(f"--{name}", help="as for sbatch")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pipelines import kinds, origin
 from pipelines.cli import chosen_limits
 from pipelines.resolve import is_code, trust
-from pipelines.sources import SOURCES, ImageFolder, inventory
+from pipelines.sources import inventory
 from pipelines.speech import say
 from slurm.job import Pack
 from slurm.script import check_text, hand_over, parameters
@@ -33,17 +33,21 @@ def submit_pack(options: Namespace, site: SiteFile) -> list[SubmittedPack]:
     name, paths = kind_first([options.first, options.second, *options.more])
     trust(name)  # it was typed
     kind = kinds.kind("submit pack", name)
+    paths = kinds.with_devkit(name, paths, options.devkit)
     kind.refuse_paths(paths)
     planned = kind.planned([path.absolute() for path in paths[:-1]], paths[-1].absolute())
     for one in planned:  # before anything is fetched
         origin.refuse_strangers(one.directory)
         check_text(one.directory)
+    told = ""
     for one in planned:
         source = kind.source(one)
-        # So that wrong classes are noticed before the queue. A folder is not listed, which may take long; the files of
+        # So that wrong classes are noticed before the queue. What may take long to list is not listed; the files of
         # others are fetched here, where there is a network.
-        classes = source.classes if isinstance(source, ImageFolder) else inventory(source)[0]
-        say(f"{', '.join(map(str, one.paths)) or name}: {origin.named(classes)}")
+        classes = source.classes if source.stands else inventory(source)[0]
+        before, told = told, f"{', '.join(map(str, one.paths)) or name}: {origin.named(classes)}"
+        if told != before:  # of two sets with the same classes
+            say(told)
         origin.refuse_strangers(one.directory, source)
     side = kind.shorter_side if options.shorter_side is None else options.shorter_side
     return [_submit_set(options, name, one, side, site) for one in planned]
@@ -68,9 +72,9 @@ def _submit_set(options: Namespace, name: str, planned: kinds.SetPlan, side: int
 def kind_first(words: list[Path]) -> tuple[str, list[Path]]:
     """The kind of source and the paths that follow it: SRC and DST alone are a folder and its set."""
     name = str(words[0])
-    if name in SOURCES:
-        return name, words[1:]
     folder = words[0].is_dir() or os.sep in name
+    if kinds.own(name) and not (folder and len(words) == 2):
+        return name, words[1:]
     if len(words) == 2 and (folder or not (is_code(name) or kinds.meant(name))):
         return kinds.IMAGEFOLDER, words
     return name, words[1:]

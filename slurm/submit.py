@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from dist_train.cli import checked, default_name, overrides_of, parse
 from dist_train.config import Config
-from dist_train.data import check_batch, check_tars, open_sets, to_pack
+from dist_train.data import check_batch, check_tars, elsewhere, open_sets, to_pack
 from dist_train.flat import dump
 from pipelines import files
 from pipelines.files import read_text, write_atomically
@@ -62,8 +62,10 @@ def plan(options: Namespace, argv: Sequence[str]) -> PlannedRuns:
             config, run=replace(config.run, name=str(directory.relative_to(top.parent)), dir=str(directory))
         )
         check_batch(config, options.nodes * max(1, options.gpus_per_node))
-        if not to_pack(config):  # otherwise the job packs first
-            check_tars(open_sets(config))
+        if elsewhere(config):
+            say(f"{config.data.train} and {config.data.val} are first opened by the job, since one of them is a URL")
+        elif not to_pack(config):  # otherwise the job packs first
+            check_tars(open_sets(config, cached=False))
         run = SubmittedRun(directory)
         _check_directory(run)
         runs.append((run, config))
