@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
@@ -23,12 +24,15 @@ VERSION = 1
 MANIFEST = "manifest.json"
 LARGEST = 32 << 20  # bytes of a manifest: one of 10^5 shards has 21 MB
 LEAST = 1024  # bytes of a sample: header and data of its image
+IMAGENET = "imagenet"  # whose usual statistics may stand in place of those of the images
 CLASSES, SAMPLES = 10**6, 10**8  # classes of a set, and samples of a shard, at most: memory grows with them
 
 Hash = Annotated[str, Field(min_length=64, max_length=64)]
 Level = Annotated[float, Field(ge=0, le=1)]  # for pixels in [0, 1]: a mean, a deviation
 Part = Annotated[float, Field(ge=-1.01, le=1.01)]  # of a vector of length 1; rounded
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Colour = Annotated[list[Level], Field(min_length=3, max_length=3)]
+Errors = Annotated[list[Error], Field(min_length=3, max_length=3)]
 Vector = Annotated[list[Part], Field(min_length=3, max_length=3)]
 
 
@@ -47,6 +51,21 @@ class Shard(TypedDict):
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """What is known of statistics that are those of a sample.
+
+    Attributes:
+        images: number of images that were drawn and decoded.
+        mean, std, eigenvalues: standard errors of these fields of the manifest.
+    """
+
+    images: Annotated[Count, Field(ge=1)]
+    mean: Errors
+    std: Errors
+    eigenvalues: Errors
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Description of a shard set.
 
@@ -61,6 +80,8 @@ class Manifest:
         stored: how the images were stored (shorter side, quality, seed).
         source: fingerprint of what was packed, by which a repeated pack recognises its own work.
         sides: least and largest shorter side of the images, in pixels.
+        estimate: if mean, std, eigenvalues and eigenvectors are those of a sample of the images.
+        usual: "imagenet" if these four are the usual ones of ImageNet, and not those of the images.
     """
 
     split: str
@@ -76,10 +97,15 @@ class Manifest:
     source: str = ""
     sides: list[Annotated[int, Field(ge=1, le=65535)]] = field(default_factory=list)
     version: int = VERSION
+    estimate: Estimate | None = None
+    usual: Literal["", "imagenet"] = ""
 
     def write(self, directory: Path) -> None:
         """Writes the manifest atomically, with a checksum over everything else."""
         body = asdict(self)
+        for name in ("estimate", "usual"):  # most sets have neither, and the bytes of earlier versions
+            if not body[name]:
+                del body[name]
         body["checksum"] = _checksum(body)
         write_atomically(directory / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False).encode())
 
@@ -96,7 +122,11 @@ class Manifest:
                 f"or run `python -m pipelines index {directory}` on shards of another tool"
             )
         remedy = f"run `python -m pipelines index {directory}` to rebuild it"
-        text = read_file(path, LARGEST)
+        return Manifest.of(read_file(path, LARGEST), str(path), remedy)
+
+    @staticmethod
+    def of(text: bytes, path: str, remedy: str) -> Manifest:
+        """The manifest in a file's text. Raises ShardError, which names the path and the remedy."""
         try:
             body = json.loads(text)
             if not isinstance(body, dict):
@@ -120,11 +150,11 @@ class Manifest:
 
 
 def refuse_tar(directory: Path) -> None:
-    """Raises ShardError if a tar, or a pattern of tars, is given in place of their directory."""
+    """Raises ShardError if a tar, or a pattern of tars, is given in place of the directory of a set."""
     if directory.is_file() or (not directory.is_dir() and re.search(r"[{}*]|\.tar$", str(directory))):
         raise ShardError(
-            f"{directory} is {'a file' if directory.is_file() else 'no directory'}: give the directory that holds the "
-            f"tars, after `python -m pipelines index {directory.parent}` if another tool made them"
+            f"{directory} is {'a file' if directory.is_file() else 'no directory'}: give the directory of a set, which "
+            f"`python -m pipelines index {shlex.quote(str(directory))} --to DIR` makes of tars of another tool"
         )
 
 
@@ -142,6 +172,10 @@ def _contradiction(manifest: Manifest) -> str:
         return "shards has one of more samples than its bytes can hold"
     if manifest.sides and not (len(manifest.sides) == 2 and manifest.sides[0] <= manifest.sides[1]):
         return "sides should be the least and the largest one"
+    if manifest.estimate and manifest.usual:
+        return "estimate and usual should not be there together"
+    if manifest.estimate and manifest.estimate.images > manifest.samples:
+        return f"estimate.images is {manifest.estimate.images}, and there are {manifest.samples} samples"
     return ""
 
 

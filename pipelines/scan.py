@@ -4,55 +4,63 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from io import BytesIO
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO, RawIOBase
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipelines import quarantine
 from pipelines.errors import first_line, of_the_system
-from pipelines.files import as_text, jsonl, regular, replacing, sha256, write_atomically
+from pipelines.files import as_text, jsonl, regular, replacing, write_atomically
 from pipelines.manifest import Manifest, Shard, ShardError
 from pipelines.parallel import tick
-from pipelines.pillow import strips
 from pipelines.quarantine import QUARANTINE
 from pipelines.rows import SAMPLE, Rows, checksum, sides, top_label
 from pipelines.sample import LARGEST, read_sample
 from pipelines.scanned import Scan, read_scan, rows_file, rows_of, scan_file
 from pipelines.shards import IMAGES, INDEX, TURNED
 from pipelines.speech import in_line, say
+from pipelines.statistics import SUMS, Measure, of_all, pixel_sums
 from pipelines.tars import tar_samples
 
 REJECTED = "rejected.jsonl"
 # Without names, more classes than both limits are not believed: such labels are ids.
 MANY, PER_SAMPLE = 1000, 10  # classes; classes per sample
+PIECE = 1 << 20  # bytes read at a time
+NONE = Counter[str]()
+HOW = ("enlarged", "unchanged")  # in a manifest's `stored`: so many images were small, or kept their bytes
 REASONS = 3  # reasons listed in a message
 
 
-def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> None:
-    """Decodes every sample of a shard and stores its scan, from which index and manifest are made.
+def scan_shard(
+    path: Path, rejected: list[dict[str, str]], *, count: bool, decode: bool = True, how: Mapping[str, int] = NONE
+) -> None:
+    """Reads every sample of a shard and stores its scan, from which index and manifest are made.
 
     Args:
         rejected: files left out when the shard was written; unusable files in the shard are added.
         count: call `tick` for each sample.
+        decode: false to believe the headers of the images; the scan then has no sums of pixels.
+        how: of the images of a pack, how many are stored in each way of `HOW`.
     """
-    rows = list[tuple[int, ...]]()
-    pixels, total, products = 0, np.zeros(3), np.zeros((3, 3))
+    rows, sums = list[tuple[int, ...]](), np.zeros(SUMS, np.int64)
     turned, repeats, last, odd = 0, 0, "", list[int]()
 
     def left(name: str, reason: str) -> None:
         rejected.append({"file": f"{path.name}/{name}", "reason": reason})
 
-    with open(path, "rb", opener=regular) as file:
+    with open(path, "rb", opener=regular) as file, open(path, "rb", 0, opener=regular) as whole:
+        hashed = _Hashed(whole)
         for key, members in tar_samples(path, left):
             repeats, last = repeats + (key == last), key
+            hashed.read_to(max(member.offset_data + member.size for member in members.values()))
             try:
-                row, image, lies, plain = read_sample(file, members)
+                row, image, lies, plain = read_sample(file, members, decode=decode)
             except Exception as error:  # decoders raise anything on garbage
                 if of_the_system(error):
                     raise
@@ -63,26 +71,44 @@ def scan_shard(path: Path, rejected: list[dict[str, str]], *, count: bool) -> No
                 turned += lies
                 for extension in [e for e in IMAGES if e in members][1:]:
                     left(members[extension].name, "another image of the same key is used")
-                pixels += image.width * image.height
-                for _, strip in strips(image):
-                    flat = strip.astype(np.float64).reshape(-1, 3)  # sums of integers below 2^53: exact in any order
-                    total += flat.sum(0)
-                    products += flat.T @ flat
+                sums += pixel_sums(image) if image else [row[2] * row[3], *[0] * (SUMS - 1)]
             if count:
                 tick()
-    data = BytesIO()
-    np.save(data, np.array(rows, SAMPLE))
-    write_atomically(rows_file(path), data.getvalue())
-    shard = {"name": as_text(path.name), "samples": len(rows), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        digest = hashed.hexdigest()
+    _write_rows(rows_file(path), rows)
+    shard = {"name": as_text(path.name), "samples": len(rows), "bytes": path.stat().st_size, "sha256": digest}
     scan = {
         "shard": shard,
-        "pixels": pixels,
-        "total": [int(v) for v in total],
-        "products": [[int(v) for v in row] for row in products],
+        "pixels": int(sums[0]),
+        "total": sums[1:4].tolist(),
+        "products": sums[4:].reshape(3, 3).tolist(),
         "rejected": rejected,
-        **{"turned": turned, "repeats": repeats, "odd": odd},
+        **{"turned": turned, "repeats": repeats, "odd": odd, **how},
     }
     write_atomically(scan_file(path), json.dumps(scan, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
+def _write_rows(path: Path, rows: list[tuple[int, ...]]) -> None:
+    data = BytesIO()
+    np.save(data, np.array(rows, SAMPLE))
+    write_atomically(path, data.getvalue())
+
+
+class _Hashed:
+    """SHA-256 of a file that is read a little ahead of another reader, so that a disk reads it once."""
+
+    def __init__(self, file: RawIOBase) -> None:
+        self._file, self._at, self._digest = file, 0, hashlib.sha256()
+
+    def read_to(self, end: int) -> None:
+        while self._at < end and (piece := self._file.read(min(PIECE, end - self._at))):
+            self._digest.update(piece)
+            self._at += len(piece)
+
+    def hexdigest(self) -> str:
+        """Of the whole file."""
+        self.read_to(sys.maxsize)
+        return self._digest.hexdigest()
 
 
 def odd_samples(tars: Sequence[Path]) -> list[int]:
@@ -110,6 +136,7 @@ def finish(
     stored: dict[str, Any],
     fingerprint: str,
     rejected: list[dict[str, str]],
+    measure: Measure = of_all,
 ) -> Manifest:
     """Writes the list of rejected files, the index and last the manifest, from the scans of all shards.
 
@@ -117,6 +144,7 @@ def finish(
         classes: names, in the order of their labels; None: the numbers themselves.
         stored, fingerprint: as in the manifest.
         rejected: files that never reached a shard.
+        measure: makes the statistics of tars, given their scans.
 
     Raises ShardError if no usable image is left, or if a label has no name.
     """
@@ -131,9 +159,8 @@ def finish(
     shards: list[Shard] = [{**scan.shard, "rows": look.checksum} for scan, look in zip(scans, looks, strict=True)]
     samples = sum(shard["samples"] for shard in shards)
     names = _names(directory, classes, max(look.top for look in looks), samples)
-    mean, std, values, vectors = _statistics(scans)
-    if turned := sum(scan.turned for scan in scans):
-        stored = stored | {TURNED: turned}
+    counts = {name: sum(getattr(scan, name) for scan in scans) for name in (TURNED, *HOW)}
+    stored = stored | {name: many for name, many in counts.items() if many}
     _tell_repeats(directory, scans)
     manifest = Manifest(
         split=split,
@@ -141,10 +168,7 @@ def finish(
         classes=names,
         shards=shards,
         index_sha256=_write_index(directory / INDEX, samples, (rows_of(*of) for of in zip(tars, scans, strict=True))),
-        mean=_digits(mean),
-        std=_digits(std),
-        eigenvalues=_digits(values),
-        eigenvectors=[_digits(row) for row in vectors],
+        **measure(tars, scans)._asdict(),
         stored=stored,
         source=fingerprint,
         sides=[min(look.least for look in looks), max(look.largest for look in looks)],
@@ -215,22 +239,3 @@ def _write_index(path: Path, samples: int, rows: Iterable[Rows]) -> str:
             file.write(piece)
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _statistics(scans: list[Scan]) -> tuple[NDArray[np.float64], ...]:
-    """Mean, standard deviation, eigenvalues and eigenvectors (columns) of the RGB covariance, for pixels in [0, 1]."""
-    # Sums over a large set do not fit into 64 bits: object arrays hold Python integers.
-    pixels = sum(scan.pixels for scan in scans)
-    total = sum(np.array(scan.total, object) for scan in scans)
-    products = sum(np.array(scan.products, object) for scan in scans)
-    mean = np.array(total / pixels, np.float64) / 255
-    # Exact up to the division: the variance of a constant channel is exactly 0.
-    covariance = np.array((products * pixels - np.outer(total, total)) / (255 * pixels) ** 2, np.float64)
-    values, vectors = np.linalg.eigh(covariance)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # the sign of an eigenvector is free
-    return mean, np.sqrt(np.diag(covariance).clip(0)), values.clip(0, 1), vectors
-
-
-def _digits(values: NDArray[np.float64]) -> list[float]:
-    return [float(f"{v:.9g}") for v in values]

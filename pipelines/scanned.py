@@ -12,12 +12,11 @@ from pydantic import Field
 
 from pipelines.files import as_text, read_file
 from pipelines.manifest import LARGEST, Shard, ShardError
-from pipelines.rows import Rows, fault, mapped
+from pipelines.rows import LABELS, Rows, fault, mapped
 from pipelines.valid import Count, Invalid, made_of
 
 WORK = ".pack"  # in an unfinished set: the plan, and the scan of each finished shard
 WHITE = 255  # largest level
-LABELS = 1 << 31  # what a label is below
 Sums = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)]
 
 
@@ -33,6 +32,8 @@ class Scan:
     turned: Count = 0
     repeats: Count = 0
     odd: list[Count] = field(default_factory=list)
+    enlarged: Count = 0
+    unchanged: Count = 0
 
 
 def read_scan(tar: Path) -> Scan:

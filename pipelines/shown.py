@@ -28,9 +28,12 @@ def refused(shards: ShardSet, samples: Ints) -> list[dict[str, Any]]:
     with bar(len(samples), "decode with DALI", "img", lines=True) as shown:
         for _ in loader.epoch():
             shown.update()
-    problems, firsts = [], shards.firsts
-    for sample in sorted(loader.bad - known):
-        number, reason = shards.shard_of(sample), "cannot be decoded by DALI: write it as a plain JPEG"
-        place: dict[str, Any] = {"shard": shards.names[number], "row": sample - int(firsts[number])}
-        problems.append(place | {"name": shards.name(sample), "reason": reason})
-    return problems
+    reason = "cannot be decoded by DALI: write it as a plain JPEG"
+    return [problem_of(shards, sample, reason) for sample in sorted(loader.bad - known)]
+
+
+def problem_of(shards: ShardSet, sample: int, reason: str) -> dict[str, Any]:
+    """A bad sample as a problem of `verify`."""
+    number = shards.shard_of(sample)
+    place: dict[str, Any] = {"shard": shards.names[number], "row": sample - int(shards.firsts[number])}
+    return place | {"name": shards.name(sample), "reason": reason}

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines import quarantine
 from pipelines.errors import first_line, of_the_system
-from pipelines.files import regular, sha256
+from pipelines.files import lost, regular, sha256
 from pipelines.limits import USUAL, Limits, limited
 from pipelines.manifest import MANIFEST, Manifest, Shard, ShardError
 from pipelines.order import Ints
@@ -50,6 +50,8 @@ def verify(
     manifest, path = shards.manifest, directory / INDEX
     if sha256(path) != manifest.index_sha256:
         raise ShardError(f"{path} is missing or damaged: run `python -m pipelines index {directory}`")
+    if gone := next(filter(None, (lost(directory / name) for name in shards.names)), ""):
+        raise ShardError(gone)
     index, start, tasks = mapped(path), 0, []
     for shard in manifest.shards:
         rows = range(start, start + shard["samples"])

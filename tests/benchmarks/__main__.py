@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tests.benchmarks import data, loaders, monitoring, net, record, sets, settings, step, towers, waiting
+from tests.benchmarks import data, indexing, loaders, monitoring, net, record, sets, settings, step, towers, waiting
 
 
 def main(names: list[str]) -> int:
@@ -26,6 +26,7 @@ def main(names: list[str]) -> int:
         tables: dict[str, Callable[[], None]] = {
             "step": lambda: step.table(photographs().stored, photographs().packed),
             "loaders": lambda: loaders.table(photographs().originals),
+            "index": lambda: indexing.table(Path(scratch)),
             "sets": sets.table,
             "settings": settings.table,
             "net": net.table,

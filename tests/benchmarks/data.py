@@ -32,9 +32,9 @@ class Photographs(NamedTuple):
     packed: Path
 
 
-def photographs(root: Path) -> Photographs:
-    """Made, or taken from PHOTOS, below `root`; at most COUNT of them, evenly from all."""
-    originals, stored, packed = (root / name for name in ("originals", "if256", "packed"))
+def originals_of(root: Path) -> Path:
+    """The folder of originals below `root`, made or taken from PHOTOS; at most COUNT of them, evenly from all."""
+    originals = root / "originals"
     if "PHOTOS" in os.environ:
         source = ImageFolder(Path(os.environ["PHOTOS"]).resolve())
         for item in source.items[:: -(-len(source.items) // COUNT)]:
@@ -43,6 +43,12 @@ def photographs(root: Path) -> Photographs:
             place.symlink_to(source.root / item.reference)
     else:
         _random(originals / "all")
+    return originals
+
+
+def photographs(root: Path) -> Photographs:
+    """All three, below `root`."""
+    originals, stored, packed = originals_of(root), root / "if256", root / "packed"
     pack(ImageFolder(originals), packed, Options(SIDE, QUALITY), split="train", workers=cpus())
     shards = ShardSet(packed)
     labels = shards.index["label"]
