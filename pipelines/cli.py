@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from pipelines import __version__, speech
 from pipelines.errors import UsageError, UserError
 from pipelines.limits import USUAL, Limits, apply
+from pipelines.misc import cpus
 from pipelines.opened import raise_limit
 from pipelines.words import instead_of_argument, instead_of_option, instead_of_verb
 
@@ -65,7 +66,9 @@ class Parser(ArgumentParser):
             strange = word.startswith("--") and name not in self.names
             if strange or (re.match("-[A-Za-z]", word) and word != "-h" and self.instead(word, argv)):
                 raise UsageError(self._unknown(name if strange else word, argv, passes_on))
-        args, left = self.parse_known_args(own)
+        # Arguments may stand on both sides of an option, as DST behind --devkit; but argparse then knows no `--`.
+        parse = self.parse_known_args if "--" in own else self.parse_known_intermixed_args
+        args, left = parse(own)
         if left and re.match("-[A-Za-z]", left[0]):
             raise UsageError(self._unknown(left[0], argv, passes_on))
         if left:
@@ -202,6 +205,12 @@ def limit_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-bytes", type=positive, default=USUAL.bytes, metavar="N", help="leave out image files of more bytes"
     )
+
+
+def decoding_options(parser: ArgumentParser) -> None:
+    """Declares the options of verbs that decode images in many processes."""
+    limit_options(parser)
+    parser.add_argument("--workers", type=positive, default=cpus(), help="number of processes")
 
 
 def chosen_limits(options: Namespace) -> Limits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -69,6 +69,11 @@ def fingerprints(source: Source, directory: Path, stored: dict[str, Any], split:
     return _fingerprints(classes, items, sizes, stored, split)
 
 
+def refuse_incomparable(items: Sequence[Item]) -> None:
+    """Raises SourceError for items of which `listing` and `fingerprints` cannot be made."""
+    _json(list(items))
+
+
 def listing(source: Source) -> str:
     """Hash, in hex, of the classes and items of a source."""
     classes, items = inventory(source)
@@ -129,10 +134,10 @@ def refuse_strangers(directory: Path, source: Source | None = None) -> None:
     for a source whose classes look like splits. A set that is finished or begun is accepted."""
     if (directory / MANIFEST).exists():
         return
-    if isinstance(source, ImageFolder) and directory.resolve().is_relative_to(source.root.resolve()):
-        raise ShardError(
-            f"{directory} lies in {source.root}, whose folders are the classes: pack into a directory beside it"
-        )
+    for folder in source.image_folders if source else ():
+        if directory.resolve().is_relative_to(folder.root.resolve()):
+            what = "whose folders are the classes" if folder is source else "a folder of images"
+            raise ShardError(f"{directory} lies in {folder.root}, {what}: pack into a directory beside it")
     begun = (directory / WORK).exists()
     if isinstance(source, ImageFolder) and not begun:
         source.refuse_splits()
@@ -157,8 +162,11 @@ def refuse_strangers(directory: Path, source: Source | None = None) -> None:
 def refuse_inside(directory: Path, source: Source) -> None:
     """Raises ShardError for a directory inside one of the source's folders, by whatever path."""
     above = [path.stat() for path in (directory, *directory.absolute().parents) if path.exists()]
-    if isinstance(source, ImageFolder) and source.keys & {(status.st_dev, status.st_ino) for status in above}:
-        raise ShardError(f"{directory} lies in a folder of images of {source.root}: pack into a directory beside it")
+    for folder in source.image_folders:
+        if folder.keys & {(status.st_dev, status.st_ino) for status in above}:
+            raise ShardError(
+                f"{directory} lies in a folder of images of {folder.root}: pack into a directory beside it"
+            )
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -174,6 +182,21 @@ def refuse_foreign(directory: Path) -> None:
         except ValueError as error:
             if not (directory / MANIFEST).exists():
                 raise ShardError(f"{directory / INDEX} is not an index of ours: move it away") from error
+
+
+def refuse_other_tars(directory: Path, names: Collection[str]) -> None:
+    """Raises ShardError for a directory that holds anything but a set of these tars, finished or begun."""
+    if directory.exists() and not directory.is_dir():
+        raise ShardError(f"{directory} is a file: name a directory for the set")
+    begun = any((directory / ours).exists() for ours in (MANIFEST, WORK))
+    inside = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    strange = [
+        name for name in inside if not (name in names or name in BEFORE or is_litter(name) or (begun and name in OURS))
+    ]
+    if strange:
+        raise ShardError(
+            f"{directory} holds {some(strange)}, which is none of the set: name an empty or a new directory for --to"
+        )
 
 
 def named(classes: Sequence[str]) -> str:

@@ -8,11 +8,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -31,10 +33,16 @@ def tick() -> None:
         _count.value += 1
 
 
-def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images: int | None, label: str) -> list[R]:
+def parallel(
+    work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images: int, label: str, done: int = 0
+) -> list[R]:
     """`[work(task) for task in tasks]` in worker processes, which call `tick` once per image.
 
     The first error ends all workers and is raised; ChildProcessError if a worker was killed.
+
+    Args:
+        images: in all; a guess is corrected at the end.
+        done: those of them that an earlier start has done.
     """
     _place_socket()
     context = get_context("forkserver")
@@ -43,14 +51,18 @@ def parallel(work: Callable[[T], R], tasks: Sequence[T], *, workers: int, images
     count = context.Value("q", 0)
     pool = ProcessPoolExecutor(max(1, min(workers, len(tasks))), context, _start, (count, limits()))
     try:
-        with bar(images, label, "img", lines=True) as shown:
-            futures = [pool.submit(work, task) for task in tasks]
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, 0.2, FIRST_COMPLETED)
-                shown.update(count.value - shown.n)
-                for future in done:
-                    future.result()
+        with bar(images, label, "img", initial=done, lines=True) as shown:
+            futures, ended = [pool.submit(work, task) for task in tasks], SimpleQueue[Future[R]]()
+            for future in futures:  # `wait` would look at all of them each time
+                future.add_done_callback(ended.put)
+            left = len(futures)
+            while left:
+                with suppress(Empty):
+                    ended.get(timeout=0.2).result()
+                    left -= 1
+                if left:  # otherwise the bar is shown for the last time when it is closed
+                    shown.update(done + count.value - shown.n)
+            shown.n = shown.total = done + count.value
         pool.shutdown()
         return [future.result() for future in futures]
     except BaseException as error:

@@ -24,6 +24,8 @@ from pipelines.resolve import failed
 
 SOURCES = {  # besides those of torchvision, by their own names
     "imagefolder": "pipelines.sources:ImageFolder",
+    "imagenet": "pipelines.published.imagenet:imagenet",
+    "parquet": "pipelines.published.parquet:Parquet",
 }
 JPEG_LONGEST = 65500  # most pixels per side that libjpeg writes
 DRAFT = 50_000_000  # pixels above which a JPEG is reduced while it is decoded
@@ -42,7 +44,7 @@ class Files(NamedTuple):
     """Files of a source, which a user may change.
 
     Attributes:
-        found: one file per item.
+        found: the files that hold the items.
         before: returns classes and items as earlier versions of this program listed them.
     """
 
@@ -61,7 +63,13 @@ class Source:
         items: the images, the same in any process and in the same order.
         files: the user's files, if they may change.
         rejected: what became no item, each as {"file": name, "reason": why}.
+        groups: per item the number of the group in which it is stored, if no item can be read without those before it
+            in its group. Groups are then shuffled, and their items packed in the order of `items`.
+        stands: a reference means the same image in any process, so workers need not list the items to compare them.
+        image_folders: folders that it reads, in which no set is made.
     """
+
+    stands = False
 
     if TYPE_CHECKING:  # in a subclass these may be properties, too
 
@@ -73,8 +81,12 @@ class Source:
         def files(self) -> Files | None: ...
         @property
         def rejected(self) -> Sequence[dict[str, str]]: ...
+        @property
+        def groups(self) -> Sequence[int] | None: ...
+        @property
+        def image_folders(self) -> Sequence[ImageFolder]: ...
     else:
-        files, rejected = None, ()
+        files, rejected, groups, image_folders = None, (), None, ()
 
     def load(self, reference: Any) -> bytes | Image.Image:
         """Bytes of the image file, or the image. Whatever it raises is the reason for which the image is rejected, but
@@ -122,23 +134,29 @@ class ImageFolder(Source):
     """`root/<class>/**/<image>`: classes are the sorted sub-folders; one without an image is a class too."""
 
     root: Path
+    stands = True  # names, whose order does not matter; and to list a folder may take minutes
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
             raise SourceError(f"{self.root} is not a folder: give the one whose sub-folders are the classes")
 
+    @property
+    def image_folders(self) -> Sequence[ImageFolder]:
+        return (self,)
+
     @cached_property
-    def _top(self) -> Content:
+    def top(self) -> Content:
+        """What lies in the root itself."""
         return content(top(self.root))
 
     @cached_property
     def _below(self) -> list[list[Content]]:
         """Contents of all folders of each class."""
-        return [list(contents(folder)) for _, folder in zip(self.classes, self._top.folders, strict=True)]
+        return [list(contents(folder)) for _, folder in zip(self.classes, self.top.folders, strict=True)]
 
     @cached_property
     def classes(self) -> list[str]:
-        names = [folder.name for folder in self._top.folders]
+        names = [folder.name for folder in self.top.folders]
         for raw in (name.encode(errors="surrogateescape") for name in names):
             if not is_utf8(raw):
                 raise SourceError(f"the class folder {raw!r} in {self.root} has a name that is not UTF-8: rename it")
@@ -157,7 +175,7 @@ class ImageFolder(Source):
     @property
     def keys(self) -> set[tuple[int, int]]:
         """Device and inode of every folder below the root, links followed."""
-        folders = [*self._top.folders, *(folder for below in self._below for one in below for folder in one.folders)]
+        folders = [*self.top.folders, *(folder for below in self._below for one in below for folder in one.folders)]
         return {folder.key for folder in folders}
 
     @cached_property
@@ -175,9 +193,9 @@ class ImageFolder(Source):
     @cached_property
     def rejected(self) -> list[dict[str, str]]:
         reason = "no label: it lies outside the class folders"
-        loose = [{"file": file.name, "reason": reason} for file in self._top.files]
+        loose = [{"file": file.name, "reason": reason} for file in self.top.files]
         return (
-            self._top.rejected + loose + [line for below in self._below for inside in below for line in inside.rejected]
+            self.top.rejected + loose + [line for below in self._below for inside in below for line in inside.rejected]
         )
 
     def _before(self) -> tuple[list[str], list[Item]]:
@@ -200,9 +218,17 @@ def looks_like_split(name: str) -> bool:
     return any(word in SPLITS for word in re.findall("[a-z]+", name.lower()))
 
 
+class Stored(NamedTuple):
+    """An image as it is stored: a JPEG; whether it was smaller before; whether these are its file's bytes."""
+
+    jpeg: bytes
+    enlarged: bool
+    unchanged: bool
+
+
 @guarded()
-def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_small: bool = False) -> bytes:
-    """Bytes to store: an upright RGB JPEG with shorter side `shorter_side` (0: unchanged).
+def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_small: bool = False) -> Stored:
+    """What to store: an upright RGB JPEG with shorter side `shorter_side` (0: unchanged).
 
     An upright RGB JPEG that already has this size keeps its bytes. One of more than `DRAFT` pixels that is to become
     smaller is first reduced by libjpeg, up to 8 times, which takes less memory. Raises OSError, ValueError or Pillow's
@@ -227,7 +253,7 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_sma
             image.draft(None, wanted(image.size))
         image.load()
         if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1 and fits:
-            return data
+            return Stored(data, enlarged=False, unchanged=True)
     image = upright_rgb(image)
     size = wanted(image.size)
     if max(size) > JPEG_LONGEST:  # before its memory is allocated
@@ -237,16 +263,17 @@ def to_jpeg(data: bytes | Image.Image, shorter_side: int, quality: int, keep_sma
             f"would have {size[0]}x{size[1]} pixels, and a JPEG has at most {JPEG_LONGEST} a side: {remedy}"
         )
     limits().check_pixels(size[0] * size[1])
+    enlarged = min(size) > min(image.size)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
     out = BytesIO()
     image.save(out, "JPEG", quality=quality)
-    return out.getvalue()
+    return Stored(out.getvalue(), enlarged, unchanged=False)
 
 
 @guarded()
-def jpeg_of(source: Source, item: Item, shorter_side: int, quality: int, keep_small: bool) -> bytes:
-    """The bytes of `to_jpeg` for an item. Raises SourceError if a file exists but cannot be read: that may be temporary
+def jpeg_of(source: Source, item: Item, shorter_side: int, quality: int, keep_small: bool) -> Stored:
+    """What `to_jpeg` makes of an item. Raises SourceError if a file exists but cannot be read: that may be temporary
     and says nothing about the image. Raises anything that decoders raise on garbage."""
     try:
         data = source.load(item.reference)

@@ -13,7 +13,9 @@ import os
 import re
 import select
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Timer
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 STREAMS = ("stdin", "stdout", "stderr")  # by file descriptor
 CLEAR = "\033[H\033[2J"  # ECMA-48: cursor to the first line, and erase the screen
 COLUMNS = 79  # of a terminal that does not tell its size
-PLAIN = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}"  # a bar without a terminal
+PLAIN = "{desc}: {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left"  # a bar without a terminal
+LIVE = "{desc} |{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left"  # and with one
+SILENCE = 2.0  # seconds after which is said what is being done
 PATIENCE = 1.0  # seconds that training waits for a reader that does not read (Ctrl-S, `less`)
 # Control characters (C0, DEL, C1: ECMA-48), and those of Unicode that turn the direction of text round.
 UNPRINTED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
@@ -126,6 +130,18 @@ def say(text: str, end: str = "\n") -> None:
         _errors.flush()
 
 
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Says what is being done if the body takes longer than `SILENCE`."""
+    timer = Timer(SILENCE, say, (f"{what} ...",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def cry(text: str) -> None:
     """`say` for a process that is about to end: does not wait for a bar, whose thread may hang. Never raises."""
     _put(sys.stderr, printed(text) + "\n")
@@ -214,7 +230,7 @@ def bar(
         dynamic_ncols=known,
         ncols=None if known else COLUMNS,
         leave=not live,
-        bar_format=live or (None if watched() or total is None else PLAIN),
+        bar_format=live or (None if total is None or not lines else LIVE if watched() else PLAIN),
         disable=not (speaks and (watched() or lines)),
     )
 

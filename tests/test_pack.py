@@ -33,9 +33,10 @@ from webdataset.tariterators import group_by_keys
 
 from pipelines import origin, sources
 from pipelines.errors import SourceError
+from pipelines.indexing import index
 from pipelines.manifest import Manifest, ShardError
 from pipelines.origin import Fingerprints
-from pipelines.pack import Options, finished, index, pack
+from pipelines.pack import Options, finished, pack
 from pipelines.scanned import WORK
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder, to_jpeg
@@ -132,7 +133,7 @@ def test_manifest_describes_the_set(shard_sets: Path) -> None:
     np.save(whole, rows)
     assert whole.getvalue() == (directory / "index.npy").read_bytes()
     stored = {"shorter_side": 72, "quality": 90, "shard_mb": 0.2, "seed": 0, "keep_small": False}
-    assert manifest.stored == stored
+    assert manifest.stored == stored | {"unchanged": 60}, "one of four sizes has a shorter side of 72"
     assert sorted(files(directory)) == sorted(
         ["files.npy", "index.npy", "manifest.json", "rejected.jsonl", *(shard["name"] for shard in manifest.shards)]
     )
@@ -262,10 +263,10 @@ def test_small_images_are_enlarged(strange: tuple[Path, dict[str, NDArray[np.flo
 def test_what_has_its_size_already_is_not_encoded_anew(side: int, keep_small: bool, same: bool) -> None:
     image = photograph(np.random.default_rng(3), 100, 72, TINTS[0])
     data = encoded(image, "JPEG", quality=70)
-    stored = to_jpeg(data, side, 95, keep_small)
+    stored = to_jpeg(data, side, 95, keep_small).jpeg
     assert (stored == data) is same
     assert Image.open(io.BytesIO(stored)).size == ((100, 72) if same else (101, 73))
-    assert to_jpeg(encoded(image, "PNG"), 72, 95, keep_small) != data
+    assert to_jpeg(encoded(image, "PNG"), 72, 95, keep_small).jpeg != data
 
 
 def test_an_image_that_would_become_too_long(tmp_path: Path) -> None:
@@ -586,7 +587,7 @@ def test_index_reads_the_tars_of_other_tools(foreign: tuple[Path, dict[str, tupl
     assert shards.name(5) == "b.tar/b1.jpeg"
     reasons = rejections(directory)
     assert set(reasons) == {f"a.tar/{k}" for k in ("lonely", "word", "negative", "gif", "broken", "wide")}
-    assert "needs one of jpg, jpeg, png, webp and cls, has jpg" in reasons["a.tar/lonely"]
+    assert "needs one of jpg, jpeg, png, webp, and cls or json, has jpg" in reasons["a.tar/lonely"]
     assert "GIF" in reasons["a.tar/gif"]
     assert "truncated" in reasons["a.tar/broken"]
     assert "70000x1" in reasons["a.tar/wide"]
@@ -682,7 +683,7 @@ def test_a_tar_made_on_a_mac(tmp_path: Path) -> None:
         "a.tar/pipe.png": "is not a regular file",
         "a.tar/in/.DS_Store": "its name begins with a dot",
         "a.tar/README": "has no extension",
-        "a.tar/LICENSE": "needs one of jpg, jpeg, png, webp and cls, has txt",
+        "a.tar/LICENSE": "needs one of jpg, jpeg, png, webp, and cls or json, has txt",
     }
 
 
@@ -804,6 +805,11 @@ def test_what_index_does_not_touch(image_folder: Path, tmp_path: Path) -> None:
     (directory / "d.tar").symlink_to("nowhere")
     (directory / "e.tar").mkdir()
     assert passed_over(directory, [directory / "a.tar"]) == "b.TAR, c.tar, d.tar and 1 more"
+    with pytest.raises(
+        ShardError, match=r"/d.tar is a link to nowhere, where nothing is: mount its file system, or put"
+    ):
+        index(directory, classes=None, split="x", workers=1)
+    (directory / "d.tar").unlink()
     assert index(directory, classes=None, split="x", workers=1).samples == 1
 
 
