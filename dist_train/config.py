@@ -14,6 +14,7 @@ from pipelines.augment import Augment, Inputs
 from pipelines.bounds import above, broken, folder_name, folder_path, least, within
 from pipelines.errors import UserError
 from pipelines.limits import USUAL
+from pipelines.remote.places import is_url
 
 Options = dict[str, bool | int | float | str | list[bool | int | float | str] | None]
 # Not Any: for a mapping with a class_path, jsonargparse would import and call what it names.
@@ -28,9 +29,13 @@ class DataConfig(Augment):
     """Where the images come from, and how they become inputs of the net."""
 
     train: str = "data/imagenet/train"
-    """Shard set to train on."""
+    """Shard set to train on: a directory, or the URL of one (docs/data.md)."""
     val: str = "data/imagenet/val"
-    """Shard set for the validation error."""
+    """Shard set for the validation error; likewise."""
+    cache: str = ""
+    """Folder of each node through which both are read; $VARIABLES are replaced on the node. A URL needs one."""
+    cache_gb: float = least(0, 0.0)
+    """Gigabytes (10^9 bytes) that it may hold; 0: what its disk has."""
     source: str = ""
     """Packed first if the sets do not exist: imagefolder, a torchvision data set, or module:name (docs/data.md)."""
     raw: str = ""
@@ -243,8 +248,7 @@ class Config:
         """Raises ConfigError for impossible values."""
         for group in fields(self):
             if found := broken(getattr(self, group.name)):
-                name, message = found
-                raise ConfigError(f"{group.name}.{name} {message}")
+                raise ConfigError(f"{group.name}.{' '.join(found)}")
         try:
             choices.check(self.model.name, self.optim.name, self.schedule.name)
         except UserError as error:
@@ -253,6 +257,9 @@ class Config:
         for name, value in ((f"{of}.options.{key}", value) for of in chosen for key, value in chosen[of].items()):
             if any(str(word).lstrip().startswith("{") for word in (value if isinstance(value, list) else [value])):
                 raise ConfigError(f"{name} is {value}: it takes a number, a word, or a list of these")
+        for key in ("train", "val"):
+            if is_url(place := getattr(self.data, key)) and not self.data.cache:
+                raise ConfigError(f"data.{key} is {place}, which is read through a cache: name a folder by data.cache")
         for key, default in idle_fields(self.model.name).items():
             if (value := getattr(self.model, key)) != default:
                 raise ConfigError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,9 @@ from pipelines.limits import Limits, limited
 from pipelines.manifest import MANIFEST, ShardError
 from pipelines.misc import cpus
 from pipelines.opened import PATIENCE
+from pipelines.remote.elsewhere import Elsewhere
+from pipelines.remote.places import expanded, is_url
+from pipelines.remote.sets import open_set
 from pipelines.shards import ShardSet
 from pipelines.speech import say
 
@@ -25,14 +30,20 @@ SHARE = 32  # samples of a batch on a GPU that keep it busy, about (docs/perform
 
 def to_pack(config: Config) -> bool:
     """True if the sets do not exist yet but can be made from `data.source`."""
-    paths = (config.data.train, config.data.val)
-    return bool(config.data.source) and not all((Path(path) / MANIFEST).exists() for path in paths)
+    if not config.data.source or elsewhere(config):
+        return False
+    return not all((Path(path) / MANIFEST).exists() for path in (config.data.train, config.data.val))
+
+
+def elsewhere(config: Config) -> bool:
+    """True if one of the sets is a URL: nothing packs it, and only the nodes need to reach it."""
+    return is_url(config.data.train) or is_url(config.data.val)
 
 
 def pack_source(config: Config) -> None:
     """Pack training and validation set from `data.source`. Raises SourceError, ShardError, OSError."""
     from pipelines import origin
-    from pipelines.pack import Options, pack  # webdataset imports torch
+    from pipelines.pack import Options, estimates, pack_told  # webdataset imports torch
 
     if Path(config.data.train) == Path(config.data.val):
         raise ConfigError(f"data.train and data.val are both {config.data.val}: a source has two sets")
@@ -45,8 +56,9 @@ def pack_source(config: Config) -> None:
         kind = kinds.kind("data.source", config.data.source)
         sources = [(kind.source(one), one.directory) for one in kind.of_raw(raw, train, val)]
         say(f"packing {config.data.source} into {train.resolve().parent}")
-        for source, path in sources:
-            pack(source, path, Options(shorter_side=kind.shorter_side), split=path.name, workers=cpus())
+        options = Options(shorter_side=kind.shorter_side)
+        for (source, path), guess in zip(sources, estimates(sources, options), strict=True):
+            pack_told(source, path, options, split=path.name, workers=cpus(), guess=guess)
     except ShardError as error:
         raise ShardError(
             f"data.source {config.data.source} is not packed, though there is no set in "
@@ -125,18 +137,26 @@ def small_share(config: Config, ranks: int, device: str) -> str:
     )
 
 
-def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
-    """The training and the validation set. Raises UserError if they do not fit together, or the settings."""
+def open_sets(config: Config, *, cached: bool = True) -> tuple[ShardSet, ShardSet]:
+    """The training and the validation set. Raises UserError if they do not fit together, or the settings.
+
+    Args:
+        cached: whether they are read through `data.cache`, if there is one; otherwise neither may be a URL.
+    """
     data, batch = config.data, config.train.global_batch
+    cache = data.cache if cached else ""
     patience = min(PATIENCE, config.run.step_timeout / 2)  # before the watch calls it a hang
     with limited(Limits(pixels=data.max_pixels)):
-        train, val = ShardSet(data.train, patience), ShardSet(data.val, patience)
+        train, val = (
+            open_set(place, cache=cache, cache_gb=data.cache_gb, patience=patience) for place in (data.train, data.val)
+        )
     scale(data.inputs, train.manifest)
     if train.classes != val.classes:
         raise ShardError(
             f"{data.train} has {len(train.classes)} classes and {data.val} has {len(val.classes)}, which differ "
             f"{difference(train.classes, val.classes)}: labels would not mean the same, {_remedy(train, val)}"
         )
+    _check_room(config, train)
     if batch > len(train):
         raise ConfigError(
             f"train.global_batch {batch} is larger than the {len(train)} images of {data.train}: lower it"
@@ -144,13 +164,55 @@ def open_sets(config: Config) -> tuple[ShardSet, ShardSet]:
     return train, val
 
 
+def _check_room(config: Config, train: ShardSet) -> None:
+    """Raises ConfigError if the cache cannot hold two blocks of shards: the one in use, and the next."""
+    data = config.data
+    largest = sorted((shard["bytes"] for shard in train.manifest.shards), reverse=True)[: 2 * data.shuffle_shards]
+    if data.cache and 0 < data.cache_gb < (least := sum(largest) / 1e9):
+        raise ConfigError(
+            f"data.cache_gb is {data.cache_gb:g}, and two blocks of data.shuffle_shards {data.shuffle_shards} of "
+            f"{data.train} may take {_up(least)}: raise it to that, or lower data.shuffle_shards"
+        )
+
+
+def _up(gigabytes: float) -> str:
+    """Rounded up to three digits, which as `data.cache_gb` is enough."""
+    scale = 10 ** (2 - math.floor(math.log10(gigabytes)))
+    return f"{math.ceil(gigabytes * scale) / scale:g}"
+
+
+def traffic(config: Config, sets: tuple[ShardSet, ShardSet]) -> str:
+    """What each node fetches, and how often; empty without a cache."""
+    data = config.data
+    if not data.cache:
+        return ""
+    sizes = [sum(shard["bytes"] for shard in shards.manifest.shards) for shards in sets]
+    total = " and ".join(f"{_size(n)} of {shards.place}" for n, shards in zip(sizes, sets, strict=True))
+    folder = expanded(data.cache)
+    room = data.cache_gb * 1e9 or shutil.disk_usage(folder).free + sum(map(_held, sets))
+    if sum(sizes) <= room:
+        return f"each node reads all {total} once, then it is in the cache {folder}"
+    return f"each node reads all {total} every epoch; the cache {folder} holds {_size(room)} of it"
+
+
+def _held(shards: ShardSet) -> int:
+    """Bytes of a set that are in the cache already."""
+    here = shards.here
+    assert isinstance(here, Elsewhere)  # there is a cache
+    return sum(shard["bytes"] for shard in shards.manifest.shards if here.cache.holds(here.wanted(shard)))
+
+
+def _size(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
 def _remedy(*sets: ShardSet) -> str:
-    foreign = [str(shards.directory) for shards in sets if not shards.manifest.source]
+    foreign = [shards for shards in sets if not shards.manifest.source]
     if not foreign:
         return "pack both from folders of the same names"
     return (
         f"name all classes in one file, in the order of their labels, and index with it what was not packed here "
-        f"(`python -m pipelines index {foreign[-1]} --classes FILE`)"
+        f"({foreign[-1].here.command('index --classes FILE')})"
     )
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from dist_train import data, process
 from dist_train.config import Config
+from dist_train.fetch import read_together
 from dist_train.flat import as_dict
 from dist_train.monitor.notify import tell_now
 from dist_train.monitor.reader import Shown
 from dist_train.monitor.readers import Readers
 from dist_train.monitor.terminal import Terminal
-from dist_train.outcomes import FAILED, STOPPED, Done, Ended, NotBegun, NotHere, Refused, Stopped
+from dist_train.outcomes import FAILED, STOPPED, Done, Ended, NotBegun, NotHere, Refused, Stopped, Unread
 from dist_train.ranks import launcher
 from dist_train.ranks.share import in_words
 from dist_train.ranks.watch import Watch
@@ -108,7 +109,7 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         brought_back = launcher.submitted() and launcher.restarted()
         run.ledger.go_on(announcement.before, resumed.ledger, launcher.submitted_at(), requeued=brought_back)
         _claim(config, world, run, resumed)
-    except (Refused, NotBegun) as refusal:  # the same on all ranks, or else the launcher ends the others
+    except (Refused, NotBegun, Unread) as refusal:  # the same on all ranks, or else the launcher ends the others
         if world.rank == 0:
             _tell(refusal, words, announcement)
         return refusal
@@ -124,12 +125,13 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
 
     _attempt(run, tell_start)
     size = f"{world.size} x {world.device.type}, {in_words(world.shares)}, {len(sets[0])} images"
-    _announce(run, trainer.progress, resumed, asdict(trainer.settled), size)
+    _announce(run, trainer.progress, resumed, asdict(trainer.settled), size, data.traffic(config, sets))
     for advice in (data.small_share(config, world.size, world.device.type), process.cpu_warning(world)):
         if advice:
             run.say(advice)
     end = _end_of(trainer.fit, trainer.state, config, resumed=resumed.found)
     words.ended(end)
+    trainer.fetching.close()
     terminal.end_epoch()
     # The other ranks wait for rank 0, and that for the readers.
     watch.heartbeat(config.run.step_timeout + (config.run.stop_timeout if world.rank else 0))
@@ -152,12 +154,12 @@ def _open_sets(config: Config, world: World, watch: Watch, announcement: Announc
     if world.share(data.to_pack(config)):
         _pack(config, world, watch, announcement)
     # A file system that fails for a moment is no reason to refuse: a restart may help.
-    sets = world.together(lambda: data.open_sets(config), catch=(UserError,))
+    sets = read_together(world, lambda: data.open_sets(config), catch=(UserError,))
     assert sets is not None
     # All ranks see the same list, even one that is just being written.
     for shards, rows in zip(sets, world.share([shards.quarantined for shards in sets]), strict=True):
         shards.quarantined = rows
-    world.together(lambda: data.check_tars(sets), on=[0])
+    read_together(world, lambda: data.check_tars(sets), on=[0])
     announcement.say("the run is looked at")
     return sets
 
@@ -199,6 +201,7 @@ def _begin(config: Config, world: World, run: RunDirectory, words: LastWords, re
     words.claimed(run.path, run.status, world.size)
     if world.device.type == "cuda":
         words.record = flight_record
+    words.looks = run.waiting.look
     words.tellers = [run.events.tell, partial(tell_now, config.run.name, run.path)]
     if world.rank == 0:
         readers.open()
@@ -206,7 +209,9 @@ def _begin(config: Config, world: World, run: RunDirectory, words: LastWords, re
         words.close = [run.close, lambda: readers.close(LAST)]
 
 
-def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: dict[str, Any], size: str) -> None:
+def _announce(
+    run: RunDirectory, progress: Progress, resumed: Resumed, settled: dict[str, Any], size: str, traffic: str
+) -> None:
     """Says and records that training begins or continues."""
     if not resumed.found:
         run.record.append("begun", step=progress.step, **settled)
@@ -219,6 +224,8 @@ def _announce(run: RunDirectory, progress: Progress, resumed: Resumed, settled: 
     how = settled["deterministic"]
     deterministic = "not deterministic" if how == "no" else f"deterministic {how}"
     run.say(f"{run.path}: {size}, {deterministic}, epoch {progress.epoch + 1}")
+    if traffic:
+        run.say(traffic)
 
 
 def _end_of(training: Callable[[], None], state: TrainState, config: Config, *, resumed: bool) -> Ended:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dist_train import build, models, numbers, optim, probe, process, schedules
 from dist_train.config import Config
+from dist_train.fetch import Fetching
 from dist_train.flat import as_dict
 from dist_train.models.dropout import keys_of_epoch, rank_seed
 from dist_train.monitor.reporter import Reporter
@@ -49,6 +50,7 @@ class Trainer:
     config: Config
     train_loader: Loader
     val_loader: Loader
+    fetching: Fetching
     model: nn.Module
     net: nn.Module  # the model, in DDP if there are several data-parallel ranks
     autocast: torch.autocast
@@ -77,12 +79,11 @@ class Trainer:
     ) -> None:
         training_set, val_set = sets
         self.config, self.world, self.watch, self.run = config, world, watch, run
-        for shards in sets:
-            shards.hurried = lambda: watch.stop
         self.settled = replace(process.prepare(config, world, run.say), precision=build.precision(config, world))
         self.train_loader = build.train_loader(config, world, training_set)
         batch = max(world.dp_size, config.train.global_batch // config.train.accumulate)
         self.val_loader = build.fixed_loader(config, world, val_set, training_set, batch=batch)
+        self.fetching = Fetching(config, world, watch, run, (self.train_loader, self.val_loader))
         compiled = self.settled.compiled
         self.model = build.model(config, world, len(training_set.classes), compiled=compiled)
         with run.ledger.during("compiling" if compiled else "startup"):
@@ -108,6 +109,7 @@ class Trainer:
         while progress.epoch < self.config.train.epochs and (progress.step_in_epoch or not self.enough()):
             ledger.enter("training")
             self.report.begin_epoch(progress)
+            self.fetching.follow(progress.epoch, progress.step_in_epoch)
             keys = keys_of_epoch(self.config.train.seed, first=progress.step - progress.step_in_epoch)
             epoch = self.train_loader.epoch(progress.epoch, progress.step_in_epoch, keys, self.unread)
             for batch in () if self.enough() else epoch:
@@ -226,8 +228,8 @@ class Trainer:
         progress.bad_samples += int(vote.bad)
         if vote.bad and progress.bad_samples > self.config.data.max_bad:  # not for those in quarantine by now
             raise BadData(
-                f"{progress.bad_samples} samples could not be decoded, more than data.max_bad: run "
-                f"`python -m pipelines verify {self.config.data.train}`, or raise it; the same command continues"
+                f"{progress.bad_samples} samples could not be decoded, more than data.max_bad: "
+                f"run {self.train_loader.shards.here.command('verify')}, or raise it; the same command continues"
             )
         progress.average(vote.wrong / batch, step.number)
         logged = self.logged.read(pending.numbers, vote.new)

@@ -4,6 +4,7 @@ JSON lines."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -87,6 +88,33 @@ def appended(path: Path) -> HeldFile:
     return HeldFile(path, "ab", opener=no_link)
 
 
+def locked(path: Path) -> HeldFile | None:
+    """Opens a file for reading and writing, made if there is none, and locks it until it is closed. None if another
+    process has locked it, or has moved it away in this moment. What is no file of this user is removed first. Raises
+    OSError."""
+    try:
+        file = HeldFile(path, "r+b", opener=lambda name, flags: no_link(name, flags | os.O_CREAT))
+        strange = os.fstat(file.fileno()).st_uid != os.geteuid()
+    except (StrangeFile, PermissionError):
+        strange = True
+    if strange:
+        path.unlink()
+        return None
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.lstat(path), os.fstat(file.fileno())):
+            return file
+    return None
+
+
+def private_folder(path: Path) -> None:
+    """`folder`, whose files nobody else can see if it is made here."""
+    folder(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+    folder(path)
+
+
 def folder(path: Path) -> None:
     """Makes a folder, and those above it, if there is none. Raises OSError if it is a link, through which others' files
     would be written, or removed."""
@@ -95,6 +123,32 @@ def folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
         raise StrangeFile(errno.ELOOP, "is a link, which is not followed: put the folder itself there", str(path))
+
+
+def linked(path: Path, target: Path) -> bool:
+    """Whether a symbolic link to this place is there. Raises OSError if something else is that `link` does not
+    replace."""
+    there = os.readlink(path) if path.is_symlink() else ""
+    if there == str(target):
+        return True
+    if lost(path) or not os.path.lexists(path):
+        return False
+    what = f"is a link to {there}, and not" if there else "is there already, and no link"
+    raise StrangeFile(errno.EEXIST, f"{what} to {target}: remove it, or name another directory", str(path))
+
+
+def link(path: Path, target: Path) -> None:
+    """Makes a symbolic link, in place of one that leads nowhere. Raises OSError."""
+    if lost(path):
+        path.unlink()
+    path.symlink_to(target)
+
+
+def lost(path: str | Path) -> str:
+    """The sentence on a link that leads nowhere; empty for anything else."""
+    if not os.path.islink(path) or os.path.exists(path):
+        return ""
+    return f"{path} is a link to {os.readlink(path)}, where nothing is: mount its file system, or put it back"
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:

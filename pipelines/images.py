@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,8 @@ from pipelines.loader import Batch, Loader, Read
 from pipelines.manifest import ShardError
 from pipelines.misc import cpu_share
 from pipelines.plan import FixedPlan, TrainingPlan
-from pipelines.shards import ShardSet
+from pipelines.remote.ahead import Ahead
+from pipelines.remote.sets import open_set
 from pipelines.words import nearest
 
 
@@ -45,9 +46,13 @@ class ImageOptions(Augment):
     """Read-ahead threads per rank."""
     ahead: int = least(1, 4)
     """Batches to read ahead."""
+    cache: str = ""
+    """Directory of the shards that this node keeps of sets elsewhere; $VARIABLES in it are the node's."""
+    cache_gb: float = least(0, 0.0)
+    """GB (10^9 bytes) that shards take there, at most; 0: what the disk has."""
 
 
-FREE = ("threads", "readers", "ahead")  # options that change nothing in a batch
+FREE = ("threads", "readers", "ahead", "cache", "cache_gb")  # options that change nothing in a batch
 OPEN = WeakSet[Generator[Batch, None, None]]()  # loops that are under way
 OPTIONS = {option.name: option.default for option in fields(ImageOptions)}
 
@@ -60,7 +65,7 @@ class ImageLoader:
     `for` continues after a `break`.
 
     Args:
-        directory: the shard set.
+        directory: the shard set; with the option `cache`, also an fsspec URL, or one on a slow file system.
         batch: images per global batch, over all ranks.
         device: where the net is. For a GPU, images are decoded there.
         rank, world_size: which share of a batch this rank takes, and their number; None: those of torch.distributed.
@@ -96,7 +101,8 @@ class ImageLoader:
                 f"batch is {batch} for {dp_size} ranks: it is the global batch, of which each rank gets a share, so "
                 f"multiply that of one rank by {dp_size}"
             )
-        shards = ShardSet(directory)
+        self._open = partial(open_set, cache=self.options.cache, cache_gb=self.options.cache_gb)
+        shards = self._open(directory)
         if batch > len(shards):
             raise UserError(f"batch {batch} is larger than the {len(shards)} images of {directory}: lower it")
         reading = Read(readers=self.options.readers, ahead=self.options.ahead)
@@ -114,6 +120,11 @@ class ImageLoader:
         what = {name: value for name, value in asdict(self.options).items() if name not in FREE}
         self._same = {"set": shards.fingerprint, "batch": batch, **what}  # what a state must agree with
         self._running: object = None  # the loop that is under way
+        self._validation: Loader | None = None  # the one made last
+        self._ahead: Ahead | None = None
+        if self.options.cache and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._ahead = Ahead()
+            finalize(self, self._ahead.close)
 
     def __len__(self) -> int:
         """Steps per epoch: full global batches. The images left over are others in each epoch."""
@@ -123,6 +134,7 @@ class ImageLoader:
         if not 0 <= self.step < len(self):
             raise UserError(f"step is {self.step}, and an epoch has {len(self)}: set epoch and step by load_state_dict")
         self._running = this = object()
+        self._follow()
         for batch in _followed(self.loader.epoch(self.epoch, self.step)):
             if self._running is not this:
                 raise RuntimeError(
@@ -138,17 +150,26 @@ class ImageLoader:
         """Returns the loader of a validation set, with this one's crop, scale, training set's statistics, device and
         ranks. `batch`: images per global batch; 0: as many as here. Raises ShardError if the classes differ, UserError
         for a negative batch."""
-        shards = ShardSet(directory)
+        shards = self._open(directory)
         if shards.classes != self.classes:
             raise ShardError(
-                f"{directory} and {self.loader.shards.directory} have different classes: labels would not mean the "
+                f"{directory} and {self.loader.shards.place} have different classes: labels would not mean the "
                 f"same, pack both from folders of the same names"
             )
         batch = _plain("batch", batch, int)
         if batch < 0:
             raise UserError(f"batch is {batch}: it must be at least 1")
         plan = FixedPlan(shards, self.options, seed=self.options.seed)
-        return ValidationLoader(self._loader(plan, batch=batch or self.batch))
+        self._validation = self._loader(plan, batch=batch or self.batch)
+        return ValidationLoader(self._validation)
+
+    def _follow(self) -> None:
+        """Has shards fetched ahead: of this epoch from here, of the validation set, and of the next epoch."""
+        if self._ahead:
+            train, val = self.loader, self._validation
+            coming = [(train.shards, train.upcoming(self.epoch, self.step))]
+            coming += [(val.shards, val.upcoming(0, 0))] if val else []
+            self._ahead.follow([*coming, (train.shards, train.upcoming(self.epoch + 1, 0))])
 
     def state_dict(self) -> dict[str, Any]:
         """State to resume from, the same on all ranks, of numbers, strings and booleans: the next batch, and the
@@ -164,7 +185,7 @@ class ImageLoader:
             raise UserError("this is no state of an ImageLoader: give what its state_dict() has returned")
         if state["set"] != self._same["set"]:
             raise UserError(
-                f"the state is of another shard set than {self.loader.shards.directory}, or this one was packed anew: "
+                f"the state is of another shard set than {self.loader.shards.place}, or this one was packed anew: "
                 f"give the same set"
             )
         ours = {**OPTIONS, **self._same}  # an option that a state does not know has its default there

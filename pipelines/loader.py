@@ -141,6 +141,10 @@ class Loader:
         samples = self._substituted(epoch, samples, first)
         return [self.shards.name(int(sample)) for sample in samples]
 
+    def upcoming(self, epoch: int, step: int) -> Ints:
+        """Numbers of the shards that are needed from a step of an epoch on, in that order, int64 [n]."""
+        return self.plan.tars(epoch, step * self.batch, len(self.plan))
+
     def _substituted(self, epoch: int, samples: Ints, start: int) -> Ints:
         """Replaces the bad ones of these samples, which start at position `start`, in place."""
         for i, sample in enumerate(samples.tolist()) if self.bad else ():
@@ -184,6 +188,7 @@ class Loader:
                 with suppress(queue.Empty):
                     ready.get(timeout=0.01)
             driver.join()
+            self.shards.keep(np.empty(0, np.int64))
 
     def _drive(
         self, epoch: int, step: int, keys: Keys, ready: queue.Queue[Batch | BaseException | None], stop: Event
@@ -237,6 +242,8 @@ class Loader:
         planned = (self.usable(epoch, step) for step in steps)
         with closing(self.reader.ahead((share for share in planned if len(share[0])), self.reading.ahead)) as read:
             for samples, start, encoded in read:
+                until = start + (self.reading.ahead + 2) * self.batch  # what may be being read by now
+                self.shards.keep(self.plan.tars(epoch, start, min(until, len(self.plan))))
                 # Some were damaged on disk and are now known to be bad: read the step again with substitutes, which
                 # may be damaged as well. This is rare enough to reread all of its samples.
                 while any(data is None for data in encoded):

@@ -6,14 +6,13 @@ import errno
 import resource
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from pathlib import Path
 from threading import Lock
 from typing import ClassVar, TypeVar
 from weakref import WeakSet
 
-from pipelines.files import HeldFile
+from pipelines.files import HeldFile, lost
 from pipelines.speech import say
 
 T = TypeVar("T")
@@ -38,6 +37,22 @@ class ReadError(OSError):
     """A lasting failure to read a tar. The tar may be intact: a later try or another node may read it."""
 
 
+class Absent(OSError):
+    """A file that lies elsewhere and did not come; `strerror` says why.
+
+    Attributes:
+        passing: whether it may come if it is asked for again.
+        came: whether some of it did come.
+        remedy: what the user can do.
+    """
+
+    def __init__(
+        self, why: str, *, passing: bool, came: bool = False, remedy: str = "check its server, then repeat the command"
+    ) -> None:
+        super().__init__(errno.EREMOTEIO if passing else errno.EREMOTE, why)
+        self.passing, self.came, self.remedy = passing, came, remedy
+
+
 def raise_limit() -> None:
     """Raises the soft limit of open files of this process and its children as far as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -52,7 +67,8 @@ class OpenTars:
 
     Args:
         open_tar: opens a tar by number. Raises OSError, or another error if it is the wrong tar.
-        path: returns the path of a tar by number.
+        name: of the set, in messages.
+        path: returns the path of a tar by number, in messages.
         patience: seconds for which a failing read is retried.
         hurried: returns True if retries must end at once.
     """
@@ -64,11 +80,13 @@ class OpenTars:
     def __init__(
         self,
         open_tar: Callable[[int], HeldFile],
-        path: Callable[[int], Path],
+        name: str,
+        path: Callable[[int], str],
         patience: float,
         hurried: Callable[[], bool],
     ) -> None:
-        self._open, self._path, self._patience, self._hurried = open_tar, path, patience, hurried
+        self._open, self._name, self._path = open_tar, name, path
+        self._patience, self._hurried = patience, hurried
         self._files: OrderedDict[int, HeldFile] = OrderedDict()
         self._told = False  # True once it is reported that reading has stopped
         self._since = 0.0  # when reading stopped: threads that come later wait no longer than the first
@@ -90,14 +108,16 @@ class OpenTars:
 
     def read(self, tar: int, work: Callable[[HeldFile], T]) -> T:
         """Result of `work` on the open file of a tar. If the file system fails, the file is reopened and the work
-        repeated for `patience` seconds. Raises ReadError after that, or at once if the error is not transient; and
-        whatever opening raises."""
+        repeated for `patience` seconds, which begin anew if some of a tar has come from elsewhere. Raises ReadError
+        after that, or at once if the error is not transient; and whatever opening raises."""
         failing, pause = 0.0, FIRST
         while True:
             try:
                 result = work(self.get(tar))
             except OSError as error:
                 now = time.monotonic()
+                if isinstance(error, Absent) and error.came:
+                    failing, pause, self._since = 0.0, FIRST, 0.0
                 self._since = self._since or now
                 failing = failing or self._since
                 full = error.errno in TOO_MANY
@@ -110,10 +130,20 @@ class OpenTars:
             else:
                 self._since = 0.0
                 if failing:
-                    self._tell(f"{self._path(tar).parent} can be read again: reading resumes", stopped=False)
+                    self._tell(f"{self._name} can be read again: reading resumes", stopped=False)
                 return result
             self._pause(min(pause, left))
             pause = min(2 * pause, LONGEST)
+
+    def drop(self, tar: int) -> None:
+        """Has a tar opened anew."""
+        self._let_go(tar, everywhere=False)
+
+    def keep(self, tars: Collection[int]) -> None:
+        """Closes all tars but these."""
+        with self._lock:
+            for tar in self._files.keys() - set(tars):
+                del self._files[tar]
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -145,11 +175,11 @@ class OpenTars:
                 f"{self._path(tar)} cannot be opened, since this process may have no more than {limit} files open: "
                 f"raise the limit with `ulimit -n`, or ask the administrator for a higher hard limit"
             )
+        if gone := lost(self._path(tar)):
+            return ReadError(gone)
         how_long = f" for {seconds:.0f} s" if seconds >= 1 else ""
-        return ReadError(
-            f"{self._path(tar)} could not be read{how_long} ({error.strerror}): check its file system, then repeat "
-            f"the command"
-        )
+        remedy = error.remedy if isinstance(error, Absent) else "check its file system, then repeat the command"
+        return ReadError(f"{self._path(tar)} could not be read{how_long} ({error.strerror}): {remedy}")
 
 
 def room(sets: int) -> int:

@@ -69,6 +69,12 @@ class Order:
         ]
         return np.concatenate(pieces) if start < stop else np.empty(0, np.int64)
 
+    def shards(self, epoch: int, start: int, stop: int) -> Ints:
+        """Numbers of the shards in the blocks that positions [start, stop) of an epoch lie in, in their order."""
+        shards, edges = self._shards(epoch)
+        first, end = np.searchsorted(edges, start, side="right") - 1, np.searchsorted(edges, stop)
+        return shards[first * self.shuffle_shards : end * self.shuffle_shards]
+
     def _permute_shards(self, epoch: int) -> tuple[Ints, Ints]:
         """Permuted shard numbers, and the position in the epoch at which each block of shards begins."""
         shards = permutation(len(self.sizes), self.seed, epoch, SHARDS)

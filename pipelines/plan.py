@@ -43,6 +43,11 @@ class Plan(ABC):
         """Sample numbers at positions [start, stop) of an epoch, int64 [stop - start]: a new array."""
 
     @abstractmethod
+    def tars(self, epoch: int, start: int, stop: int) -> Ints:
+        """Numbers of the shards of which samples at positions [start, stop) of an epoch are, int64 [n], each once, in
+        the order of first need; and of those that are shuffled with them."""
+
+    @abstractmethod
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
         """Views of these samples at positions start, start + 1, ... of an epoch."""
 
@@ -52,7 +57,7 @@ class Plan(ABC):
         It depends only on (seed, epoch, position) and the set of bad samples, so it is the same at any world size.
         """
         if len(bad) == len(self.shards):
-            raise ShardError(f"no sample of {self.shards.directory} can be decoded: pack it again")
+            raise ShardError(f"no sample of {self.shards.place} can be decoded: pack it again")
         bits = philox(self.seed, epoch, REPLACE, position)
         while (sample := int(bits.random_raw() % len(self.shards))) in bad:
             pass
@@ -83,6 +88,9 @@ class TrainingPlan(Plan):
     def samples(self, epoch: int, start: int, stop: int) -> Ints:
         return self.order.samples(epoch, start, stop)
 
+    def tars(self, epoch: int, start: int, stop: int) -> Ints:
+        return self.order.shards(epoch, start, stop)
+
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
         sizes = self.shards.sizes(samples)
         return random_views(sizes, self.augment, self.components, seed=self.seed, epoch=epoch, start=start)
@@ -112,6 +120,10 @@ class FixedPlan(Plan):
 
     def samples(self, epoch: int, start: int, stop: int) -> Ints:
         return self.shown[start:stop].copy()
+
+    def tars(self, epoch: int, start: int, stop: int) -> Ints:
+        found, first = np.unique(self.shards.shards_of(self.shown[start:stop]), return_index=True)
+        return found[np.argsort(first)]
 
     def views(self, epoch: int, samples: Ints, start: int) -> Views:
         return fixed_views(self.shards.sizes(samples), self.augment, self.view)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from pipelines.files import jsonl, read_file, write_atomically
+from pipelines.here import Here
 from pipelines.manifest import LARGEST, Manifest, ShardError
 from pipelines.order import Ints
 from pipelines.speech import say
@@ -56,27 +57,28 @@ def write(directory: Path, index: str, problems: Sequence[dict[str, Any]]) -> No
         path.unlink()
 
 
-def read(directory: Path, manifest: Manifest, ends: Ints) -> Quarantine | None:
+def read(directory: Path, manifest: Manifest, ends: Ints, here: Here) -> Quarantine | None:
     """Contents of a set's list; None if there is none, or if it belongs to another index, which is reported.
 
     Args:
         ends: one past the last row of each shard.
+        here: names the set in messages.
 
     Raises ShardError if the list cannot be read as rows.
     """
     path = directory / QUARANTINE
     if not path.exists():
         return None
-    remedy = f"run `python -m pipelines verify {directory}`"
+    shown, remedy = here.path(QUARANTINE), f"run {here.command('verify')}"
     try:
         bound, text = _bound(read_file(path, LARGEST))
         if bound not in (None, manifest.index_sha256):
             if os.environ.get("RANK", "0") == "0":  # one rank per run reports it
-                say(f"{path} belongs to another index and is not used: {remedy}")
+                say(f"{shown} belongs to another index and is not used: {remedy}")
             return None
         rows = _rows(text, manifest, ends)
     except Invalid as error:
-        raise ShardError(f"{path} is damaged ({error}): {remedy}") from error
+        raise ShardError(f"{shown} is damaged ({error}): {remedy}") from error
     return Quarantine(rows, hashlib.sha256(manifest.index_sha256.encode() + text).hexdigest())
 
 

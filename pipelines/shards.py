@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from pipelines import quarantine
 from pipelines.errors import UserError
-from pipelines.files import HeldFile, regular, sha256
+from pipelines.files import HeldFile
+from pipelines.here import Here, Waiting
+from pipelines.indexed import IndexedRows
 from pipelines.limits import limits
 from pipelines.manifest import Manifest, ShardError
-from pipelines.opened import PATIENCE, OpenTars
+from pipelines.opened import PATIENCE, Absent, OpenTars
 from pipelines.pillow import claims
-from pipelines.rows import HEADER, NAME, TOO_LARGE, checksum, fault, inside, is_header, mapped, sides, top_label
+from pipelines.rows import HEADER, NAME, inside, is_header
 from pipelines.speech import in_line
 
 INDEX = "index.npy"
@@ -51,6 +53,7 @@ class ShardSet:
 
     Args:
         listed: whether to read the quarantine list.
+        here: where the tars lie; None: in the directory.
 
     Attributes:
         names: names of the tars.
@@ -60,35 +63,47 @@ class ShardSet:
             fingerprint are those of the whole set whether or not they are known, but they are never shown.
         earlier_fingerprint: fingerprint in earlier versions of this program, if there is a quarantine; else empty.
         hurried: returns True if unreadable tars are not waited for any more, since the process is to stop.
+        waiting: called about once a second while a tar is fetched from elsewhere, from a thread that needs it, with a
+            text and whether some of the tar has come since the last call.
+        reached: called with the number of a tar whenever that is opened, from any thread.
+        here: where the tars lie.
+        place: the path or URL of the set, in messages.
     """
 
     hurried: Callable[[], bool] = staticmethod(lambda: False)
+    waiting: Waiting | None = None
+    reached: Callable[[int], None] = staticmethod(lambda _: None)
 
-    def __init__(self, directory: str | Path, patience: float = PATIENCE, *, listed: bool = True) -> None:
-        self.directory, self._pixels = Path(directory), limits().pixels
+    def __init__(
+        self, directory: str | Path, patience: float = PATIENCE, *, listed: bool = True, here: Here | None = None
+    ) -> None:
+        self.directory = Path(directory)
+        self.here = here or Here(self.directory)
+        self.place = self.here.name
         self.manifest = Manifest.read(self.directory)
         self.names: list[str] = [shard["name"] for shard in self.manifest.shards]
         shards = self.manifest.shards
-        self._tar_bytes = np.array([shard["bytes"] for shard in shards], np.uint64)
         self.shard_samples = np.array([shard["samples"] for shard in shards], np.int64)
-        self._ends = np.cumsum(self.shard_samples)
-        self._rows = self._open_index()
+        self._index = IndexedRows(self.directory / INDEX, self.manifest, self.here, limits().pixels)
         self.fingerprint = self.manifest.index_sha256
         self.quarantined, self.earlier_fingerprint = np.empty(0, np.int64), ""
-        if listed and (bad := quarantine.read(self.directory, self.manifest, self._ends)):
+        if listed and (bad := quarantine.read(self.directory, self.manifest, self._index.ends, self.here)):
             self.quarantined, self.earlier_fingerprint = bad
         if len(self.quarantined) == len(self):
-            path = self.directory / quarantine.QUARANTINE
-            raise ShardError(f"{path} leaves no sample of {self.directory}: pack it again")
-        self._checked = np.zeros(len(shards), np.bool_)  # shards whose rows were checked
+            path = self.here.path(quarantine.QUARANTINE)
+            raise ShardError(f"{path} leaves no sample of {self.place}: pack it again")
         self._looked_at = np.zeros(len(shards), np.bool_)  # shards whose tar was checked
         self._tars = OpenTars(
-            self._open_file, lambda shard: self.directory / self.names[shard], patience, lambda: self.hurried()
+            self._open_file,
+            self.place,
+            lambda shard: self.here.path(self.names[shard]),
+            patience,
+            lambda: self.hurried(),
         )
         self._nowait: int = getattr(os, "RWF_NOWAIT", 0)  # 0: no way to tell what is cached, as with an old libc
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index.rows)
 
     @cached_property
     def classes(self) -> list[str]:
@@ -104,7 +119,7 @@ class ShardSet:
     @property
     def firsts(self) -> NDArray[np.int64]:
         """Number of the first sample of each shard, int64 [shards]."""
-        return self._ends - self.shard_samples
+        return self._index.ends - self.shard_samples
 
     @property
     def good(self) -> NDArray[np.int64]:
@@ -118,23 +133,7 @@ class ShardSet:
 
     def rows(self, samples: NDArray[np.int64]) -> NDArray[Any]:
         """Index records of these samples, SAMPLE [n]."""
-        shards = np.searchsorted(self._ends, samples, side="right")
-        for shard in np.unique(shards[~self._checked[shards]]):  # two threads may do the same, which only costs time
-            entry = self.manifest.shards[shard]
-            if "rows" in entry and checksum(self._rows_of(shard)) != entry["rows"]:  # older sets have none
-                raise self._damaged(f"the checksum of the rows of {entry['name']} differs")
-            self._checked[shard] = True
-        taken: NDArray[Any] = self._rows[samples]
-        if found := fault(taken, self._tar_bytes[shards], len(self.classes), self.manifest.sides, self._pixels):
-            at, reason = found
-            row = samples[at] - self.firsts[shards[at]]
-            if TOO_LARGE in reason:
-                raise ShardError(
-                    f"row {row} of {self.names[shards[at]]} in {self.directory / INDEX} {reason}: raise it, or leave "
-                    f"such images out by `python -m pipelines index {self.directory} --max-pixels {self._pixels}`"
-                )
-            raise self._damaged(f"row {row} of {self.names[shards[at]]} {reason}")
-        return taken
+        return self._index.take(samples)
 
     def sizes(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Width and height of these samples, int64 [n, 2]."""
@@ -148,12 +147,7 @@ class ShardSet:
     @cached_property
     def sides(self) -> tuple[int, int]:
         """Least and largest shorter side of all samples, in pixels."""
-        # In older sets, leave out quarantined samples: their rows may be damaged too.
-        if self.manifest.sides:
-            least, largest = self.manifest.sides
-        else:  # a copy of all rows
-            least, largest = sides(np.delete(self._rows, self.quarantined) if len(self.quarantined) else self._rows)
-        return least, largest
+        return self._index.sides(self.quarantined)
 
     def read(self, sample: int) -> NDArray[np.uint8]:
         """Encoded image of a sample, uint8 [size].
@@ -194,18 +188,22 @@ class ShardSet:
         return found
 
     def check_tars(self, *, sizes: bool) -> None:
-        """Raises ShardError if a tar is missing. Lists the folder once; with `sizes`, checks each tar's size too."""
-        there = set(os.listdir(self.directory))
-        for shard, name in enumerate(self.names):
-            path = self.directory / name
-            if name not in there:
-                raise self._missing(path)
-            if sizes and path.stat().st_size != self.manifest.shards[shard]["bytes"]:
-                raise self._mismatch(shard)
+        """Raises ShardError if a tar is missing, as far as that can be said at once; with `sizes`, if one has another
+        size, too."""
+        self.here.check(self.manifest.shards, sizes=sizes)
+
+    def keep(self, shards: NDArray[np.int64]) -> None:
+        """Closes all tars but these, if open ones take up room that others need."""
+        if self.here.scarce:
+            self._tars.keep(shards.tolist())
 
     def shard_of(self, sample: int) -> int:
         """Number of the shard that holds a sample."""
-        return int(np.searchsorted(self._ends, sample, side="right"))
+        return int(np.searchsorted(self._index.ends, sample, side="right"))
+
+    def shards_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the shards that hold these samples, int64 [n]."""
+        return self._index.shards_of(samples)
 
     def name(self, sample: int) -> str:
         """Readable name of a sample: `shard-000000.tar/<key>.jpg`."""
@@ -221,9 +219,18 @@ class ShardSet:
         rows = self.rows(samples)
         columns = [rows[name].tolist() for name in ("offset", "size", "name", "crc")]
         columns.append(list(zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)))
-        return zip(np.searchsorted(self._ends, samples, side="right").tolist(), *columns, strict=True)
+        return zip(self.shards_of(samples).tolist(), *columns, strict=True)
 
-    def _read(
+    def _read(self, *place: Any) -> NDArray[np.uint8]:
+        try:
+            return self._read_once(*place)
+        except (BadSample, ShardError):
+            if not self.here.mended(self.manifest.shards[place[0]]):
+                raise
+        self._tars.drop(place[0])
+        return self._read_once(*place)
+
+    def _read_once(
         self, shard: int, offset: int, size: int, name: int, crc: int, shape: tuple[int, int]
     ) -> NDArray[np.uint8]:
         raw = self._tars.read(shard, lambda file: os.pread(file.fileno(), HEADER + size, offset - HEADER))
@@ -238,61 +245,32 @@ class ShardSet:
 
     def _open_file(self, shard: int) -> HeldFile:
         """Opens a tar. The first time, checks its size and the headers of its first and last sample by the index."""
-        path = self.directory / self.names[shard]
         try:
-            file = HeldFile(path, opener=regular)
+            file = self.here.open(self.manifest.shards[shard], self._meanwhile)
         except FileNotFoundError as error:
             if self._looked_at[shard]:  # it existed before: its file system may be gone for a while
                 raise
-            raise self._missing(path) from error
+            raise self.here.missing(self.names[shard]) from error
         if not self._looked_at[shard]:
             if os.fstat(file.fileno()).st_size != self.manifest.shards[shard]["bytes"]:
                 raise self._mismatch(shard)
-            ends = self._rows_of(shard)[[0, -1]]
-            if not inside(ends, self._tar_bytes[shard]).all():
+            ends = self._index.of(shard)[[0, -1]]
+            if not inside(ends, self._index.tar_bytes[shard]).all():
                 raise self._mismatch(shard)
             for row in ends:
                 header = os.pread(file.fileno(), HEADER, int(row["offset"]) - HEADER)
                 if not is_header(header, row["name"], row["size"]):
                     raise self._mismatch(shard)
             self._looked_at[shard] = True
+        self.reached(shard)
         return file
 
-    def _open_index(self) -> NDArray[Any]:
-        """Rows of the index, memory-mapped. Nothing is read unless the manifest is too old to have row checksums."""
-        path, manifest = self.directory / INDEX, self.manifest
-        if not path.exists():
-            raise ShardError(f"{path} is missing: {self._remedy}")
-        if not (manifest.samples and self.names):
-            raise ShardError(f"{self.directory} holds no samples: pack it from a source that has images")
-        old = not all("rows" in shard for shard in manifest.shards)
-        if old and sha256(path) != manifest.index_sha256:
-            raise self._damaged("sha256 differs")
-        try:
-            index = mapped(path)
-        except ValueError as error:
-            raise self._damaged(str(error)) from error
-        if not index.shape == (manifest.samples,) == (self._ends[-1],):
-            raise self._damaged("its number of rows is not the manifest's")
-        if old and (top := top_label(index)) >= len(self.classes):
-            raise self._damaged(f"label {top} is out of range for {len(self.classes)} classes")
-        return index
-
-    def _rows_of(self, shard: int) -> NDArray[Any]:
-        """All rows of a shard."""
-        end = int(self._ends[shard])
-        return self._rows[end - int(self.shard_samples[shard]) : end]
-
-    @property
-    def _remedy(self) -> str:
-        return f"run `python -m pipelines index {self.directory}`"
-
-    def _damaged(self, reason: str) -> ShardError:
-        return ShardError(f"{self.directory / INDEX} is damaged or of another shard set ({reason}): {self._remedy}")
-
-    def _missing(self, path: Path) -> ShardError:
-        return ShardError(f"{path} is missing: put it back or pack {self.directory} anew")
+    def _meanwhile(self, text: str, moved: bool) -> None:
+        """Whoever waits for a tar calls this at intervals."""
+        if self.hurried():
+            raise Absent("the process is to stop", passing=False)
+        if text and self.waiting:
+            self.waiting(text, moved)
 
     def _mismatch(self, shard: int) -> ShardError:
-        path = self.directory / self.names[shard]
-        return ShardError(f"{path} is not the tar that was indexed: put the right one back, or {self._remedy}")
+        return self.here.mismatch(self.names[shard])

@@ -264,6 +264,7 @@ HANGUP = """if 1:
     signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
     class Words:
         def follow(self, **_): return False
+        def waits(self): return False
     watch = Watch(60, 60, Words())
     watch.heartbeat(60)
     os.kill(os.getpid(), signal.SIGHUP)
@@ -333,6 +334,9 @@ class Quiet:
         self.hung.set()
 
     def follow(self, *, signalled: bool, begun: bool) -> bool:
+        return False
+
+    def waits(self) -> bool:
         return False
 
 

@@ -55,7 +55,7 @@ def _evaluate(args: Namespace, world: World) -> int:
 
 
 def open_runs(
-    directories: Sequence[Path], world: World, which: str, split: Path | None, *, trusting: bool = False
+    directories: Sequence[Path], world: World, which: str, split: str, *, trusting: bool = False
 ) -> list[Trained]:
     """The runs, opened at the same checkpoints on all ranks: those that rank 0 finds, since a run may be training.
 
@@ -88,8 +88,8 @@ def _check_alike(runs: Sequence[Trained]) -> None:
         same = np.array_equal(run.val.quarantined, first.val.quarantined)
         if run.val.fingerprint != first.val.fingerprint or not same:
             raise RunError(
-                f"{run.directory} and {first.directory} have different validation sets ({run.val.directory} and "
-                f"{first.val.directory}): choose one with --split"
+                f"{run.directory} and {first.directory} have different validation sets ({run.val.place} and "
+                f"{first.val.place}): choose one with --split"
             )
 
 

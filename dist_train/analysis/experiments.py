@@ -24,6 +24,7 @@ from dist_train.rundir import status
 from pipelines.files import appended
 from pipelines.manifest import MANIFEST
 from pipelines.misc import cpus
+from pipelines.remote.places import is_url
 from pipelines.resolve import FLAG
 from pipelines.speech import bar, say, show
 
@@ -72,7 +73,7 @@ def _lacking(experiment: Experiment, extra: Sequence[str]) -> str:
         with suppress(ConfigError):  # which its run will say
             config, _ = parse(["--config", str(experiment.config), *arm.overrides, *extra])
             for path in (config.data.train, config.data.val):
-                if not data.to_pack(config) and not (Path(path) / MANIFEST).exists():
+                if not (is_url(path) or data.to_pack(config) or (Path(path) / MANIFEST).exists()):
                     return f"{experiment.name} is not run: there is no shard set {path}, so pack it: docs/blog.md"
     return ""
 

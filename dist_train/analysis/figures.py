@@ -44,8 +44,10 @@ from dist_train.pictures.top5 import BARS, draw_top5
 from dist_train.ranks.world import pick_device
 from pipelines.files import folder, write_atomically
 from pipelines.limits import Limits, limited
+from pipelines.opened import PATIENCE
 from pipelines.png import as_png, fit
 from pipelines.preview import decoded, shown_figure
+from pipelines.remote.sets import open_set
 from pipelines.shards import ShardSet
 from pipelines.speech import say, show
 
@@ -125,8 +127,9 @@ def write_figures(drawings: Mapping[str, Callable[[], Drawn]], out: Path) -> lis
 
 def inputs_figure(config: Config) -> Figure:
     """Training images, and what the net is shown of them by this configuration. Raises ShardError."""
-    with limited(Limits(pixels=config.data.max_pixels)):
-        shards = ShardSet(config.data.train)
+    data = config.data
+    with limited(Limits(pixels=data.max_pixels)):
+        shards = open_set(data.train, cache=data.cache, cache_gb=data.cache_gb, patience=PATIENCE)
     return shown_figure(shards, config.data, rows=ROWS, seed=config.train.seed, threads=torch.get_num_threads())
 
 

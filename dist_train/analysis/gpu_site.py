@@ -12,8 +12,9 @@ import webdataset
 from PIL import Image, JpegImagePlugin
 
 from pipelines.augment import Augment
+from pipelines.indexing import index
 from pipelines.misc import cpus
-from pipelines.pack import Options, index, pack
+from pipelines.pack import Options, pack
 from pipelines.pillow import opened
 from pipelines.sources import Item, Source
 

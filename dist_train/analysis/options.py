@@ -45,7 +45,7 @@ def evaluate(parser: Parser) -> None:
         default="one",
         help="centre; and corners; and reflections of these five; or 1, 5, 10",
     )
-    parser.add_argument("--split", type=Path, metavar="DIR", help="shard set in place of the validation set")
+    parser.add_argument("--split", default="", metavar="SET", help="shard set in place of the validation set")
     parser.add_argument("--checkpoint", default="last", help="last, best, or the name of a checkpoint")
     parser.add_argument(
         "--device",

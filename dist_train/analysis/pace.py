@@ -61,7 +61,8 @@ class Nothing(ShardSet):
 
     def __init__(self, images: int, classes: int) -> None:
         names, grey, none = [str(i) for i in range(classes)], [0.5] * 3, [0.0] * 3
-        self.manifest = Manifest("train", images, names, [], "", grey, grey, none, [none] * 3, sides=[1, 1])
+        self.manifest = Manifest("train", images, names, [], "", grey, grey, none, [none] * 3)
+        self.sides = (1, 1)
         self.directory, self.names, self.fingerprint = Path("nowhere"), [], ""
         self.shard_samples, self.quarantined = np.array([images]), np.empty(0, np.int64)
 
@@ -163,6 +164,7 @@ class Pace:
 
     def _batches(self) -> Generator[Batch, None, None]:
         for epoch in count():  # a set may be shorter than a measurement
+            self._trainer.fetching.follow(epoch)
             for batch in self._trainer.train_loader.epoch(epoch, keys=keys_of_epoch(self._config.train.seed, 0)):
                 yield batch if epoch == 0 else batch._replace(replaced=0)  # what is bad is counted once
 

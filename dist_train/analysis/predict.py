@@ -49,7 +49,7 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
     world.sum(torch.from_numpy(table))  # which shares the memory of the table
     table[runs[0].val.quarantined, LEFT_OUT] = 1
     if table[:, LEFT_OUT].all():
-        raise ShardError(f"no image of {runs[0].val.directory} can be decoded: pack it anew")
+        raise ShardError(f"no image of {runs[0].val.place} can be decoded: pack it anew")
     return table
 
 
@@ -161,7 +161,7 @@ def summarise(table: Ints, runs: Sequence[Trained]) -> dict[str, Any]:
     wrong = kept[:, BEFORE] > 0
     pairs, counts = np.unique(np.stack([labels, kept[:, PREDICTED]], axis=1)[wrong], axis=0, return_counts=True)
     return {
-        "split": str(first.val.directory),
+        "split": first.val.place,
         "images": len(kept),
         "left_out": len(table) - len(kept),
         **_errors(kept[:, BEFORE]),

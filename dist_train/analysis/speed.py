@@ -30,6 +30,7 @@ from dist_train.ranks.world import World, join
 from dist_train.rundir.last_words import LastWords
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
+from pipelines.remote.places import is_url
 from pipelines.shards import ShardSet
 from pipelines.speech import show
 
@@ -97,7 +98,7 @@ def _speed(args: Namespace, config: Config, world: World, watch: Watch) -> None:
 def _opened(config: Config, world: World) -> ShardSet | None:
     """The training set, or None if rank 0 finds none. Raises Refused on all ranks."""
     world.together(lambda: data.check_batch(config, world.size))
-    if not world.share(Path(config.data.train).exists()):
+    if not world.share(is_url(config.data.train) or Path(config.data.train).exists()):
         return None
     trained = replace(config, data=replace(config.data, val=config.data.train))  # nothing is validated
     sets = world.together(lambda: data.open_sets(trained))

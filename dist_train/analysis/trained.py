@@ -23,6 +23,7 @@ from dist_train.rundir.named import RUNS, no_run
 from pipelines import yamls
 from pipelines.errors import UsageError, UserError
 from pipelines.manifest import MANIFEST, Manifest
+from pipelines.remote.places import is_url
 from pipelines.resolve import FLAG
 from pipelines.shards import ShardSet
 from pipelines.speech import say
@@ -78,7 +79,7 @@ def device_option() -> Iterator[None]:
 
 
 def open_run(
-    directory: Path, device: torch.device, which: str = "last", split: Path | None = None, *, trusting: bool = False
+    directory: Path, device: torch.device, which: str = "last", split: str = "", *, trusting: bool = False
 ) -> Trained:
     """Model, configuration and data of a run. From now on this process keeps the memory that it frees (`process`).
 
@@ -93,7 +94,7 @@ def open_run(
     """
     config = read_config(directory, trusting=trusting)
     keep_freed_memory(device)
-    val = str(split or config.data.val)
+    val = split or config.data.val
     config = replace(config, data=replace(config.data, val=val, device="auto"))  # this machine may have no GPU
     _check_paths(directory, config, split)
     sets = open_sets(config)
@@ -152,13 +153,13 @@ def _without_idle(file: Path) -> list[str]:
     return [f"--model.{key}={default}" for key, default in idle_fields(name).items()]
 
 
-def _check_paths(directory: Path, config: Config, split: Path | None) -> None:
+def _check_paths(directory: Path, config: Config, split: str) -> None:
     """Raises RunError or ShardError if a shard set is not there."""
     for role, text in (("training", config.data.train), ("validation", config.data.val)):
         path = Path(text)
-        if (path / MANIFEST).exists():
+        if is_url(text) or (path / MANIFEST).exists():
             continue
-        if role == "validation" and split is not None:
+        if role == "validation" and split:
             Manifest.read(path)
         remedy = "put it back"
         if not path.is_absolute():

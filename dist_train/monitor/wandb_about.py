@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from dist_train.config import Config
+from pipelines.remote.places import is_url
 
 Mode = Literal["disabled", "offline", "online"]
 X = "images"  # x axis of all charts, so that runs of different batch sizes can be compared
@@ -50,7 +52,7 @@ def about(config: Config) -> dict[str, Any]:
     """Arguments of `wandb.init` that identify the run. None leaves the choice to wandb's own variable."""
     monitor, run = config.monitor, config.run
     sweep, _, _ = run.name.rpartition("/")  # runs of a sweep are named SWEEP/1-optim.lr=0.02
-    data = config.data.source or Path(config.data.train).absolute().parent.name
+    data = config.data.source or _parent(config.data.train)
     tags = [*monitor.wandb_tags, *os.environ.get("WANDB_TAGS", "").split(","), config.model.name, data]
     return {
         "project": monitor.wandb_project or os.environ.get("WANDB_PROJECT") or "dist_train",
@@ -62,3 +64,11 @@ def about(config: Config) -> dict[str, Any]:
         "tags": list(dict.fromkeys(tag.strip()[:LONGEST] for tag in tags if tag.strip())),
         "notes": monitor.wandb_notes,
     }
+
+
+def _parent(place: str) -> str:
+    """Name of the folder that holds a set, or of the server or bucket."""
+    if not is_url(place):
+        return Path(place).absolute().parent.name
+    url = urlsplit(place)
+    return PurePosixPath(url.path.rstrip("/")).parent.name or url.hostname or ""

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = "import runpy, sys; sys.path.insert(0, {root!r}); runpy.run_module({module!r}, None, '__main__', True)"
 # Variables of launchers and readers that are meant for the rank alone; the last of the prefixes include secrets.
 RANKS = ("RANK", "WORLD_SIZE")
+KEPT = ("SLURM_TMPDIR", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_JOB_USER")  # by which a site names a job's scratch
 PREFIXES = ("MASTER_", "TORCHELASTIC_", "SUBMITIT_", "SLURM_", "DIST_TRAIN_", "WANDB_")
 
 
@@ -36,7 +37,8 @@ def start(module: str, words: Sequence[str], output: IO[bytes]) -> subprocess.Po
     Args:
         output: file for its stdout and stderr.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.endswith(RANKS) and not k.startswith(PREFIXES)}
+    own = {k for k in os.environ if k.endswith(RANKS) or k.startswith(PREFIXES)} - set(KEPT)
+    kept = {k: v for k, v in os.environ.items() if k not in own}
     told = {PARENT: str(os.getpid()), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # No preexec_fn: it could deadlock, since a trainer has threads.
     return subprocess.Popen(

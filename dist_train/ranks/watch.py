@@ -50,6 +50,9 @@ class Speaker(Protocol):
             begun: whether there is something to save.
         """
 
+    def waits(self) -> bool:
+        """Whether something has arrived, since the last call, that some rank waits for outside the steps."""
+
 
 class Watch:
     """A thread that receives signals and notices missing heartbeats.
@@ -57,8 +60,8 @@ class Watch:
     A Python signal handler does not run while the main thread is inside a collective, so the thread reads signals from
     `signal.set_wakeup_fd`. The first stop signal sets `stop`, which the ranks agree on at a step boundary; before the
     first step there is nothing to save, and it ends the process. So does a second signal, a stop that takes longer than
-    `grace`, or no heartbeat of the main thread for `patience`. If the thread itself is blocked, by a call that holds
-    the GIL, faulthandler ends the process.
+    `grace`, or no heartbeat of the main thread for `patience`, unless something arrives that a rank waits for. If the
+    thread itself is blocked, by a call that holds the GIL, faulthandler ends the process.
 
     Args:
         patience: seconds allowed between heartbeats until the first step; `heartbeat` then sets the shorter one.
@@ -129,6 +132,9 @@ class Watch:
             hangs = now - self._heard > self._patience
             if now - max(self._heard, asked) > QUIET:
                 asked = now
+                if self._words.waits():
+                    self.wait()
+                    hangs = False
                 hangs = self._words.follow(signalled=False, begun=self._begun) or hangs
             if hangs:
                 self._words.hang(now - self._heard, self.step, place(), stacks())

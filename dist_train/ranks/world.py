@@ -40,6 +40,7 @@ class World:
         mesh: (data, tower) if the towers of a net are on two ranks; None if each rank has the whole net.
         nodes: name of each rank's node, by rank.
         shares: each rank's share of the CPUs of its node, by rank.
+        leads: whether this is the first rank of its node, whichever launcher started it.
     """
 
     rank: int
@@ -50,6 +51,7 @@ class World:
     mesh: DeviceMesh | None = None
     nodes: list[str] = field(default_factory=list)
     shares: list[CpuShare] = field(default_factory=list)
+    leads: bool = True
 
     @classmethod
     def single(cls, device: torch.device) -> World:
@@ -201,11 +203,12 @@ def join(device: str) -> World:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except RuntimeError as error:
         raise RuntimeError(network.disconnected(error)) from error
-    shares = by_host([peer.machine for peer in known], [peer.mask for peer in known])
+    machines = [peer.machine for peer in known]
+    shares, leads = by_host(machines, [peer.mask for peer in known]), machines.index(mine.machine) == rank
     if place.type == "cpu":
         torch.set_num_threads(shares[rank].threads)
     nodes = [peer.host for peer in known]
-    return World(rank, size, local_rank, local_size, place, nodes=nodes, shares=shares)
+    return World(rank, size, local_rank, local_size, place, nodes=nodes, shares=shares, leads=leads)
 
 
 def _prepare(place: torch.device) -> None:

@@ -20,6 +20,7 @@ from dist_train.rundir.ledger import Ledger
 from dist_train.rundir.record import Record
 from dist_train.rundir.status import Status
 from dist_train.rundir.store import Store
+from dist_train.rundir.waiting import Waiting
 from dist_train.rundir.writer import Writer
 from pipelines import yamls
 from pipelines.errors import UserError
@@ -51,6 +52,7 @@ class RunDirectory:
         self.lease, self.ledger = Lease(path), Ledger(kin.began())
         self._writer = Writer()
         self.status = Status(self.lease, say, self._writer, writes=writes, ledger=self.ledger.state_dict)
+        self.waiting = Waiting(self.lease, self.status.waits, say)
         self.record = Record(self.lease, say, self._writer)
         self.events = Events(self.lease, say, self._writer)
         self.confusion = ConfusionFile(self.lease, say, self._writer, writes=writes)

@@ -50,12 +50,14 @@ class LastWords:
 
     Attributes:
         record: called with errors/<start>/ when the process hangs, to store further diagnostics.
+        looks: returns whether what another rank waits for is still arriving; see `waits`.
         tellers: called with the end event, each in its own thread, if this rank was the first to fail.
         close: called last, in order, to flush what others still hold in memory.
     """
 
     def __init__(self, run: Path | None = None, announcement: Announcement | None = None) -> None:
         self.record: Callable[[Path], None] = lambda _: None
+        self.looks: Callable[[], bool] = lambda: False
         self.tellers: list[Callable[..., None]] = []
         self.close: list[Callable[[], None]] = []
         self._run, self._announcement = run, announcement
@@ -67,6 +69,7 @@ class LastWords:
         self._until = 0.0
         self._entered: Failure | None = None  # the first failure, once the file system has answered
         self._looking: Thread | None = None
+        self._asking: Thread | None = None
 
     def claimed(self, run: Path, status: Status, size: int) -> None:
         """Note that this start has claimed the run; `size` is its number of ranks."""
@@ -134,6 +137,15 @@ class LastWords:
             self._begin_to_leave(KILLED)
             self._leave(self._why_lost(KILLED), "")
         return False
+
+    def waits(self) -> bool:
+        """Whether something has arrived, since the last call, that a rank waits for outside the steps; called by
+        `ranks.watch`."""
+        found = list[bool]()
+        if not (self._asking and self._asking.is_alive()):
+            self._asking = _attempt(lambda: found.append(self.looks()))
+            self._asking.join(1)
+        return found == [True]
 
     def _why_lost(self, otherwise: str) -> Failure:
         """Failure of another rank that caused this one's, if it can be known."""

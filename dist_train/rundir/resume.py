@@ -29,8 +29,9 @@ from pipelines.shards import ShardSet
 from pipelines.valid import Count, made_of
 
 BOUNDS = ("max_bad", "max_pixels")
+SPEED = ("device", "threads", "hw_decoder_load", "readers", "ahead")
 # Keys of `data` that may change
-FREE = ("train", "val", "source", "raw", "device", "threads", "hw_decoder_load", "readers", "ahead", *BOUNDS)
+FREE = ("train", "val", "cache", "cache_gb", "source", "raw", *SPEED, *BOUNDS)
 # Keys whose change is recorded
 TOLD = ("optim.", "schedule.", "train.epochs", "data.hw_decoder_load")
 LARGEST = 1 << 31  # bytes of the state of another run, whose net may be larger than ours
@@ -211,9 +212,9 @@ def earlier_set(found: Checkpoint, run: Path, training_set: ShardSet) -> dict[st
         return {}
     if len(training_set.quarantined):
         raise CheckpointError(
-            f"{run} was begun by an older version, whose order leaves out the samples in {training_set.directory}/"
-            f"{QUARANTINE}; this version has no such order: finish the run with that version, or begin another with "
-            f"its weights (--model.init_from {run}, and another run.name)"
+            f"{run} was begun by an older version, whose order leaves out the samples in "
+            f"{training_set.here.path(QUARANTINE)}; this version has no such order: finish the run with that version, "
+            f"or begin another with its weights (--model.init_from {run}, and another run.name)"
         )
     return {SET: found.meta[SET]}
 

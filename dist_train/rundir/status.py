@@ -27,6 +27,7 @@ PERIOD = 10.0  # seconds between two heartbeats
 SILENT = 60.0  # seconds without a heartbeat after which the process counts as gone
 TRIES, BETWEEN = 5, 1.0  # attempts to write an end, and seconds between them
 OVER = ("done", "stopped", "diverged", "failed")
+GOING = ("starting", "running")
 CRASH = "crash"  # set if a start under Slurm has noted how the previous one failed
 MOST = 1 << 20  # bytes of the file
 STAYS = (
@@ -120,10 +121,21 @@ class Status:
         self._state, self._asked = "", 0.0
         self._last: Callable[[], None] = lambda: None  # the latest write requested
         self._lock, self._failed = Lock(), False  # the writer may be about to write "running"
+        self._turn = Lock()  # one request after the other
         self._told = False  # that writing fails: the latest request is not on the disk
 
     def set(self, state: str, reason: str = "", **where: int) -> None:
         """`state` as for `write`; `where`: step and epoch, kept for the next time."""
+        with self._turn:
+            self._set(state, reason, **where)
+
+    def waits(self, sentence: str) -> None:
+        """Give what is waited for as the reason, unless the run has ended; from any thread."""
+        with self._turn:
+            if self._state in GOING:
+                self._set(self._state, sentence)
+
+    def _set(self, state: str, reason: str, **where: int) -> None:
         self._where |= where
         self._state, self._asked = state, time.monotonic()
         if self._writes:
