@@ -13,8 +13,8 @@ MARK ?= not slow and not gpu
 PYTEST = $(BIN)/python -m pytest $(ARGS) -m
 OR_NONE = || [ $$? = 5 ]
 FASHION = data/fashion-mnist
-INSTALLED = /usr/share/datasets/fashion-mnist
 PACKAGE = dataset-fashion-mnist
+PREFETCH = from pipelines.torchvision_sets import prefetch; raise SystemExit(prefetch("fashion-mnist", "$(FASHION)/raw"))
 # Debian's package without root: unpacked where `pack` looks for it.
 APT = apt-get -o Dir::State::Lists=$(CURDIR)/$(FASHION)/raw/lists -o Dir::Cache=$(CURDIR)/$(FASHION)/raw/cache \
 	-o APT::Sandbox::User=root -o Acquire::Retries=0 -o Acquire::http::Timeout=20
@@ -33,12 +33,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@set -o pipefail; PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -c constraints.txt -e '.[$(EXTRA),dev]' | $(BRIEFLY)
 	@touch $@
 
+# torchvision's mirrors first, unless the package is installed; then Debian's, where there is apt.
 $(FASHION)/val/manifest.json: | $(VENV)/ready
-	@if [ ! -d $(INSTALLED) ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then \
-		echo "fetching Fashion-MNIST: Debian's package $(PACKAGE)"; mkdir -p $(FASHION)/raw/lists && cd $(FASHION)/raw && \
+	@echo "Fashion-MNIST: from /usr/share/datasets, or else from torchvision's mirrors"
+	@$(BIN)/python -c '$(PREFETCH)' || { code=$$?; [ $$code != 130 ] || exit 130; \
+		if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then \
+		echo "Fashion-MNIST: from Debian's package $(PACKAGE)"; mkdir -p $(FASHION)/raw/lists && cd $(FASHION)/raw && \
 		{ { $(APT) update && $(APT) download $(PACKAGE) && dpkg-deb -x $(PACKAGE)_*.deb half && mv half/usr .; } &>apt.log || \
-		echo "apt does not have it (see $(FASHION)/raw/apt.log): torchvision's mirrors are asked"; \
-		rm -rf lists cache half *.deb; }; fi
+		echo "apt does not have it either: see $(FASHION)/raw/apt.log"; \
+		rm -rf lists cache half *.deb; }; fi; }
 	@echo "packing Fashion-MNIST into $(FASHION)"
 	@$(BIN)/python -m pipelines pack fashion-mnist $(FASHION)
 
