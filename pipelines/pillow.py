@@ -46,6 +46,7 @@ def guarded() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # odd EXIF blocks
             yield
     except Image.DecompressionBombError as error:
         if found := re.search(r"\((\d+) pixels", str(error)):

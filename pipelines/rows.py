@@ -17,6 +17,7 @@ from pipelines.files import regular
 HEADER = 512  # bytes of the ustar header directly before each member's data
 NAME = 100  # its first field: the name
 SIZE = slice(124, 136)  # its size field, in octal
+LABELS = 1 << 31  # what a label is below
 LARGEST = 1 << 32  # pixels that two sides of 16 bits can have
 TOO_LARGE = "pixels of max_pixels"  # in the reason why a row is none
 CHUNK = 1 << 20  # rows per pass when all rows are scanned

@@ -19,10 +19,11 @@ ARROWS = """
     analysis  cli train build process monitor pictures probe rundir ranks models data flat config packaged machine \
               driver outcomes pipelines
     cli       run monitor misspelt rundir ranks data flat config packaged choices pipelines
-    run       summary train data monitor rundir ranks process flat config outcomes pipelines
+    run       summary train fetch data monitor rundir ranks process flat config outcomes pipelines
     summary   pictures rundir outcomes
-    train     build process validate monitor rundir ranks models numbers optim schedules probe flat config outcomes \
-              pipelines
+    train     build fetch process validate monitor rundir ranks models numbers optim schedules probe flat config \
+              outcomes pipelines
+    fetch     rundir ranks config outcomes pipelines
     monitor   validate ranks rundir flat config outcomes pipelines
     validate  ranks rundir pipelines
     pictures  pipelines

@@ -27,6 +27,8 @@ from tests.conftest import TINTS, break_sample, photograph
 from tests.helpers.compare import records, status
 from tests.helpers.launch import launch
 
+pytestmark = pytest.mark.integration
+
 
 def test_replaced_by_the_same_sample_at_any_world_size(
     damaged: tuple[Path, list[int]], capsys: pytest.CaptureFixture[str]

@@ -16,6 +16,8 @@ from dist_train.models.alexnet import AlexNet
 from dist_train.models.blog import BlogAlexNet, BlogTwoTowers
 from dist_train.models.two_tower import TwoTowers
 
+pytestmark = pytest.mark.integration
+
 # The settings with which AlexNet is his net.
 HIS = ModelConfig(
     "alexnet_one_tower", outputs=1000, dropout_scaling="training", lrn="every", lrn_alpha=2e-5, biases="ones"

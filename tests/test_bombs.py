@@ -16,9 +16,10 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from pipelines import pillow, sources
+from pipelines.indexing import index
 from pipelines.limits import USUAL, Limits, limited, limits
 from pipelines.manifest import ShardError
-from pipelines.pack import Options, index, pack
+from pipelines.pack import Options, pack
 from pipelines.pillow import FORMATS, REFUSED, guarded, opened, strips, upright_rgb
 from pipelines.sources import ImageFolder, Item, Source, jpeg_of, to_jpeg
 from pipelines.verify import verify
@@ -79,7 +80,7 @@ def test_what_pillow_opens_packs() -> None:
         mode = {"XBM": "1", "MSP": "1", "BLP": "P", "SPIDER": "F"}.get(name, "RGB")
         data = encoded(some().convert(mode), name)
         assert Image.open(io.BytesIO(data)).format == opened(data).format
-        assert Image.open(io.BytesIO(to_jpeg(data, 64, 90))).format == "JPEG", name
+        assert Image.open(io.BytesIO(to_jpeg(data, 64, 90).jpeg)).format == "JPEG", name
         done.append(name)
     assert len(done) > 15
 
@@ -93,7 +94,7 @@ def test_a_format_that_a_user_has_registered(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     monkeypatch.setattr(Image, "ID", list(Image.ID))
     Image.register_open("MINE", mine, lambda prefix: prefix.startswith(b"mine"))
-    assert Image.open(io.BytesIO(to_jpeg(b"mine" + bytes(64), 0, 90))).size == (8, 8)
+    assert Image.open(io.BytesIO(to_jpeg(b"mine" + bytes(64), 0, 90).jpeg)).size == (8, 8)
 
 
 class Own(Source):
@@ -241,12 +242,12 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded(kind: str, mode: str, monke
     turned = Image.Exif()
     turned[ORIENTATION] = 6
     data = encoded(image, kind, quality=95, exif=turned)
-    full = np.asarray(Image.open(io.BytesIO(to_jpeg(data, 50, 95))), np.float64)
-    assert to_jpeg(data, 480, 95) != data
+    full = np.asarray(Image.open(io.BytesIO(to_jpeg(data, 50, 95).jpeg)), np.float64)
+    assert to_jpeg(data, 480, 95).jpeg != data
     monkeypatch.setattr(sources, "DRAFT", 1000)
     sizes = list[tuple[int, int]]()
     monkeypatch.setattr(sources, "upright_rgb", lambda image: (sizes.append(image.size), upright_rgb(image))[1])
-    less = np.asarray(Image.open(io.BytesIO(to_jpeg(data, 50, 95))), np.float64)
+    less = np.asarray(Image.open(io.BytesIO(to_jpeg(data, 50, 95).jpeg)), np.float64)
     assert sizes == [(80, 60)]
     assert full.shape == less.shape == (66, 50, 3)
     assert abs(full - less).mean() < 4
@@ -295,7 +296,7 @@ def commands(root: Path, files: dict[str, tuple[bytes | int, str]]) -> dict[str,
             os.truncate(folder / f"{name}.jpg", data)
         members |= {f"{name}.png": min(data, HOLE) if isinstance(data, int) else data, f"{name}.cls": b"0"}
     if files:
-        members |= {"label.png": plain, "label.cls": HOLE}
+        members |= {"label.png": plain, "label.cls": HOLE, "labels.png": plain, "labels.json": HOLE}
     tar_of(tars / "a.tar", members)
     took = {}
     for verb, words, out in (
@@ -310,7 +311,10 @@ def commands(root: Path, files: dict[str, tuple[bytes | int, str]]) -> dict[str,
             why = told.pop(f"a/{name}.jpg" if out == root / "set" else f"a.tar/{name}", "")
             assert reason in why, name
             assert bool(reason) == bool(why), why
-        assert [f"cls has {HOLE} bytes" in why for why in told.values()] == [True] * (bool(files) and out == tars)
+        holes = ("cls", "json") if files and out == tars else ()
+        assert [f"its {name} has {HOLE} bytes" in why for name, why in zip(holes, told.values(), strict=True)] == [
+            True
+        ] * len(holes)
     return took
 
 
@@ -321,7 +325,9 @@ def test_what_commands_take(tmp_path: Path) -> None:
     usual = commands(tmp_path / "usual", {})
     for name, files, pixels in (("hostile", hostile(), 0.0), ("large", large(), PIXELS)):
         for verb, took in commands(tmp_path / name, files).items():
-            assert took.mb < usual[verb].mb + 150 + 16 * pixels / 1e6, (name, verb)
+            # Of the large ones `index` has DALI decode the deep one, as `verify` does with all: 700 MB to begin with.
+            least = usual["verify" if verb == "index" and pixels else verb].mb
+            assert took.mb < least + 150 + 16 * pixels / 1e6, (name, verb)
             assert took.seconds < usual[verb].seconds + SLOW * (2 if pixels else 1), (name, verb)
 
 

@@ -198,6 +198,8 @@ def test_index_tells_what_it_left_out(
     )
     assert told.out == (
         f"{tmp_path}: 1 images of 1 classes in 1 shards, 0 MB\n"
+        f"{tmp_path}: statistics of all 1 images: mean (0.000, 0.000, 0.000), "
+        f"standard deviation (0.000, 0.000, 0.000)\n"
         f"{tmp_path}: 3 members or samples were left out, see {tmp_path}/rejected.jsonl: "
         f"AppleDouble companion of a file (._name), which a Mac writes (2); has no extension (1)\n"
     )

@@ -109,13 +109,11 @@ def test_what_is_no_directory_of_shards(shard_sets: Path, tmp_path: Path) -> Non
     """A tar, a pattern of tars and a folder of images in the place of a shard set."""
     shutil.copy(shard_sets / "val" / "shard-000000.tar", tmp_path / "a.tar")
     (tmp_path / "photos" / "ant").mkdir(parents=True)
-    remedy = (
-        f"give the directory that holds the tars, after `python -m pipelines index {tmp_path}` if another tool made"
-    )
+    remedy = "give the directory of a set, which `python -m pipelines index "
     for name, sentence in {
-        "a.tar": f"{tmp_path}/a.tar is a file: {remedy}",
+        "a.tar": f"{tmp_path}/a.tar is a file: {remedy}{tmp_path}/a.tar --to DIR`",
         "b.tar": f"{tmp_path}/b.tar is no directory: {remedy}",
-        "a-{0000..0012}.tar": f"{tmp_path}/a-{{0000..0012}}.tar is no directory: {remedy}",
+        "a-{0000..0012}.tar": f"a-{{0000..0012}}.tar is no directory: {remedy}'{tmp_path}/a-{{0000..0012}}.tar' --to",
         "photos": f"`python -m pipelines pack imagefolder {tmp_path}/photos sets/photos`, and name sets/photos here",
         "phots": f"no shards in {tmp_path}/phots: make them with `python -m pipelines pack ... {tmp_path}/phots`",
     }.items():

@@ -26,9 +26,10 @@ from dist_train.models.dropout import keys_of_epoch, mask_keys
 from pipelines.augment import Augment, scale
 from pipelines.dali import DEPTH, Decode, Device, Feed, _asking, collect, graph
 from pipelines.handover import HandOver
+from pipelines.indexing import index
 from pipelines.loader import Batch, Loader, Read
 from pipelines.manifest import Manifest, ShardError
-from pipelines.pack import Options, index, pack
+from pipelines.pack import Options, pack
 from pipelines.plan import FixedPlan, Plan, TrainingPlan
 from pipelines.rows import checksum
 from pipelines.shards import ShardSet
@@ -36,6 +37,8 @@ from pipelines.sources import ImageFolder
 from pipelines.verify import verify
 from tests.conftest import CLASSES, TINTS, photograph
 from tests.helpers.reference import reference_crop
+
+pytestmark = pytest.mark.integration
 
 AUGMENT = Augment(resize=72, crop=67)
 DECODE, READING = Decode(threads=2), Read()

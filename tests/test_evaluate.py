@@ -39,6 +39,8 @@ from tests.conftest import CLASSES
 from tests.helpers.compare import records
 from tests.helpers.launch import STEPS, finish, launch, python, spawn
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 SMALL = ["--data.resize=72", "--data.crop=67", "--model.hidden=32", "--model.width=0.25", "--train.device=cpu"]
 

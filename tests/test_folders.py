@@ -18,12 +18,13 @@ from PIL import Image
 from pipelines import __main__ as command
 from pipelines import folders
 from pipelines.errors import SourceError
+from pipelines.indexing import index
 from pipelines.manifest import Manifest, Shard, ShardError
-from pipelines.pack import Options, finished, index, pack
-from pipelines.scan import _statistics
+from pipelines.pack import Options, finished, pack
 from pipelines.scanned import Scan
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
+from pipelines.statistics import of_all
 
 OPTIONS = Options(shorter_side=16, shard_mb=0.01)
 
@@ -341,4 +342,4 @@ def test_the_deviation_of_a_channel_that_never_varies() -> None:
         pixels = 16 * 16
         shard: Shard = {"name": "x.tar", "samples": 1, "bytes": 0, "sha256": ""}
         scan = Scan(shard, pixels, [level * pixels] * 3, [[level * level * pixels] * 3] * 3, [])
-        assert _statistics([scan])[1].tolist() == [0, 0, 0], level
+        assert of_all([], [scan]).std == [0, 0, 0], level

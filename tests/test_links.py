@@ -218,6 +218,7 @@ def test_whatever_is_written_is_written_in_one_place(shard_sets: Path, image_fol
     commands = [
         ["pipelines", "pack", "imagefolder", f"{image_folder}/train", f"{tmp_path}/set", "--shorter-side=72"],
         ["pipelines", "index", f"{tmp_path}/set"],
+        ["pipelines", "index", f"{tmp_path}/set", "--to", f"{tmp_path}/linked"],
         ["pipelines", "verify", f"{tmp_path}/set"],
         ["pipelines", "preview", f"{tmp_path}/set", f"{tmp_path}/preview.png"],
         ["dist_train", *small, "--train.epochs=1", "--monitor.tensorboard=true"],
@@ -239,6 +240,7 @@ def test_whatever_is_written_is_written_in_one_place(shard_sets: Path, image_fol
         ("os.remove", "dist_train/rundir/store.py", "_link"),  # a link, not its target
         ("os.remove", "dist_train/rundir/restarts.py", "forget"),  # so here and below
         ("os.rename", "pipelines/pack.py", "_pack_shard"),
+        ("os.remove", "pipelines/indexing.py", "_link"),  # its mark in the working folder
         ("os.remove", "pipelines/scan.py", "_write_manifest"),
         ("os.rmdir", "pipelines/unfinished.py", "working_folder"),
         ("shutil.rmtree", "pipelines/unfinished.py", "working_folder"),  # does not follow a link
@@ -268,12 +270,12 @@ def test_a_way_around_it_is_found(shard_sets: Path, tmp_path: Path) -> None:
     root, folder = tmp_path / "code", tmp_path / "data"
     adding.copied(root)
     shutil.copytree(shard_sets / "val", folder / "set")
-    code = root / "pipelines" / "pack.py"
-    start = "    refuse_tar(directory)\n    origin.refuse_foreign"
+    code = root / "pipelines" / "indexing.py"
+    start = "    origin.refuse_foreign(directory)\n    sources"
     text = code.read_text()
     assert text.count(start) == 1
     code.write_text(text.replace(start, WAYS_AROUND + start))
     found, untold = written(folder, [["pipelines", "index", f"{folder}/set"]], root)
-    events = {event for event, *place in found if place == ["pipelines/pack.py", "index"]}
+    events = {event for event, *place in found if place == ["pipelines/indexing.py", "index"]}
     assert events >= {"open", "os.chmod", "os.utime", "os.remove", "shutil.move", "os.rename"}
     assert untold == [f"{folder}/set/in-c.pt"]

@@ -17,7 +17,7 @@ from submitit.helpers import DelayedSubmission
 from dist_train.rundir.checkpoint import Checkpoint, CheckpointError
 from dist_train.rundir.resume import earlier_set
 from pipelines import quarantine
-from pipelines.pack import index
+from pipelines.indexing import index
 from pipelines.shards import ShardSet
 from pipelines.verify import verify
 from slurm.job import Job, Pack

@@ -29,6 +29,8 @@ from pipelines.errors import UserError
 from tests.helpers.compare import assert_same_run, newest, records, status
 from tests.helpers.launch import STEPS, at, launch
 
+pytestmark = pytest.mark.integration
+
 OWN = '''
 """Somebody's own code."""
 

@@ -20,8 +20,9 @@ from PIL import Image
 from dist_train.cli import parse
 from dist_train.data import open_sets
 from dist_train.rundir import events
+from pipelines.indexing import index
 from pipelines.manifest import ShardError
-from pipelines.pack import Options, index, pack
+from pipelines.pack import Options, pack
 from pipelines.sources import ImageFolder
 from tests.helpers.compare import newest, records, status
 from tests.helpers.launch import PLAIN, STEPS, command, finish, launch, spawn
@@ -137,8 +138,8 @@ def test_foreign_sets_of_which_one_lacks_a_class(tmp_path: Path) -> None:
         open_sets(config)
     assert str(refused.value).endswith(
         f"has 2, which differ in 2: labels would not mean the same, name all classes in one file, in the order of "
-        f"their labels, and index with it what was not packed here (`python -m pipelines index {tmp_path / 'val'} "
-        f"--classes FILE`)"
+        f"their labels, and index with it what was not packed here (`python -m pipelines index --classes FILE "
+        f"{tmp_path / 'val'}`)"
     )
     for split in ("train", "val"):
         index(tmp_path / split, classes=["a", "b", "c"], split=split, workers=1)

@@ -20,9 +20,10 @@ from numpy.lib.format import magic
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.indexing import index
 from pipelines.limits import Limits, limited
 from pipelines.manifest import CLASSES, ShardError
-from pipelines.pack import Options, index, pack
+from pipelines.pack import Options, pack
 from pipelines.pillow import claims
 from pipelines.rows import mapped
 from pipelines.scanned import WORK, read_scan, rows_of
@@ -32,6 +33,8 @@ from pipelines.tars import HEADERS, RECORDS, tar_samples
 from pipelines.verify import verify
 from tests.helpers.launch import launch
 from tests.helpers.strange import change_manifest, change_rows
+
+pytestmark = pytest.mark.integration
 
 Body = dict[str, Any]
 

@@ -18,13 +18,16 @@ from PIL import Image
 
 from pipelines import quarantine
 from pipelines.__main__ import main
+from pipelines.indexing import index
 from pipelines.manifest import Manifest, ShardError
-from pipelines.pack import Options, index, pack
+from pipelines.pack import Options, pack
 from pipelines.rows import HEADER, checksum
 from pipelines.shards import BadSample, ShardSet
 from pipelines.sources import ImageFolder
 from pipelines.verify import _Task, _verify_shard, verify
 from tests.conftest import CLASSES, SIZES, TINTS, photograph
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture

@@ -313,13 +313,14 @@ def test_a_folder_that_is_not_packed(
     assert f"`{line}`" in tell("verify photos/val/blue", "pipelines")
     for words_ in ("pack photos/val sets/val", "pack photos/val", "pack folder photos/val sets/val"):
         assert f"did you mean `{line}`?" in tell(words_, "pipelines")
+    for typed, meant in (("imagnet", "imagenet"), ("imagefoldr", "imagefolder"), ("stl11", "STL10")):
+        assert tell(f"pack {typed} photos/val sets/val", "pipelines").endswith(f"did you mean {meant}?")
     (tmp_path / "cifar10").mkdir()
     assert "did you mean" not in tell("pack cifar10", "pipelines"), "the name of a data set, whatever lies here"
     for name, why in (("photo", "does not exist in"), ("nope.zip", "does not exist in")):
         said = tell(f"pack ./{name} d", "pipelines")
-        assert said.startswith(
-            "pack wants the kind of source first, imagefolder, a data set of torchvision, or module:name; "
-        )
+        assert said.startswith("pack wants the kind of source first, imagefolder, ")
+        assert "a data set of torchvision, or module:name; " in said
         assert why in said
     assert not (tmp_path / "sets").exists()
     monkeypatch.setattr("sys.argv", ["pipelines", *line.split()[3:]])

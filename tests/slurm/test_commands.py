@@ -131,7 +131,7 @@ def test_a_pack_that_would_be_refused_is_not_submitted(image_folder: Path, tmp_p
         options = Namespace(
             first=source, second=directory, more=[], shorter_side=None, quality=90, shard_mb=64.0, seed=0
         )
-        options.keep_small = False
+        options.keep_small, options.devkit = False, None
         with pytest.raises(UserError, match=complaint):
             submit_pack(options, SiteFile())
         assert not (directory / "slurm").exists()

@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from dist_train.rundir import events
+from pipelines.kinds import kind
 from pipelines.pack import Options, pack
 from pipelines.shards import ShardSet
 from pipelines.sources import ImageFolder
+from tests.helpers import imagenet
 from tests.helpers.compare import assert_same_run, records, status
 from tests.helpers.launch import alive
 from tests.helpers.wandb_file import files, logged
@@ -310,3 +312,24 @@ def test_packing_as_an_array_gives_the_same_bytes(user: User, image_folder: Path
         assert (user.home / "a set" / name).read_bytes() == (user.home / "whole" / name).read_bytes(), name
     logs = sorted((user.home / "a set" / "slurm").glob("*_?_0_log.out"))
     assert [bool(re.search(r": (\d+) of \1, ", path.read_text())) for path in logs] == [True] * 3, "all of its images"
+
+
+@pytest.mark.slow
+def test_imagenet_as_arrays(user: User) -> None:
+    """Each task reads the headers itself; the shards are those of one process."""
+    train, val, kit = imagenet.layouts(user.home / "raw", imagenet.train_pictures(4), imagenet.val_pictures(2))[
+        "official"
+    ]
+    words = [str(path.relative_to(user.home)) for path in (train, val, kit)]
+    options = ("--tasks=2", "--shard-mb=0.05", "--shorter-side=32", "--time=5")
+    said = user.slurm("submit", "pack", "imagenet", *words[:2], "--devkit", words[2], "sets", *options)
+    last = [job_of(line.partition(";")[2]) for line in said.splitlines()[:2]]
+    wait_for(lambda: all(user.cluster.job(job) == "COMPLETED" for job in last), 240, "the manifests")
+    for split, is_train in (("train", True), ("val", False)):
+        source = kind("pack", "imagenet").make(train, val, kit, train=is_train)
+        whole = user.home / "whole" / split
+        pack(source, whole, Options(shorter_side=32, shard_mb=0.05), split=split, workers=1)
+        names = {path.name for path in whole.iterdir()}
+        assert names | {"slurm"} == {path.name for path in (user.home / "sets" / split).iterdir()}
+        for name in names:
+            assert (whole / name).read_bytes() == (user.home / "sets" / split / name).read_bytes(), name

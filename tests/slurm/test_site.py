@@ -11,6 +11,7 @@ import pytest
 
 from slurm.submissions import SubmittedRun
 from tests.helpers.compare import assert_same_run
+from tests.helpers.elsewhere import served
 from tests.slurm.conftest import SIZE, User, job_of
 from tests.slurm.private_cluster import wait_for
 
@@ -63,6 +64,22 @@ def test_lines_of_a_site_reach_the_job(user: User, uninterrupted: Path, shard_se
     for rank in range(4):
         assert (user.home / f"shown-{rank}").read_text() == f"one two three|{home}'|{user.home}\n"
     assert_same_run(user.run("sited"), uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_variable_of_the_job_says_where_shards_are_kept(user: User, uninterrupted: Path, shard_sets: Path) -> None:
+    """Where the run is submitted there is neither the variable nor, as far as that knows, the server."""
+    (user.home / "disk.yaml").write_text(f"setup:\n  - export NODE_DISK='{user.home}'/disk-$SLURM_JOB_ID\n")
+    with served(shard_sets) as web:
+        sets = [f"--data.train={web.url}/train", f"--data.val={web.url}/val", "--data.cache=$NODE_DISK/shards"]
+        words = ["submit", *SIZE, "--time=30", "--site=disk.yaml", *user.training, *sets, "--run.name=fetched"]
+        said = user.slurm(*words)
+        job = job_of(said)
+        user.wait("fetched", job, "done")
+    assert "cache: $NODE_DISK/shards" in (user.run("fetched") / "config.yaml").read_text()
+    assert len(list((user.home / f"disk-{job}" / "shards").glob("*.tar"))) == len(list(shard_sets.glob("*/*.tar")))
+    assert f"once, then it is in the cache {user.home}/disk-{job}/shards" in user.log("fetched")
+    assert_same_run(user.run("fetched"), uninterrupted)
 
 
 def test_a_line_that_fails_ends_the_job_and_status_tells(user: User) -> None:

@@ -210,7 +210,7 @@ def test_the_receipt_keeps_what_the_script_is_made_of(
     monkeypatch.setattr("slurm.cluster.ended", lambda submission: True)
     write("submit: {time: 30}\nsbatch: {nice: 3}\nsetup: [module load y]\npython: p q\nsrun: [--mpi=none]")
     sets = "--data.source= --data.train=t --data.val=v"
-    monkeypatch.setattr("slurm.submit.open_sets", lambda config: None)
+    monkeypatch.setattr("slurm.submit.open_sets", lambda config, **_: None)
     monkeypatch.setattr("slurm.submit.check_tars", lambda sets: None)
     assert slurm.__main__.main(shlex.split(f"submit --run.name x {sets}")) == 0, capsys.readouterr()
     run = SubmittedRun((home / "runs" / "x").absolute())

@@ -23,6 +23,8 @@ from tests.slurm.conftest import User, job_of
 from tests.slurm.private_cluster import wait_for
 from tests.slurm.test_commands import submitted
 
+pytestmark = pytest.mark.integration
+
 Capture = pytest.CaptureFixture[str]
 
 
