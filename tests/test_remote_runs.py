@@ -330,6 +330,39 @@ def test_an_end_while_waiting(number: signal.Signals, web: WebServer, shard_sets
 
 @pytest.mark.integration
 @pytest.mark.slow
+def test_two_runs_with_one_cache(web: WebServer, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """It holds two blocks of one of them, so each takes from the other what that needs next: slower, never wrong."""
+    words = remote(web, tmp_path / "cache", gb=two_blocks(shard_sets))
+    runs = [tmp_path / name for name in ("one", "other")]
+    for run, going in [(run, start(shard_sets, run, *words)) for run in runs]:
+        result = finish(going)
+        assert result.returncode == 0, result.stderr
+        assert_same_run(run, undisturbed)
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_the_process_that_fetches_is_killed(
+    web: WebServer, shard_sets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Ranks fetch what they need themselves until there is another one."""
+    run = tmp_path / "run"
+    answers(web, 3)
+    going = start(shard_sets, run, *remote(web, tmp_path / "cache", gb=two_blocks(shard_sets)))
+    until_status(run, "waiting for ")
+    fetchers = [
+        pid for pid in going.processes() if b"pipelines.remote.fetcher" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(fetchers) == 1
+    os.kill(fetchers[0], signal.SIGKILL)
+    returns(web)
+    result = finish(going)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.integration
+@pytest.mark.slow
 def test_an_object_store(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     boto3 = pytest.importorskip("boto3")
     moto = pytest.importorskip("moto.server")
