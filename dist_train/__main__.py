@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launcher.end(refuse(before.sentence, before.code, speaks=launcher.rank() == 0), before.sentence)
     if words and not words[0].startswith("-"):
         speaks = launcher.rank() == 0 or words[0] not in SHARED
-        return launcher.exit_code(run_verb("python -m dist_train", VERBS, words, speaks=speaks, told=launcher.end))
+        told = launcher.end if speaks else launcher.end_behind
+        return launcher.exit_code(run_verb("python -m dist_train", VERBS, words, speaks=speaks, told=told))
     return cli.train(words)
 
 

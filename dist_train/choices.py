@@ -15,6 +15,7 @@ NETS = {
     "alexnet": "dist_train.models.alexnet:AlexNet",
     "alexnet_two_tower": "dist_train.models.two_tower:TwoTowers",
     "alexnet_one_tower": "dist_train.models.alexnet:one_tower",
+    "four_layers": "dist_train.models.four_layers:FourLayers",
     "blog": "dist_train.models.blog:BlogAlexNet",
     "blog_two_tower": "dist_train.models.blog:BlogTwoTowers",
 }

@@ -163,9 +163,10 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="dist_train",
         description="Train an image classifier. Without --config: configs/quickstart.yaml (Fashion-MNIST). "
-        "`python -m dist_train evaluate|figures RUN` evaluates or draws a trained one, `experiments` runs sweeps, "
-        f"`speed` measures a command line before it is run; each has its own --help. {resolve.FLAG}: import code "
-        "(module:name) that a file of a run names, too.",
+        "VERB, each with its own --help: `runs` and `report` show runs, in the terminal and in a browser; `evaluate`, "
+        "`predict`, `figures` and `export` work with a trained one; `speed` measures a command line before it is run, "
+        "`gpu-report` a machine with GPUs; `experiments` runs sweeps. "
+        f"{resolve.FLAG}: import code (module:name) that a file of a run names, too.",
         usage=f"{PROGRAM} [--config FILE] [--KEY VALUE ...] [{resolve.FLAG}]\n       {PROGRAM} VERB ...",
         version=__version__,
         exit_on_error=False,

@@ -1,4 +1,5 @@
-"""The configuration: one frozen dataclass per concern, the bounds of a field beside it. The defaults are the paper's.
+"""The configuration: one frozen dataclass per concern, the bounds of a field beside it. The defaults are the paper's,
+or docs/defaults.md says why not.
 
 Precedence: these defaults < a YAML file < `--optim.lr 0.02` on the command line.
 """
@@ -10,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_train import choices
-from pipelines.augment import Augment, Inputs
+from dist_train.data_config import DataConfig
 from pipelines.bounds import above, broken, folder_name, folder_path, least, within
 from pipelines.errors import UserError
-from pipelines.limits import USUAL
 from pipelines.remote.places import is_url
 
 Options = dict[str, bool | int | float | str | list[bool | int | float | str] | None]
@@ -25,51 +25,14 @@ class ConfigError(UserError):
 
 
 @dataclass(frozen=True)
-class DataConfig(Augment):
-    """Where the images come from, and how they become inputs of the net."""
-
-    train: str = "data/imagenet/train"
-    """Shard set to train on: a directory, or the URL of one (docs/data.md)."""
-    val: str = "data/imagenet/val"
-    """Shard set for the validation error; likewise."""
-    cache: str = ""
-    """Folder of each node through which both are read; $VARIABLES are replaced on the node. A URL needs one."""
-    cache_gb: float = least(0, 0.0)
-    """Gigabytes (10^9 bytes) that it may hold; 0: what its disk has."""
-    source: str = ""
-    """Packed first if the sets do not exist: imagefolder, a torchvision data set, or module:name (docs/data.md)."""
-    raw: str = ""
-    """Folder that data.source reads, or puts its files in; default: raw beside the sets."""
-    inputs: Inputs = "mean_subtracted"
-    """Scale of the inputs. The paper only subtracts the mean (section 2), and its weights N(0, 0.01) need inputs of
-    that scale; [-1, 1] is common elsewhere; standardized also divides by the standard deviation."""
-    shuffle_shards: int = least(1, 16)
-    """Shards per block; samples are shuffled within a block."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Device on which DALI decodes; auto: the model's."""
-    threads: int = least(0, 0)
-    """DALI's decoding threads per rank; 0: the rank's share of the CPUs of its node."""
-    hw_decoder_load: float = within(0, 1, 0.65, closed=True)
-    """On a GPU, fraction of a batch for its JPEG decoder (0.65 is DALI's default); the rest is decoded by CUDA, which
-    rounds differently. train.deterministic sets it to 1, so that an image has the same decoder in any batch."""
-    readers: int = least(1, 32)
-    """Read-ahead threads per rank."""
-    ahead: int = least(1, 4)
-    """Batches to read ahead."""
-    max_bad: int = least(0, 100)
-    """Samples that may fail to decode, and are replaced, before the run stops."""
-    max_pixels: int = least(1, USUAL.pixels)
-    """Pixels that an image may have: a decoder takes gigabytes for more."""
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """The net."""
 
     name: str = "alexnet"
     """alexnet (the paper's: two towers, as groups), alexnet_two_tower (the same function as two explicit towers),
-    alexnet_one_tower (no groups), blog and blog_two_tower (docs/blog.md), torchvision:<name>, or module:name, called as
-    (classes, crop, **options). Every field below except options, outputs and init_from is only for alexnet models."""
+    alexnet_one_tower (no groups), four_layers (for figure 1), blog and blog_two_tower (docs/blog.md),
+    torchvision:<name>, or module:name, called as (classes, crop, **options). Every field below except options, outputs
+    and init_from is only for alexnet models."""
     options: Options = field(default_factory=dict)
     """Arguments of any other net: --model.options.KEY value."""
     hidden: int = least(1, 4096)
@@ -93,8 +56,8 @@ class ModelConfig:
     """Of response normalisation. torch.nn.LocalResponseNorm(5, alpha=1e-4) divides it by 5, which is 2e-5 here."""
     left_out: Literal["none", "conv3", "conv4", "conv5"] = "none"
     """Middle convolution to leave out (sections 1 and 7)."""
-    biases: Literal["paper", "ones"] = "paper"
-    """Initial biases: 1 in conv 2, 4, 5 and the hidden dense layers, else 0 (section 5); or 1 everywhere."""
+    biases: Literal["paper", "ones", "zeros"] = "paper"
+    """Initial biases: 1 in conv 2, 4, 5 and the hidden dense layers, else 0 (section 5); or 1, or 0, everywhere."""
     init_from: str = ""
     """Run, or one of its checkpoints, whose weights initialise a new run if name and shape agree. A last layer for
     other classes is initialised afresh."""
@@ -208,6 +171,18 @@ class MonitorConfig:
     """Log the best checkpoint as an artifact when the run is done."""
     tensorboard: bool = False
     """Write event files for TensorBoard to <run>/tensorboard; needs the extra `tensorboard`."""
+    page: bool = True
+    """Rewrite <run>/report.html every minute and at the end: see `python -m dist_train report`."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps for a viewer, and where their time went (docs/performance.md#profile)."""
+
+    steps: int = within(0, 100, 0, closed=True)
+    """Consecutive steps to record, in each start of the run; 0: none."""
+    at: int = least(0, 0)
+    """First of them, from 1. If this start has passed it, or for 0: 20 steps after those that it resumes from."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +217,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

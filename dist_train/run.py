@@ -113,8 +113,7 @@ def _run(config: Config, name: str, world: World, watch: Watch, words: LastWords
         if world.rank == 0:
             _tell(refusal, words, announcement)
         return refusal
-    readers = Readers(Shown(path, config, run.say, run.record.size, run.events.size, trainer.progress.step))
-    _begin(config, world, run, words, readers)
+    readers = _begin(config, world, run, words, trainer.progress.step)
     place = {"step": trainer.progress.step, "checkpoint": resumed.checkpoint}
 
     def tell_start() -> None:
@@ -196,8 +195,9 @@ def _claim(config: Config, world: World, run: RunDirectory, resumed: Resumed) ->
     run.lease.token = world.share(token)
 
 
-def _begin(config: Config, world: World, run: RunDirectory, words: LastWords, readers: Readers) -> None:
-    """Starts showing the run, which this start now owns; whatever ends it is reported as its end."""
+def _begin(config: Config, world: World, run: RunDirectory, words: LastWords, step: int) -> Readers:
+    """Starts showing the run, which this start now owns, from this step on; whatever ends it is reported as its end."""
+    readers = Readers(Shown(run.path, config, run.say, run.record.size, run.events.size, step, run.lease.token))
     words.claimed(run.path, run.status, world.size)
     if world.device.type == "cuda":
         words.record = flight_record
@@ -207,6 +207,7 @@ def _begin(config: Config, world: World, run: RunDirectory, words: LastWords, re
         readers.open()
         run.record.written = run.events.written = readers.wake
         words.close = [run.close, lambda: readers.close(LAST)]
+    return readers
 
 
 def _announce(

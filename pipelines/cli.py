@@ -197,6 +197,18 @@ def natural(text: str) -> int:
     return _at_least(0, text)
 
 
+def watch_option(parser: ArgumentParser, also: str = "") -> None:
+    """Declares --watch, of a table. `also`: what else is done meanwhile."""
+    parser.add_argument(
+        "--watch",
+        type=positive,
+        nargs="?",
+        const=10,
+        metavar="SECONDS",
+        help=f"repeat every so many seconds (10 if none are given) until Ctrl-C{also}",
+    )
+
+
 def limit_options(parser: ArgumentParser) -> None:
     """Declares the options of `chosen_limits`."""
     parser.add_argument(

@@ -147,9 +147,13 @@ def cry(text: str) -> None:
     _put(sys.stderr, printed(text) + "\n")
 
 
-def show(text: str, end: str = "\n") -> None:
-    """Prints a line of a command's result on stdout. Control characters are escaped. Never raises: see `unheard`."""
-    _put(sys.stdout, printed(text) + end)
+def show(text: str, end: str = "\n", *, drawn: bool = False) -> None:
+    """Prints a line of a command's result on stdout. Control characters are escaped. Never raises: see `unheard`.
+
+    Args:
+        drawn: the text has colours, and what it holds of strangers is escaped already.
+    """
+    _put(sys.stdout, (text if drawn else printed(text)) + end)
 
 
 def show_bytes(data: bytes) -> None:
@@ -161,13 +165,17 @@ def show_bytes(data: bytes) -> None:
 
 
 def show_anew(text: str) -> None:
-    """`show` on a cleared terminal; if stdout is none, below what was shown before. Never raises."""
-    stands = False
+    """`show` of a drawn text on a cleared terminal; if stdout is none, below what was shown before. Never raises."""
+    show(CLEAR if columns() else "", "", drawn=True)
+    show(text, drawn=True)
+
+
+def columns() -> int:
+    """Columns of stdout if it is a terminal, else 0."""
     with suppress(AttributeError, OSError, ValueError):
-        stands = sys.stdout.isatty()
-    if stands:
-        _put(sys.stdout, CLEAR)
-    show(text)
+        if sys.stdout.isatty():
+            return os.get_terminal_size(sys.stdout.fileno()).columns or COLUMNS
+    return 0
 
 
 def unheard() -> OSError | None:
@@ -188,10 +196,10 @@ def flush() -> None:
     _put(sys.stderr, "")
 
 
-def watched() -> bool:
-    """Whether stderr is a terminal."""
+def watched(name: str = "stderr") -> bool:
+    """Whether this stream is a terminal."""
     with suppress(AttributeError, OSError, ValueError):
-        return sys.stderr.isatty()
+        return bool(getattr(sys, name).isatty())
     return False
 
 

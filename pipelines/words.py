@@ -135,21 +135,19 @@ INSTEAD_OF_VERBS = {
         ("train fit run start main finetune", "training has none, type `python -m dist_train{rest}`"),
         ("resume continue restart", "a run resumes by itself: repeat the command that began it, with its --run.name"),
         ("eval test val valid validate validation score accuracy", "type `python -m dist_train evaluate{run}`"),
-        (
-            "predict prediction classify infer inference label",
-            "`python -m dist_train figures RUN` draws the answers of a net, `python -m dist_train evaluate RUN "
-            "--split SET` counts its errors on a shard set",
-        ),
+        ("prediction classify infer inference label", "type `python -m dist_train predict RUN IMAGE`"),
+        ("save convert deploy onnx torchscript trace", "type `python -m dist_train export RUN FILE`"),
+        ("page html web serve dashboard browser", "type `python -m dist_train report{run}`"),
         ("plot draw figure visualize visualise show kernels", "type `python -m dist_train figures{run}`"),
         (
             "sweep tune search experiment",
             "type `python -m dist_train experiments`, or `python -m slurm submit --array`",
         ),
         ("benchmark profile throughput timing", "type `python -m dist_train speed{rest}`"),
-        ("doctor check diagnose gpu gpu_report report", "type `python -m dist_train gpu-report`"),
+        ("doctor check diagnose gpu gpu_report", "type `python -m dist_train gpu-report`"),
         ("pack index verify preview bench", "type `python -m pipelines {verb}{rest}`"),
         ("submit status logs cancel requeue", "type `python -m slurm {verb}{rest}`"),
-        ("list ls runs ps", "type `python -m slurm status`, or look into runs/"),
+        ("list ls ps", "type `python -m dist_train runs{rest}`"),
     ),
     "python -m pipelines": (
         (
@@ -161,7 +159,10 @@ INSTEAD_OF_VERBS = {
         ("show view draw plot visualize visualise look", "type `python -m pipelines preview{rest}`"),
         ("benchmark throughput profile", "type `python -m pipelines bench{rest}`"),
         ("train fit run", "type `python -m dist_train`"),
-        ("evaluate figures experiments speed gpu-report", "type `python -m dist_train {verb}{rest}`"),
+        (
+            "runs report evaluate predict figures export experiments speed gpu-report",
+            "type `python -m dist_train {verb}{rest}`",
+        ),
         ("submit status logs cancel requeue", "type `python -m slurm {verb}{rest}`"),
     ),
     "python -m slurm": (
@@ -171,7 +172,10 @@ INSTEAD_OF_VERBS = {
         ("log tail follow output cat", "type `python -m slurm logs{run}`"),
         ("resume restart retry continue resubmit", "type `python -m slurm requeue{run}`"),
         ("pack", "type `python -m slurm submit pack{rest}`"),
-        ("evaluate figures experiments speed gpu-report", "type `python -m dist_train {verb}{rest}`"),
+        (
+            "runs report evaluate predict figures export experiments speed gpu-report",
+            "type `python -m dist_train {verb}{rest}`",
+        ),
         ("index verify preview bench", "type `python -m pipelines {verb}{rest}`"),
     ),
 }

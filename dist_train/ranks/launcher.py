@@ -130,11 +130,15 @@ def others_said() -> Said | None:
 def end_refused(error: Exception) -> int:
     """Print the error sentence, on rank 0 or, in a job, on each rank to its log, and report it to torchrun. Returns the
     exit code."""
-    speaks = rank() == 0 or submitted()
-    code, until = refuse(error, speaks=speaks), time.monotonic() + SPOKEN
-    while launched() and not speaks and others_said() is None and time.monotonic() < until:
+    return end_behind(refuse(error, speaks=rank() == 0 or submitted()), str(error))
+
+
+def end_behind(code: int, sentence: str) -> int:
+    """Like `end`, but a rank that leaves the sentence to rank 0 lets that say it first."""
+    until = time.monotonic() + SPOKEN
+    while launched() and rank() and not submitted() and others_said() is None and time.monotonic() < until:
         time.sleep(0.02)  # torchrun ends rank 0 as soon as this one is gone
-    return end(code, str(error))
+    return end(code, sentence)
 
 
 def leave(code: int) -> NoReturn:
