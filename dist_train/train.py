@@ -19,6 +19,7 @@ from dist_train.models.dropout import keys_of_epoch, rank_seed
 from dist_train.monitor.reporter import Reporter
 from dist_train.monitor.terminal import Terminal
 from dist_train.outcomes import BadData, Diverged, Stopped
+from dist_train.profiling import Profile, profile_as
 from dist_train.ranks.logged import Logged, PendingNumbers
 from dist_train.ranks.tower_parallel import told_of
 from dist_train.ranks.vote import PendingVote, Vote
@@ -67,6 +68,7 @@ class Trainer:
     run: RunDirectory
     saver: Saver
     report: Reporter
+    profile: Profile
 
     def __init__(
         self,
@@ -100,6 +102,7 @@ class Trainer:
         meta |= {QUARANTINED: quarantined(training_set)}
         self.saver = Saver(config.checkpoint, world, run, self.state, meta)
         self.report = Reporter(config, world, run, terminal, self.train_loader)
+        self.profile = profile_as(config.profile, world, run)
 
     def fit(self) -> None:
         """Trains from the current state to the last epoch. Raises Ended if the run ends earlier."""
@@ -112,19 +115,24 @@ class Trainer:
             self.fetching.follow(progress.epoch, progress.step_in_epoch)
             keys = keys_of_epoch(self.config.train.seed, first=progress.step - progress.step_in_epoch)
             epoch = self.train_loader.epoch(progress.epoch, progress.step_in_epoch, keys, self.unread)
-            for batch in () if self.enough() else epoch:
+            for batch in () if self.enough() else self.profile.batches(epoch, progress, steps):
                 lr = schedule.lr(progress.epoch, progress.step_in_epoch, steps)
                 if progress.step in self.config.monitor.probes and not self.unread:
                     self.probe(batch, lr)
                 # Finish the previous step while this one is under way, so that nothing waits for the device.
                 before = self.pending
                 ledger.enter(stepping)  # the first step compiles
-                self.pending, stepping = self.train_step(batch, lr), "training"
+                with self.profile.span("step"):
+                    self.pending, stepping = self.train_step(batch, lr), "training"
                 ledger.enter("training")
                 progress.advance()
                 self.finish_step(before)
                 if self.enough():
-                    break
+                    under_way, self.pending = self.pending, None
+                    self.finish_step(under_way)
+                    if self.enough():  # after the step that was under way, too
+                        break
+            self.profile.end()
             last, self.pending = self.pending, None
             self.finish_step(last)
             error = self.validate()
@@ -137,6 +145,7 @@ class Trainer:
             self.state.window.clear_epoch()
             progress.next_epoch(error)  # before the save: a restart must not repeat the epoch
             self.saver.save()
+        self.profile.close(progress.step)
         self.saver.finish()
 
     def enough(self) -> bool:
@@ -197,7 +206,8 @@ class Trainer:
             # the state is saved.
             last, self.pending = self.pending, None
             stop = self.observe(last).stop > 0 or stop
-            self.saver.save(unless=lambda: self.watch.stop and not stop)  # then the next step stops, and saves
+            with self.profile.span("save"):
+                self.saver.save(unless=lambda: self.watch.stop and not stop)  # then the next step stops, and saves
         if stop:
             self.saver.finish()
             raise Stopped

@@ -1,4 +1,4 @@
-"""Experiments: their sweeps are valid configurations, and the table agrees with the records."""
+"""Experiments: their sweeps are valid configurations, and the table agrees with the runs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from PIL import Image
 from dist_train.__main__ import main
 from dist_train.analysis import arms, experiments, recorded, tables
 from dist_train.cli import parse
-from dist_train.config import Config
+from dist_train.config import Config, TrainConfig
 from dist_train.packaged import CONFIGS
 from dist_train.rundir.state import Progress
 from tests.helpers.compare import records, status
 
 pytestmark = pytest.mark.integration  # seconds each
 ROOT = Path(__file__).parent.parent
-RECORDED = ROOT / "docs" / "experiments"
 NAMES = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.sweep"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sweeps_parse_and_say_what_was_measured(name: str, tmp_path: Path) -> None:
     experiment = arms.read(name, 3, tmp_path)
-    assert len({arm.name for arm in experiment.arms}) == len(experiment.arms) > 1
+    assert len({arm.name for arm in experiment.arms}) == len(experiment.arms) > 0
     for arm in experiment.arms:
         parse(["--config", str(experiment.config), *arm.overrides])
     head = experiment.config.read_text().partition("\ndata:")[0]
@@ -121,21 +120,6 @@ def test_images_that_nothing_packs(sweep: list[str], tmp_path: Path, capfd: pyte
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDED.glob("*.jsonl")))
-def test_tables_are_drawn_from_the_records(name: str, tmp_path: Path) -> None:
-    """Byte for byte those in docs/experiments, which docs/blog.md shows."""
-    shutil.copy(RECORDED / f"{name}.jsonl", tmp_path)
-    assert main(["experiments", name, "--draw-only", "--root", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
-    possible = [f"{name}.md", f"{name}-columns.md", f"{name}-layers.md"]
-    tables = sorted(table for table in possible if (RECORDED / table).exists())
-    assert sorted(path.name for path in tmp_path.glob("*.md")) == tables
-    page = (RECORDED.parent / "blog.md").read_text()
-    for table in tables:
-        drawn = (tmp_path / table).read_text()
-        assert drawn == (RECORDED / table).read_text()
-        assert drawn in page, table
-
-
 @pytest.mark.slow
 def test_the_blogs_runs_on_a_shortened_budget(shard_sets: Path, tmp_path: Path) -> None:
     """`make experiments ARGS=blog`, three steps per run, and drawn once more from its own records."""
@@ -217,3 +201,72 @@ def test_a_running_error_from_windows() -> None:
     earlier: list[dict[str, Any]] = [{"step": 1000, "train_error": 0.5}]
     assert dict(recorded.running_errors(earlier)) == {1000: 0.5}, "an earlier program's, which goes on"
     assert dict(recorded.running_errors([*earlier, {"step": 1001, "train_error": 0.0, "machine": {}}]))[1001] > 0.48
+
+
+def test_a_run_that_stopped_at_a_training_error_was_below_it(tmp_path: Path) -> None:
+    """Also where its running error, from the means of windows, comes out a little higher."""
+    arm = arms.Arm("one", (), (0,))
+    lines: list[dict[str, Any]] = [
+        {"kind": "step", "step": step, "progress": step / 100, "loss": 1.0, "train_error": 0.3001, "machine": {}}
+        for step in range(10, 101, 10)
+    ]
+    check = {"kind": "validation", "top1_error": 0.3, "lr": 0.01, "loss": 1.0, "train_loss": 1.0, "train_error": 0.3}
+    for end, epochs, most, below in ((100, 2, 0, 100), (103, 2, 0, None), (100, 1, 0, None), (100, 2, 100, None)):
+        config = Config(train=TrainConfig(until_error=0.3, epochs=epochs, max_steps=most))
+        run = recorded._of_lines(arm, 0, config, [*lines, check | {"step": end}], "done")
+        assert run.first_below(0.3) == below, (end, epochs, most)
+        assert recorded._of_lines(arm, 0, config, [*lines, check | {"step": end}], "stopped").first_below(0.3) is None
+
+
+def test_epochs_of_runs_in_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From records made by hand: two runs of 12 epochs of 5 steps, of which one divides its learning rate twice."""
+    errors = [0.9, 0.8, 0.62, 0.55, 0.52, 0.5, 0.49, 0.48, 0.47, 0.46, 0.39, 0.41]
+    rates = [0.1] * 6 + [0.01] * 4 + [0.001] * 2
+    for name, lrs, better in (("divided", rates, 0.0), ("kept", [0.1] * 12, 0.1)):
+        run = tmp_path / "runs" / "made" / f"{name}-0"
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text("{}")
+        (run / "status.json").write_text(json.dumps({"state": "done", "time": 0}))
+        lines: list[dict[str, Any]] = []
+        for epoch, (error, lr) in enumerate(zip(errors, lrs, strict=True), 1):
+            at = {"step": 5 * epoch, "epoch": epoch, "images": 640 * epoch, "lr": lr}
+            lines.append({"kind": "step", **at, "loss": 1.0, "train_error": error, "progress": epoch, "machine": {}})
+            training = {"train_loss": 2.0, "train_error": error - 0.2}
+            found = {"top1_error": error - better, "top5_error": 0.1, "loss": 1.5, "samples": 10}
+            lines.append({"kind": "validation", **at, **found, **training, "machine": {}})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(arms, "SWEEPS", tmp_path)
+    (tmp_path / "made.yaml").write_text("{}")
+    (tmp_path / "made.sweep").write_text(
+        "# begun below: 0.6\n# validated below: 0.45, 0.2\n"
+        "--train.seed 0 --optim.lr 0.1  # divided\n--train.seed 0 --optim.lr 0.2  # kept\n"
+    )
+    out = tmp_path / "out"
+    for _ in range(2):  # from the runs, then from the records that these have left
+        assert main(["experiments", "made", "--draw-only", "--root", str(tmp_path / "runs"), "--out", str(out)]) == 0
+        rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (out / "made.md").read_text().splitlines()]
+        assert rows[0][3:6] == [
+            "validation error below 45% at step",
+            "validation error below 20% at step",
+            "training error",
+        ]
+        assert [row[3:] for row in rows[2:]] == [
+            ["55", "never in 60", "21.00%", "41.00%", "60"],
+            ["25", "never in 60", "21.00%", "31.00%", "60"],
+        ]
+        rates_table = (out / "made-rates.md").read_text().splitlines()[2:]
+        assert [[cell.strip() for cell in row.split("|")[2:-1]] for row in rates_table] == [
+            ["0", "0.1", "1 to 6", "30.00%", "50.00%", "50.00%", "64.83%"],
+            ["0", "0.01", "7 to 10", "26.00%", "46.00%", "46.00%", "47.50%"],
+            ["0", "0.001", "11 to 12", "21.00%", "41.00%", "39.00%", "40.00%"],
+            ["0", "0.1", "1 to 12", "21.00%", "31.00%", "29.00%", "38.90%"],
+        ]
+        assert (out / "made-epochs.png").exists()
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+    divided, kept = map(json.loads, (out / "made.jsonl").read_text().splitlines())
+    del kept["epochs"]  # as an earlier program wrote it
+    (out / "made.jsonl").write_text(f"{json.dumps(divided)}\n{json.dumps(kept)}\n")
+    assert main(["experiments", "made", "--draw-only", "--root", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    assert (out / "made-rates.md").read_text().count("| divided |") == 3
+    assert "kept" not in (out / "made-rates.md").read_text()

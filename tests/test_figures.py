@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from io import BytesIO
@@ -25,7 +26,15 @@ from torchvision.transforms.functional import center_crop
 from dist_train import models
 from dist_train.__main__ import main
 from dist_train.analysis import neighbours
-from dist_train.analysis.figures import inputs_figure, kernel_blocks, kernels_figure, nearest_figure, top5_figure
+from dist_train.analysis.colour import colour_shares
+from dist_train.analysis.figures import (
+    inputs_figure,
+    kernel_blocks,
+    kernels_drawn,
+    nearest_figure,
+    top5_figure,
+    write_figures,
+)
 from dist_train.analysis.neighbours import (
     FigureError,
     forward,
@@ -113,32 +122,120 @@ def pixels_of(figure: Any, path: Path) -> Array:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_each_kernel_is_scaled_on_its_own() -> None:
+def test_kernels_have_one_scale() -> None:
     weights = np.zeros((3, 3, 2, 2), np.float32)
-    weights[0, 0] = [[-2.0, 0.0], [1.0, 2.0]]  # red; levels by hand: 255 (0.5 + w / 4)
-    weights[1, 2] = [[1e-6, -0.5e-6], [0.0, 0.0]]
-    levels = kernel_levels(weights)
+    weights[0, 0] = [[-2.0, 0.0], [1.0, 2.0]]  # red; levels by hand: 255 (0.5 + w / 8)
+    weights[1, 2] = [[4.0, -0.4], [0.0, 0.0]]
+    levels = kernel_levels(weights, 4.0)
     assert levels.dtype == np.uint8
     assert levels.shape == (3, 2, 2, 3)
-    np.testing.assert_array_equal(levels[0, :, :, 0], [[0, 128], [191, 255]])
+    np.testing.assert_array_equal(levels[0, :, :, 0], [[64, 128], [159, 191]])
     assert (levels[0, :, :, 1:] == 128).all()
-    np.testing.assert_array_equal(levels[1, :, :, 2], [[255, 64], [128, 128]])
+    np.testing.assert_array_equal(levels[1, :, :, 2], [[255, 115], [128, 128]])
     assert (levels[2] == 128).all(), "a dead kernel is grey"
+    assert (kernel_levels(0 * weights, 0.0) == 128).all()
+
+
+# Directions of colour, with the share of their energy across the grey axis: 1 - (r + g + b)^2 / (3 (r^2 + g^2 + b^2)).
+TINTS = {(1, -1, 0): 1.0, (1, 1, -2): 1.0, (1, 0, 0): 2 / 3, (1, 1, -1): 8 / 9, (2, 1, 0): 0.4, (1, 1, 0): 1 / 3}
+
+
+def gabors_and_blobs() -> Array:
+    """96 kernels: 48 grey Gabor patches, and Gaussian blobs of six tints, eight of each."""
+    y, x = np.mgrid[-5:6, -5:6]
+    blob = np.exp(-(x**2 + y**2) / 8)
+    angles = np.arange(48) * np.pi / 48
+    gabors = [0.5 * blob * np.cos(x * np.cos(a) + y * np.sin(a)) * np.ones((3, 1, 1)) for a in angles]
+    tinted = [np.multiply.outer(tint, 0.5 * blob) for tint in TINTS] * 8
+    return np.stack(gabors + tinted).astype(np.float32)
+
+
+def test_colour_shares() -> None:
+    kernels = gabors_and_blobs()
+    np.testing.assert_allclose(colour_shares(kernels[:48]), 0, atol=1e-12)
+    np.testing.assert_allclose(colour_shares(kernels[48:]), [*TINTS.values()] * 8, rtol=1e-6)
+    half = np.zeros((3, 3, 1, 2), np.float32)  # energy 3 of grey beside 2 of red against green
+    half[0, :, 0, 0], half[0, :, 0, 1] = (1, 1, 1), (1, -1, 0)
+    half[1] = 1e-20 * half[0]
+    np.testing.assert_allclose(colour_shares(half), [0.4, 0.4, 0], rtol=1e-6, err_msg="the last one is of zeros")
+    noise = np.random.default_rng(0).normal(0, 0.01, (2000, 3, 11, 11)).astype(np.float32)
+    assert colour_shares(noise).mean() == pytest.approx(2 / 3, abs=0.003)  # its standard error: 0.0008
+
+
+@pytest.mark.parametrize("name", ["alexnet", "alexnet_two_tower", "alexnet_one_tower"])
+def test_colour_is_told_by_tower(run: Trained, tmp_path: Path, name: str) -> None:
+    drawn = with_net(run, ModelConfig(name, hidden=32))
+    plant(drawn, torch.from_numpy(gabors_and_blobs()))
+    (colour, *more), paths = by_label(write_figures({"kernels": lambda: kernels_drawn(drawn)}, tmp_path))
+    record = json.loads((tmp_path / "kernels.json").read_text())
+    assert paths == [("kernels", str(tmp_path / "kernels.png"))]
+    assert (record["run"], record["step"]) == ("a run", run.step)
+    assert record["white_noise"] == pytest.approx(0.6667, abs=1e-4)
+    mean = sum(TINTS.values()) / 6  # 0.7148; the median is between 2/3 and 8/9
+    grey, tinted = [0, 0, 0, 0], [mean, 1 / 3, 7 / 9, 1]
+    all_of_them = [mean / 2, 0, 1 / 6, 1]
+    expected = [all_of_them] if name == "alexnet_one_tower" else [grey, tinted]
+    found = [[tower[key] for key in ("mean", "least", "median", "most")] for tower in record["colour_share"]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    if name == "alexnet_one_tower":
+        told = ["all kernels: 35.7% on average; kernels from 0.0% to 100.0%, median 16.7%"]
+    else:
+        told = [
+            "tower 1: 0.0% on average; kernels from 0.0% to 0.0%, median 0.0%",
+            "tower 2: 71.5% on average; kernels from 33.3% to 100.0%, median 77.8%",
+        ]
+    told.append("to compare: white noise, as before training, 66.7%; a grey kernel, 0%")
+    assert [colour, *more] == told
+    figure = kernels_drawn(drawn).figure
+    below = figure.texts[1].get_text().split("\n")
+    assert below[0] == "One scale for all kernels: zero is mid-grey, the largest absolute weight, 1, black or white"
+    assert below[1:] == [f"Colour share, {line}" for line in told]
+    assert not overlapping(figure)
+    picture = pixels_of(figure, tmp_path / "again.png")
+    coloured = np.ptp(picture.astype(int), axis=2) > 0
+    top = int(np.flatnonzero(coloured.any(1))[0])
+    rows = [picture[a:b] for a, b in runs((picture[:top] != 255).any((1, 2))) if b - a == 66]
+    assert len(rows) == 3, "grey ones, all above the tinted"
+    assert [row[row < 255].max() for row in rows] == [191] * 3, "half of the largest weight: 255 (0.5 + 0.5 / 2)"
+    assert [end - start for start, end in runs(coloured.any(1))] == [66] * 3
+
+
+def by_label(rows: list[tuple[str, str]]) -> tuple[list[str], list[tuple[str, str]]]:
+    """What is said of colour, and all else."""
+    return [text for label, text in rows if label == "colour share"], [row for row in rows if row[0] != "colour share"]
+
+
+def plant(run: Trained, kernels: Tensor) -> None:
+    """Give the convolutions that see the image these kernels, in the order of the layers."""
+    layers = [layer for layer in run.model.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]
+    with torch.no_grad():
+        for layer, part in zip(layers, kernels.chunk(len(layers)), strict=True):
+            layer.weight.copy_(part)
+
+
+def test_towers_on_two_ranks(shard_sets: Path, tmp_path: Path) -> None:
+    """The upper half is the first rank's tower: the whole net of the checkpoint has it as towers.0."""
+    options = ("--model.name=alexnet_two_tower", "--train.tower_parallel=true", "--train.max_steps=1")
+    result = launch(shard_sets, tmp_path / "run", *options, ranks=2)
+    assert result.returncode == 0, result.stderr
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*/state.pt")
+    weights = torch.load(saved, weights_only=True)["model"]
+    blocks = kernel_blocks(open_run(tmp_path / "run", torch.device("cpu")))
+    for tower, block in enumerate(blocks):
+        np.testing.assert_array_equal(block, weights[f"towers.{tower}.conv1.weight"].numpy())
+    assert (blocks[0] != blocks[1]).any()
 
 
 @pytest.mark.parametrize("name", ["alexnet", "alexnet_two_tower", "alexnet_one_tower"])
 def test_kernels_are_shown_by_tower(run: Trained, tmp_path: Path, name: str) -> None:
     """In the picture itself: 48 red kernels of tower 1 above the 48 blue ones of tower 2, three rows of 16 each."""
     drawn = with_net(run, ModelConfig(name, hidden=32))
-    layers = [layer for layer in drawn.model.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]
     weights = torch.full((96, 3, 11, 11), -1.0)
     weights[:48, 0], weights[48:, 2] = 1, 1
     weights[0] = 0
     weights[0, :, 0, 1] = 1  # top row, second column
-    with torch.no_grad():
-        for layer, kernels in zip(layers, weights.chunk(len(layers)), strict=True):
-            layer.weight.copy_(kernels)
-    figure = kernels_figure(drawn)
+    plant(drawn, weights)
+    figure = kernels_drawn(drawn).figure
     picture = pixels_of(figure, tmp_path / "kernels.png")
     red, blue = ((picture == colour).all(2) for colour in ((255, 0, 0), (0, 0, 255)))
     assert (red.sum(), blue.sum()) == (47 * 66 * 66, 48 * 66 * 66), "enlarged six times without interpolation"
@@ -173,7 +270,7 @@ def test_kernels_of_other_models(run: Trained, tmp_path: Path) -> None:
     assert block.shape == (64, 3, 7, 7)
     grey = replace(run, model=nn.Sequential(nn.Conv2d(1, 8, 3)))
     with pytest.raises(FigureError, match="sees the three colours of an image: its first one has 1 input channels"):
-        kernels_figure(grey)
+        kernels_drawn(grey)
 
 
 def test_features_are_what_the_last_layer_sees(run: Trained) -> None:
@@ -344,13 +441,17 @@ def test_what_the_net_is_shown(run: Trained, tmp_path: Path) -> None:
         figure = inputs_figure(replace(run.config, data=data))
         pictures.append(pixels_of(figure, tmp_path / "inputs.png"))
         assert figure.texts[1].get_text() == "Random 67x67 crop of images resized to shorter side 72"
+        assert [cell.get_title() for cell in figure.axes[:6]] == ["original", *(f"epoch {i}" for i in range(1, 6))]
+        assert {cell.get_xlabel() for cell in figure.axes} == {""}, "there is no lighting to tell of"
         cells = [cell.get_window_extent().bounds for cell in figure.axes]
         np.testing.assert_allclose([cell[2:] for cell in cells], CELL * DPI, err_msg="squares of one size")
         assert not overlapping(figure)
     np.testing.assert_array_equal(*pictures)
     square = replace(run.config.data, center_square=True)
-    title = title_of(inputs_figure(replace(run.config, data=square)))
-    assert title.endswith("crop of the central square of images resized to shorter side 72, mirror, lighting")
+    figure = inputs_figure(replace(run.config, data=square))
+    told = figure.texts[1].get_text().partition("\n")[0]
+    assert told.endswith("crop of the central square of images resized to shorter side 72, mirror, lighting")
+    assert not overlapping(figure)
 
 
 def test_some_figures_only(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +459,12 @@ def test_some_figures_only(run_directory: Path, tmp_path: Path, capsys: pytest.C
     assert main([*argv, "wrong", "inputs"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.png", "wrong.png"]
     assert main([*argv, "kernels"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.png", "kernels.png", "wrong.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "inputs.png",
+        "kernels.json",
+        "kernels.png",
+        "wrong.png",
+    ]
     capsys.readouterr()
     assert main([*argv, "kernel"]) == 2
     assert "'kernel' is no figure: choose from kernels, " in capsys.readouterr().err
@@ -438,7 +544,7 @@ def test_a_net_without_dense_layers_has_the_other_figures(
     squeezenet = with_net(run, ModelConfig("torchvision:squeezenet1_1"))
     monkeypatch.setattr("dist_train.analysis.figures.open_run", lambda *_, **__: squeezenet)
     assert main(["figures", "anywhere", "--out", str(tmp_path), "--images=1"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.png", "top5.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "kernels.png", "top5.png"]
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"nearest.png is left out: torchvision:squeezenet1_1 has no dense layer, .*", line)
 
@@ -449,10 +555,12 @@ def test_the_command(run_directory: Path, capsys: pytest.CaptureFixture[str]) ->
     out, err = capsys.readouterr()
     assert err == "", "no progress bar where there is no terminal"
     lines = [line.split(maxsplit=1) for line in out.splitlines()]
-    assert re.fullmatch(r"same class +\d of 6 neighbours \([\d.]+%\)", out.splitlines()[0].strip())
+    assert [line[:14] for line in out.splitlines()[:4]] == ["  colour share"] * 3 + ["    same class"]
+    assert re.fullmatch(r"same class +\d of 6 neighbours \([\d.]+%\)", out.splitlines()[3].strip())
     paths = [run_directory / "figures" / f"{name}.png" for name in ("kernels", "top5", "nearest")]
-    assert lines[1:] == [[path.stem, str(path)] for path in paths]
-    assert sorted(path.name for path in (run_directory / "figures").iterdir()) == sorted(path.name for path in paths)
+    assert lines[4:] == [[path.stem, str(path)] for path in paths]
+    written = {path.name for path in (run_directory / "figures").iterdir()}
+    assert written == {path.name for path in paths} | {"kernels.json"}
     before = [path.read_bytes() for path in paths]
     for path in paths:
         with Image.open(path) as image:

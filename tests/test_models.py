@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_train import build, models
-from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dist_train.config import Config, ConfigError, ModelConfig, TrainConfig
+from dist_train.data_config import DataConfig
 from dist_train.models import lrn
 from dist_train.models.alexnet import AlexNet, feature_side
 from dist_train.models.dropout import Dropout, mask_keys
@@ -279,6 +280,30 @@ def test_models_by_name() -> None:
     assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
     with pytest.raises(ValueError, match="'alexnt' is unknown: did you mean 'alexnet'"):
         models.build(ModelConfig("alexnt"), classes=5, crop=64)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_four_layers(activation: str) -> None:
+    """As cuda-convnet's layers-18pct.cfg without normalisation: Caffe's copy of that net has 89,578 parameters."""
+    net = models.build(ModelConfig("four_layers", options={"activation": activation}), classes=10, crop=32)
+    assert sum(parameter.numel() for parameter in net.parameters()) == 89_578
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32) * 80
+    nonlinear = {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]
+    convolutions = [nn.Conv2d(i, o, 5, padding=2) for i, o in ((3, 32), (32, 32), (32, 64))]
+    pools = [kind(3, 2, ceil_mode=True) for kind in (nn.MaxPool2d, nn.AvgPool2d, nn.AvgPool2d)]
+    layers = [layer for conv, pool in zip(convolutions, pools, strict=True) for layer in (conv, nonlinear(), pool)]
+    theirs = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10))
+    for ours, other in zip(net.parameters(), theirs.parameters(), strict=True):
+        other.data.copy_(ours.data)
+    torch.testing.assert_close(net(x), theirs(x))
+    deviations = [layer.weight.std().item() for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert deviations == pytest.approx([1e-4, 0.01, 0.01, 0.01], rel=0.05)
+    for crop in (27, 28, 29, 30):
+        small = models.build(ModelConfig("four_layers"), classes=10, crop=crop)
+        assert small(torch.zeros(1, 3, crop, crop)).shape == (1, 10)
+    with pytest.raises(ConfigError, match="activation is gelu: choose relu or tanh"):
+        models.build(ModelConfig("four_layers", options={"activation": "gelu"}), classes=10, crop=32)
 
 
 def test_one_sample_has_no_statistics() -> None:

@@ -126,6 +126,9 @@ def test_width_and_biases() -> None:
     maps = [layer.out_channels for layer in net.modules() if isinstance(layer, nn.Conv2d)]
     assert maps == [48, 128, 192, 192, 128], "one of the paper's towers alone"
     assert all((p == 1).all() for name, p in net.named_parameters() if name.endswith("bias"))
+    for name in ("alexnet", "alexnet_two_tower"):
+        net = models.build(ModelConfig(name, hidden=8, biases="zeros"), classes=10, crop=67)
+        assert all((p == 0).all() for key, p in net.named_parameters() if key.endswith("bias"))
 
 
 def test_outputs() -> None:
@@ -190,7 +193,8 @@ def test_probe(name: str) -> None:
 
 @pytest.mark.integration
 def test_a_run_with_probes_that_stops_at_a_training_error(shard_sets: Path, tmp_path: Path) -> None:
-    """Probes change nothing; the run ends where the running mean of the training error falls below the level."""
+    """Probes change nothing; the run ends where the running mean of the training error is below the level and stays so
+    with the step that is under way."""
     options = ("--model.name=alexnet_one_tower", "--train.epochs=6", "--optim.name=adam", "--optim.lr=0.0003")
     plain, probed = tmp_path / "plain", tmp_path / "probed"
     assert launch(shard_sets, plain, *options, ranks=0).returncode == 0
@@ -198,16 +202,19 @@ def test_a_run_with_probes_that_stops_at_a_training_error(shard_sets: Path, tmp_
     for line in records(plain, "step"):
         progress.average(line["train_error"], line["step"])
         errors.append(progress.train_error)
-    level = min(errors[49:54]) + 1e-9  # not before the mean is one of 50 steps
-    stop = next(i for i, error in enumerate(errors) if i >= 49 and error < level)
+    level = max(errors[51:53]) + 1e-9  # not before the mean is one of 50 steps
+    assert errors[49] < level <= errors[50], "a fall that the step under way by then takes back: not the end"
     until = f"--train.until_error={level}"
     result = launch(shard_sets, probed, *options, until, "--monitor.probes=[0,3,12]", ranks=0)
     assert result.returncode == 0, result.stderr
     steps = records(probed, "step")
     assert steps == records(plain, "step")[: len(steps)]
-    assert stop + 1 <= len(steps) <= stop + 2, "read a step late"
+    assert len(steps) == 53, "read a step late"
     assert status(probed)["state"] == "done"
-    assert [r["step"] for r in records(probed, "probe")] == [0, 3, 12]
+    probes = records(probed, "probe")
+    assert [r["step"] for r in probes] == [0, 3, 12]
+    recorded = [steps[r["step"]]["loss"] for r in probes]  # a step's loss is the mean cross-entropy that is probed
+    assert recorded == pytest.approx([r["loss"] for r in probes], rel=1e-5)
     assert records(probed, "validation")[-1]["step"] == len(steps)
     again = launch(shard_sets, probed, *options, until, ranks=0)
     assert again.returncode == 0, again.stderr
@@ -215,6 +222,21 @@ def test_a_run_with_probes_that_stops_at_a_training_error(shard_sets: Path, tmp_
 
 
 @pytest.mark.integration
+def test_a_step_is_of_the_mean_loss(shard_sets: Path, tmp_path: Path) -> None:
+    """Section 3.5 maximizes "the average across training cases", and section 5 steps along "the average over the ith
+    batch": the gradient's norm is that of the mean loss's, which `test_probe` has from backward()."""
+    run = tmp_path / "run"
+    options = ("--model.name=alexnet_one_tower", "--train.max_steps=1", "--monitor.probes=[0]")
+    result = launch(shard_sets, run, *options, ranks=0)
+    assert result.returncode == 0, result.stderr
+    (step,), (probe,) = records(run, "step"), records(run, "probe")
+    assert step["loss"] == pytest.approx(probe["loss"], rel=1e-5)
+    net = models.build(ModelConfig("alexnet_one_tower", hidden=32, width=0.25), classes=3, crop=67)
+    sizes = {name: layer.weight.numel() for name, layer in net.named_modules() if name in probe["layers"]}
+    square = sum(n * probe["layers"][name]["gradient"] ** 2 for name, n in sizes.items())
+    assert square < step["grad_norm"] ** 2 < 1.5 * square, "the rest is of the biases"
+
+
 def test_init_from(shard_sets: Path, tmp_path: Path) -> None:
     """Fine-tuning: all but the last layer is taken over from a net with more outputs; a missing run is a sentence."""
     first, second = tmp_path / "pretrained", tmp_path / "tuned"

@@ -1,8 +1,9 @@
 """Experiments: a configuration, NAME.yaml, and its arms, NAME.sweep, one line of overrides per run (which
 `python -m slurm submit --array` takes too), each with its name as a comment. An arm runs with several seeds, or with
 the one it gives. `# ensemble of two: NAME` averages the runs of another arm, two by two; `# begun below: 0.6` gives the
-training error below which a net has begun to learn; `# columns: ONE, OTHER` puts the arms called "ONE, ..." and "OTHER,
-..." side by side in a table of their own.
+training error below which a net has begun to learn, `# validated below: 0.5, 0.4` the validation errors that are looked
+for in the same way; `# columns: ONE, OTHER` puts the arms called "ONE, ..." and "OTHER, ..." side by side in a table of
+their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dist_train.packaged import CONFIGS
 from pipelines.files import read_text
 
 SWEEPS = CONFIGS / "experiments"
-ENSEMBLE, BEGUN, COLUMNS = "# ensemble of two: ", "# begun below: ", "# columns: "
+ENSEMBLE, BEGUN, VALIDATED, COLUMNS = "# ensemble of two: ", "# begun below: ", "# validated below: ", "# columns: "
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Experiment:
     Attributes:
         begun: training error below which a net has begun to learn. 0.8 is right twice as often as a guess among ten
             classes.
+        validated: top-1 validation errors; the table says when a run was below each.
         columns: names that arms begin with, for the table that has them side by side; none for no such table.
     """
 
@@ -60,6 +62,7 @@ class Experiment:
     root: Path
     arms: list[Arm] = field(default_factory=list)
     begun: float = 0.8
+    validated: tuple[float, ...] = ()
     columns: tuple[str, ...] = ()
 
     @property
@@ -119,6 +122,8 @@ def read(name: str, seeds: int, root: Path) -> Experiment:
             experiment.arms.append(Arm(f"two of: {of}, averaged", (), tuple(range(seeds)), of))
         elif line.startswith(BEGUN):
             experiment.begun = float(line.removeprefix(BEGUN))
+        elif line.startswith(VALIDATED):
+            experiment.validated = tuple(map(float, line.removeprefix(VALIDATED).split(", ")))
         elif line.startswith(COLUMNS):
             experiment.columns = tuple(line.removeprefix(COLUMNS).split(", "))
         elif overrides := overrides_of(line, sweep):

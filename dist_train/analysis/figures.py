@@ -1,6 +1,7 @@
 """`python -m dist_train figures RUN`: figures 3 and 4 of the paper (section 6.1) for a trained run.
 
-kernels.png   figure 3: the kernels of the first convolution
+kernels.png   figure 3: the kernels of the first convolution, with the colour share of each tower's, which is written
+              to kernels.json as well
 top5.png      figure 4, left: the five most probable classes of some validation images, right and wrong ones
 nearest.png   figure 4, right: the training images nearest to some validation images in the last hidden layer
 
@@ -12,17 +13,19 @@ wrong.png     like top5.png, for misclassified images only
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from dist_train.analysis.colour import NOISE, colour_told, summarised
 from dist_train.analysis.neighbours import (
     FigureError,
     Neighbours,
@@ -57,10 +60,11 @@ ROWS = 6  # images in inputs.png
 
 
 class Drawn(NamedTuple):
-    """A figure; for nearest.png also the share of neighbours of the same class, as text."""
+    """A figure, what is printed of it as (label, text), and what is written beside it as JSON."""
 
     figure: Figure
-    same_class: str = ""
+    results: Sequence[tuple[str, str]] = ()
+    record: Mapping[str, Any] | None = None
 
 
 def start(args: Namespace) -> int:
@@ -94,10 +98,10 @@ def _of_net(run: Trained, args: Namespace) -> dict[str, Callable[[], Drawn]]:
         found = nearest_images(
             run, varied_tests(run, args.images or TESTS), searched(run, args.train_images), args.neighbours
         )
-        return Drawn(nearest_figure(run, found), found.summary())
+        return Drawn(nearest_figure(run, found), [("same class", found.summary())])
 
     return {
-        "kernels": lambda: Drawn(kernels_figure(run)),
+        "kernels": lambda: kernels_drawn(run),
         "top5": lambda: Drawn(top5_figure(run, most_probable(run, args.images or IMAGES))),
         "nearest": similar,
         "wrong": lambda: Drawn(top5_figure(run, misclassified(run, args.images or IMAGES))),
@@ -114,13 +118,14 @@ def write_figures(drawings: Mapping[str, Callable[[], Drawn]], out: Path) -> lis
     for name, drawing in drawings.items():
         path = out / f"{name}.png"
         try:
-            figure, same_class = drawing()
+            figure, told, record = drawing()
         except FigureError as error:
             say(f"{path.name} is left out: {error}")
             continue
-        if same_class:
-            results.append(("same class", same_class))
+        results += told
         write_atomically(path, as_png(figure, dpi=figure.dpi, pil_kwargs={"optimize": True}))
+        if record:
+            write_atomically(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
         paths.append((name, str(path)))
     return results + paths
 
@@ -133,9 +138,14 @@ def inputs_figure(config: Config) -> Figure:
     return shown_figure(shards, config.data, rows=ROWS, seed=config.train.seed, threads=torch.get_num_threads())
 
 
-def kernels_figure(run: Trained) -> Figure:
-    """Figure 3. Raises FigureError."""
-    return draw_kernels(kernel_blocks(run), _title(run))
+def kernels_drawn(run: Trained) -> Drawn:
+    """Figure 3, with the colour share of each tower's kernels. Raises FigureError."""
+    blocks = kernel_blocks(run)
+    towers = summarised(blocks)
+    told = colour_told(towers)
+    figure = draw_kernels(blocks, _title(run), [f"Colour share, {line}" for line in told])
+    record = {"run": run.directory.resolve().name, "step": run.step, "colour_share": towers, "white_noise": NOISE}
+    return Drawn(figure, [("colour share", line) for line in told], record)
 
 
 def kernel_blocks(run: Trained) -> list[Weights]:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Action, ArgumentError, Namespace
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from dist_train.rundir.named import run_named
-from pipelines.cli import Parser, natural, positive
+from dist_train.rundir.named import RUNS, run_named
+from pipelines.cli import Parser, limit_options, natural, positive, watch_option
+from pipelines.errors import UserError
 from pipelines.resolve import FLAG
 
 FIGURES = ("kernels", "top5", "nearest")  # of the paper, which are drawn if none is named
 DRAWN = (*FIGURES, "inputs", "wrong")  # all
 CROPS = {"one": 1, "five": 5, "ten": 10}  # fixed views that `evaluate` averages
+STDOUT = Path("-")
+JSON_HELP = "a line of JSON per image, on stdout in place of the text, or into FILE (.json or .jsonl)"
 # The parts of `gpu-report` in their order, and the seconds that each may take; all together, GPU_MINUTES. The last one
 # takes what the others leave, and does the most telling first.
 GPU_PARTS = {"machine": 60, "decoder": 90, "pooling": 60, "tests": 240, "resume": 300, "drills": 180, "speed": 600}
 GPU_MINUTES = 10
+NET, WEIGHTS, ONNX = (".pt2", ".safetensors", ".onnx")  # what `export` writes, by the end of its name
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raises UserError if no file can be written where this option says, before anything that takes hours."""
+    special = path.exists() and not path.is_file()
+    if special or not path.parent.is_dir():
+        why = "it is no file" if special else f"there is no folder {path.parent}"
+        raise UserError(f"{path} cannot be written ({why}): choose another place with {option}")
 
 
 class _Names(Action):
@@ -31,6 +43,15 @@ class _Names(Action):
 
 def _crops(text: str) -> str:
     return next((name for name, views in CROPS.items() if text == str(views)), text)
+
+
+def runs(parser: Parser) -> None:
+    """Declare the options of `runs`."""
+    parser.add_argument(
+        "dir", nargs="?", type=Path, default=RUNS, metavar="DIR", help="folder of runs and sweeps (default: runs/)"
+    )
+    parser.add_argument("--json", action="store_true", help="all numbers, as a list of objects (docs/runs.md)")
+    watch_option(parser)
 
 
 def evaluate(parser: Parser) -> None:
@@ -55,6 +76,31 @@ def evaluate(parser: Parser) -> None:
     )
     parser.add_argument("--batch", type=positive, default=128, metavar="N", help="images per forward pass and device")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for all numbers")
+    _trust(parser)
+
+
+def predicted(parser: Parser) -> None:
+    """Declare the options of `predict`."""
+    parser.add_argument(
+        "run",
+        type=run_named,
+        metavar="RUN",
+        help="directory of a run, or its name in runs/; or a .safetensors or .pt2 that `export` wrote",
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image, folder of images at any depth, pattern in quotes ('photos/**/*.jpg'), or shard set",
+    )
+    parser.add_argument("--json", nargs="?", type=_lines_file, const=STDOUT, metavar="FILE", help=JSON_HELP)
+    parser.add_argument(
+        "--crops", type=_crops, choices=list(CROPS), default="one", help="views that are averaged, as for `evaluate`"
+    )
+    parser.add_argument("--checkpoint", default="last", help="of a run: last, best, or the name of a checkpoint")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--batch", type=positive, default=128, metavar="N", help="images per forward pass")
+    limit_options(parser)
     _trust(parser)
 
 
@@ -83,6 +129,32 @@ def figures(parser: Parser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the figures (default: RUN/figures)")
     _trust(parser)
+
+
+def export(parser: Parser) -> None:
+    """Declare the options of `export`."""
+    parser.add_argument("run", type=run_named, metavar="RUN", help="directory of a run, or its name in runs/")
+    parser.add_argument(
+        "file",
+        type=_export,
+        metavar="FILE",
+        help="FILE.pt2, the net for torch.export.load; FILE.safetensors, its weights; FILE.onnx. Beside it stands "
+        "FILE.pt2.json, with all else that is needed. What is there already is replaced",
+    )
+    parser.add_argument("--checkpoint", default="last", help="last, best, or the name of a checkpoint")
+    _trust(parser)
+
+
+def _export(text: str) -> Path:
+    if (path := Path(text)).suffix not in (NET, WEIGHTS, ONNX):
+        raise ArgumentTypeError(f"{text}: end its name with {NET} (the net), {WEIGHTS} (its weights) or {ONNX}")
+    return path
+
+
+def _lines_file(text: str) -> Path:
+    if (path := Path(text)) != STDOUT and path.suffix not in (".json", ".jsonl"):
+        raise ArgumentTypeError(f"{text}: the name of its file ends in .json or .jsonl, put --json behind the images")
+    return path
 
 
 def _trust(parser: Parser) -> None:
@@ -116,6 +188,25 @@ def speed(parser: Parser) -> None:
     )
     parser.add_argument("--steps", type=natural, default=0, metavar="N", help=steps)
     parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="file for all numbers")
+
+
+def report_page(parser: Parser) -> None:
+    """Declare the options of `report`."""
+    parser.add_argument(
+        "runs", nargs="+", type=run_named, metavar="RUN", help="directory of a run, or its name in runs/"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file of the page (default: RUN/report.html; of several runs, in the folder that they lie in)",
+    )
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="write no file: serve the page to a browser here or behind ssh, until Ctrl-C",
+    )
+    parser.add_argument("--port", type=natural, default=0, metavar="N", help="of --serve; 0: one that is free")
 
 
 def gpu_report(parser: Parser) -> None:

@@ -25,6 +25,17 @@ class StepLine(NamedTuple):
     error: float
 
 
+class EpochLine(NamedTuple):
+    """An epoch of a run: the steps done at its end, its learning rate, the loss of validation after it in nats, and the
+    mean loss and the error, 0..1, of its training batches, with dropout and random crops."""
+
+    step: int
+    lr: float
+    loss: float
+    train_loss: float
+    train_error: float
+
+
 @dataclass(frozen=True)
 class ArmRun:
     """One run of an arm, or with `averaged` one pair of runs whose predictions are averaged.
@@ -35,6 +46,7 @@ class ArmRun:
         until_error: `train.until_error`.
         momentum: of SGD; None for other optimizers.
         errors: top-1 validation errors, 0..1, in the order of the epochs.
+        epochs: what else is known of these; none in files and runs that are older.
         probes: what `dist_train.probe` measured, with `step` and `lr`.
     """
 
@@ -47,6 +59,7 @@ class ArmRun:
     momentum: float | None = None
     steps: list[StepLine] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
+    epochs: list[EpochLine] = field(default_factory=list)
     probes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -57,6 +70,11 @@ class ArmRun:
     def first_below(self, error: float) -> int | None:
         """First recorded step with a running training error below this one, once that looks back far enough."""
         return next((found.step for found in self.steps if found.step >= MEMORY and found.error < error), None)
+
+    def validated_below(self, error: float) -> int | None:
+        """Steps done at the end of the first epoch whose top-1 validation error is below this one."""
+        ends = zip(self.epochs, self.errors, strict=False)  # an older file has errors alone
+        return next((epoch.step for epoch, found in ends if found < error), None)
 
     def probe(self, step: int) -> dict[str, Any] | None:
         """Measurements before a step; None if there are none."""
@@ -100,7 +118,12 @@ def of_runs(experiment: Experiment) -> list[ArmRun]:
 
 def of_file(path: Path) -> list[ArmRun]:
     """What a file of `as_file` holds; nothing if there is none. Raises UserError if it is damaged."""
-    return [ArmRun(**{**line, "steps": [StepLine(*step) for step in line["steps"]]}) for line in read_jsonl(path)]
+
+    def made(line: dict[str, Any]) -> ArmRun:
+        lines = {"steps": [StepLine(*row) for row in line["steps"]]}
+        return ArmRun(**line | lines | {"epochs": [EpochLine(*row) for row in line.get("epochs", ())]})
+
+    return [made(line) for line in read_jsonl(path)]
 
 
 def as_file(runs: Sequence[ArmRun]) -> bytes:
@@ -122,6 +145,10 @@ def _of_lines(arm: Arm, seed: int, config: Config, records: list[dict[str, Any]]
     """The run of these records, which ended in this state. Raises KeyError."""
     steps, checks, probes = ([r for r in records if r["kind"] == kind] for kind in ("step", "validation", "probe"))
     errors = dict(running_errors(steps))
+    if state == "done" and _reached(config, steps, checks):
+        end = steps[-1]["step"]
+        errors[end] = min(errors[end], config.train.until_error - 1e-6)
+    known = all("train_error" in check for check in checks)
     return ArmRun(
         arm.name,
         seed,
@@ -130,9 +157,19 @@ def _of_lines(arm: Arm, seed: int, config: Config, records: list[dict[str, Any]]
         until_error=config.train.until_error,
         momentum=config.optim.momentum if config.optim.name == "sgd" else None,
         steps=[StepLine(line["step"], _short(line["loss"]), _short(errors[line["step"]])) for line in steps],
-        errors=[check["top1_error"] for check in checks],
+        errors=[_short(check["top1_error"]) for check in checks],
+        epochs=[EpochLine(*(_short(check[key]) for key in EpochLine._fields)) for check in checks if known],
         probes=[_short({key: value for key, value in probe.items() if key != record.MACHINE}) for probe in probes],
     )
+
+
+def _reached(config: Config, steps: list[dict[str, Any]], checks: list[dict[str, Any]]) -> bool:
+    """Whether a run that is done ended by `train.until_error`, and so below it: from the means of windows, its running
+    error can be a ten-thousandth too high."""
+    train = config.train
+    if not (train.until_error and steps and checks) or steps[-1]["step"] != checks[-1]["step"]:
+        return False
+    return not 0 < train.max_steps <= steps[-1]["step"] and bool(steps[-1]["progress"] < train.epochs)
 
 
 def _short(value: Any) -> Any:

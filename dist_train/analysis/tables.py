@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,18 +12,30 @@ from numpy.typing import NDArray
 
 from dist_train.analysis.arms import Arm, Experiment
 from dist_train.analysis.recorded import ArmRun, as_file, of_file, of_runs
-from dist_train.pictures.sweeps import PANELS, Curve, Probed, draw_arms, draw_layers, draw_ratios
+from dist_train.pictures.sweeps import (
+    PANELS,
+    Curve,
+    Epochs,
+    Probed,
+    draw_arms,
+    draw_epochs,
+    draw_layers,
+    draw_ratios,
+)
 from pipelines.files import write_atomically
 from pipelines.png import as_png
 
 Runs = Mapping[str, Sequence[ArmRun]]  # by the label of the arm
+EPOCHS = 10  # of a run at least, for a picture of its epochs
+LAST = 10  # epochs that a mean is of
 FIRST, LAST_HIDDEN = "conv1", "fc7"  # layers of the table of probes
 
 
 def report(experiment: Experiment, out: Path) -> list[Path]:
-    """Write NAME.md, NAME.png and NAME.jsonl; if the sweep has columns NAME-columns.md; if layers were probed
-    NAME-layers.md, NAME-outputs.png, NAME-gradients.png and NAME-lr.png; without runs, from the NAME.jsonl that is
-    there. Returns the paths: none if there is nothing to draw."""
+    """Write NAME.md, NAME.png and NAME.jsonl; if the sweep has columns NAME-columns.md; if a run divided its learning
+    rate NAME-rates.md; if one has epochs to look at NAME-epochs.png; if layers were probed NAME-layers.md,
+    NAME-outputs.png, NAME-gradients.png and NAME-lr.png; without runs, from the NAME.jsonl that is there. Returns the
+    paths: none if there is nothing to draw."""
     title, source = experiment.name, out / f"{experiment.name}.jsonl"
     found = of_runs(experiment) or of_file(source)
     runs = {label(experiment, arm): own for arm in experiment.arms if (own := _of(arm, found))}
@@ -34,9 +47,15 @@ def report(experiment: Experiment, out: Path) -> list[Path]:
         name: [Curve([step.step for step in run.steps], [step.loss for step in run.steps]) for run in own]
         for name, own in trained.items()
     }
-    files = {source.name: as_file(found), f"{title}.md": table(runs, experiment.begun).encode()}
+    files = {source.name: as_file(found), f"{title}.md": table(runs, experiment).encode()}
     if experiment.columns:
         files[f"{title}-columns.md"] = side_by_side(trained, experiment.columns, experiment.begun).encode()
+    if any(len({epoch.lr for epoch in run.epochs}) > 1 for run in found):
+        files[f"{title}-rates.md"] = table_of_rates(trained).encode()
+    if max(len(run.epochs) for run in found) >= EPOCHS:
+        files[f"{title}-epochs.png"] = as_png(
+            draw_epochs({name: [_epochs(run) for run in own if run.epochs] for name, own in trained.items()}, title)
+        )
     files[f"{title}.png"] = as_png(draw_arms(curves, errors, title, _batches(trained)))
     if probed := {name: own[0] for name, own in trained.items() if own[0].probes}:
         names, probes = list(probed), measured(list(probed.values()))
@@ -50,6 +69,11 @@ def report(experiment: Experiment, out: Path) -> list[Path]:
     return [out / name for name in files]
 
 
+def _epochs(run: ArmRun) -> Epochs:
+    epochs = run.epochs
+    return Epochs([e.step for e in epochs], [e.train_error for e in epochs], run.errors, [e.lr for e in epochs])
+
+
 def label(experiment: Experiment, arm: Arm) -> str:
     """Name of an arm, with its seeds if another arm has the same name."""
     if sum(other.name == arm.name for other in experiment.arms) == 1:
@@ -61,19 +85,45 @@ def _of(arm: Arm, runs: Sequence[ArmRun]) -> list[ArmRun]:
     return [run for run in runs if run.arm == arm.name and run.seed in arm.seeds]
 
 
-def table(runs: Runs, begun: float) -> str:
-    """Markdown table, one row per arm: the mean over its seeds, with the least and the greatest in brackets.
-
-    Args:
-        begun: training error below which a net has begun to learn.
-    """
-    levels = [begun]
+def table(runs: Runs, experiment: Experiment) -> str:
+    """Markdown table, one row per arm: the mean over its seeds, with the least and the greatest in brackets. Where no
+    run stops at a training error, that of the last epoch is a column."""
+    levels = [experiment.begun]
     if stop := max(run.until_error for own in runs.values() for run in own):
         levels.append(stop)
     head = ["arm", "runs", f"training error below {levels[0]:.0%} at step"]
     head += [f"below {level:.0%} at step" for level in levels[1:]]
-    head += ["top-1 error, validation", "steps"]
-    return _markdown(head, [_row(name, own, levels) for name, own in runs.items()])
+    head += [f"validation error below {level:.0%} at step" for level in experiment.validated]
+    ended = not stop and all(run.epochs for own in runs.values() for run in own)
+    head += ["training error"] * ended + ["top-1 error, validation", "steps"]
+    wanted = RowParts(levels, experiment.validated, ended)
+    return _markdown(head, [_row(name, own, wanted) for name, own in runs.items()])
+
+
+class RowParts(NamedTuple):
+    """What a row of the table says besides the outcome: steps at these training and validation errors, and whether the
+    last training error."""
+
+    levels: Sequence[float]
+    validated: Sequence[float]
+    ended: bool
+
+
+def table_of_rates(runs: Runs) -> str:
+    """Markdown table, one row per learning rate of a run: its epochs, the training error of their last, and what the
+    top-1 validation error was at their end and at its lowest."""
+    rows = []
+    for name, own in runs.items():
+        for run in own:
+            ends = list(zip(run.epochs, run.errors, strict=False))  # an older file has errors alone
+            for lr, group in groupby(enumerate(ends, 1), key=lambda numbered: numbered[1][0].lr):
+                numbers, found = zip(*group, strict=True)
+                errors = [error for _, error in found]
+                epochs = f"{numbers[0]} to {numbers[-1]}"
+                ended = [f"{found[-1][0].train_error:.2%}", f"{errors[-1]:.2%}", f"{min(errors):.2%}"]
+                rows.append([name, str(run.seed), f"{lr:g}", epochs, *ended, f"{np.mean(errors[-LAST:]):.2%}"])
+    head = ["arm", "seed", "learning rate", "epochs", "training error, last epoch", "top-1 error, last epoch"]
+    return _markdown([*head, "lowest", f"mean of the last {LAST} epochs"], rows)
 
 
 def side_by_side(runs: Runs, columns: Sequence[str], begun: float) -> str:
@@ -97,20 +147,24 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *rows])
 
 
-def _row(name: str, runs: Sequence[ArmRun], levels: Sequence[float]) -> list[str]:
+def _row(name: str, runs: Sequence[ArmRun], wanted: RowParts) -> list[str]:
     errors = [run.errors[-1] for run in runs if run.errors]
     if runs[0].averaged:
-        return [name, str(len(runs)), *[""] * len(levels), _span(errors, "{:.2%}".format), ""]
+        gap = [""] * (len(wanted.levels) + len(wanted.validated) + wanted.ended)
+        return [name, str(len(runs)), *gap, _span(errors, "{:.2%}".format), ""]
     outcomes = [_span(errors, "{:.2%}".format)] if errors else []
     if diverged := sum(run.diverged for run in runs):
         outcomes.append(f"{diverged} of {len(runs)} diverged")
-    when = [_when(runs, level) for level in levels]
+    when = [_when(runs, [run.first_below(level) for run in runs]) for level in wanted.levels]
+    when += [_when(runs, [run.validated_below(level) for run in runs]) for level in wanted.validated]
+    if wanted.ended:
+        when.append(_span([run.epochs[-1].train_error for run in runs], "{:.2%}".format))
     return [name, str(len(runs)), *when, "; ".join(outcomes), _span([run.last_step for run in runs], "{:.0f}".format)]
 
 
-def _when(runs: Sequence[ArmRun], error: float) -> str:
-    """First step of the runs with a training error below this one, and how many of them never reached it."""
-    found = [step for run in runs if (step := run.first_below(error)) is not None]
+def _when(runs: Sequence[ArmRun], reached: Sequence[int | None]) -> str:
+    """The steps at which these runs reached an error, and how many of them never did."""
+    found = [step for step in reached if step is not None]
     steps = _span(found, "{:.0f}".format)
     if len(found) == len(runs):
         return steps
@@ -135,7 +189,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("loss", lambda _, probe: float(probe["loss"])),
-    Column("largest stable lr", lambda run, probe: run.stable_lr(probe)),
+    Column("largest stable lr of the last layer", lambda run, probe: run.stable_lr(probe)),
     Column("signal at fc 7", lambda _, probe: _of_layer(probe, LAST_HIDDEN, "signal")),
     Column("gradient of conv 1", lambda _, probe: _of_layer(probe, FIRST, "gradient")),
     Column("dead in fc 7", lambda _, probe: _of_layer(probe, LAST_HIDDEN, "dead")),

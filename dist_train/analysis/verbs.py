@@ -16,8 +16,20 @@ def _evaluate(args: Namespace) -> int:
     return verb.start(args)
 
 
+def _predict(args: Namespace) -> int:
+    from dist_train.analysis import predicted as verb
+
+    return verb.start(args)
+
+
 def _figures(args: Namespace) -> int:
     from dist_train.analysis import figures as verb
+
+    return verb.start(args)
+
+
+def _export(args: Namespace) -> int:
+    from dist_train.analysis import export as verb
 
     return verb.start(args)
 
@@ -44,10 +56,30 @@ def _gpu_report(args: Namespace) -> int:
     return verb.start(args)
 
 
+def _report(args: Namespace) -> int:
+    if args.serve:
+        from dist_train.page import serve
+
+        return serve.start(args)
+    from dist_train.page import report as verb
+
+    return verb.start(args)
+
+
+def _runs(args: Namespace) -> int:
+    from dist_train.analysis import runs as verb
+
+    return verb.start(args)
+
+
 SHARED = ("evaluate", "speed")  # verbs whose work the ranks of torchrun share
 VERBS = {
+    "runs": Verb("a table of all runs in a folder, or their numbers as JSON", options.runs, _runs),
+    "report": Verb("the page of a run, or of several: one HTML file for any browser", options.report_page, _report),
     "evaluate": Verb("exact errors of a run, or of several, averaged", options.evaluate, _evaluate),
+    "predict": Verb("the most probable classes of images in files, folders or shard sets", options.predicted, _predict),
     "figures": Verb("figures 3 and 4 of the paper, for a trained run", options.figures, _figures),
+    "export": Verb("a trained net, or its weights, for other programs", options.export, _export),
     "experiments": Verb(
         "run and draw the sweeps of configs/experiments; further options go to the trainer",
         options.experiments,

@@ -1,8 +1,9 @@
-"""The net of section 3 of Krizhevsky, Sutskever, Hinton: ImageNet classification with deep convolutional networks."""
+"""The net of section 3 of Krizhevsky, Sutskever, Hinton: ImageNet classification with deep convolutional
+neural networks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from dist_train.config import ConfigError, ModelConfig
 from dist_train.models.dropout import Dropout
 from dist_train.models.lrn import local_response_norm
 
-TOWERS = 2  # the paper's two GPUs: "the kernels of the second, fourth, and fifth layers" see one tower's maps
+TOWERS = 2  # the paper's two GPUs: the kernels of conv 2, 4 and 5 see one tower's maps
 KERNELS = {"conv1": (96, 11, 4, 0), "conv2": (256, 5, 1, 2), "conv3": (384, 3, 1, 1)}  # number, side, stride, padding
 KERNELS |= {"conv4": (384, 3, 1, 1), "conv5": (256, 3, 1, 1)}
 PAPER = ModelConfig()
 ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases begin with 1 (section 5)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh}
 
 
 class Layers(nn.Module):
@@ -32,7 +34,7 @@ class Layers(nn.Module):
     def __init__(self, options: ModelConfig) -> None:
         super().__init__()
         self.options = options
-        self.activation = torch.tanh if options.activation == "tanh" else F.relu
+        self.activation = ACTIVATIONS[options.activation]
 
     def normalise(self, x: Tensor, layer: str, groups: int) -> Tensor:
         """Section 3.3, after "the ReLU nonlinearity in certain layers": the first and the second (3.5)."""
@@ -53,7 +55,8 @@ class Layers(nn.Module):
         fully-connected hidden layers, with the constant 1"; the remaining ones 0."""
         nn.init.normal_(layer.weight, std=0.01)
         if layer.bias is not None:
-            nn.init.constant_(layer.bias, float(self.options.biases == "ones" or name in ONES))
+            ones = {"paper": ONES, "ones": (name,), "zeros": ()}[self.options.biases]
+            nn.init.constant_(layer.bias, float(name in ones))
 
 
 class AlexNet(Layers):

@@ -6,6 +6,7 @@ The first arms of a sweep are shown in colour, each with a marker of its own; al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,16 @@ class Curve(NamedTuple):
 
     steps: Sequence[int]
     losses: Sequence[float]
+
+
+class Epochs(NamedTuple):
+    """The epochs of a run: steps done at their ends, errors of training and of validation after them as fractions of 1,
+    and learning rates."""
+
+    steps: Sequence[int]
+    training: Sequence[float]
+    validation: Sequence[float]
+    rates: Sequence[float]
 
 
 class Panel(NamedTuple):
@@ -127,6 +138,31 @@ def draw_arms(
     _name(right, list(errors))
     plain(left, right)
     _title(figure, f"{title}: training loss and validation error of {len(errors)} arms")
+    return figure
+
+
+def draw_epochs(arms: Mapping[str, Sequence[Epochs]], title: str) -> Figure:
+    """Errors of training and of validation after each epoch, side by side on one scale, a line for each run; where a
+    run divides its learning rate, a dotted line with the rate that follows."""
+    figure = Figure(figsize=(13, 4.6), dpi=SWEEP_DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for i, runs in enumerate(arms.values()):
+        colour, _, thickness, front = look_of(i)
+        for run in runs:
+            for axes, errors in zip(panels, (run.training, run.validation), strict=True):
+                axes.plot(run.steps, [100 * error for error in errors], color=colour, lw=thickness, zorder=front)
+            for (step, before), (_, rate) in pairwise(zip(run.steps, run.rates, strict=True)):
+                if rate != before:
+                    for axes in panels:
+                        axes.axvline(step, color=colour, lw=1, ls=":")
+                    panels[0].text(step, 0.99, f" {rate:g}", transform=panels[0].get_xaxis_transform(), va="top")
+    for axes, text in zip(panels, ("training, with its dropout and random crops", "validation"), strict=True):
+        axes.set(xlabel="step", xlim=(0, None), ylim=(0, 100))
+        axes.set_title(text, fontsize=LABEL + 1)
+        plain(axes)
+    panels[0].set_ylabel("top-1 error after each epoch (%)")
+    _legend(figure, list(arms))
+    _title(figure, f"{title}: errors of {len(arms)} arm{'s' * (len(arms) > 1)}, epoch by epoch")
     return figure
 
 
