@@ -60,7 +60,7 @@ def validate(
     world.sum(tally.counts, total)
     found = tally.found()
     top1, top5, images = (int(values.sum()) for values in (found.top1, found.top5, found.samples))
-    return Scores(1 - top1 / images, 1 - top5 / images, float(total) / images, images), found
+    return Scores((images - top1) / images, (images - top5) / images, float(total) / images, images), found
 
 
 class Tally:
@@ -104,4 +104,4 @@ def padded(inputs: Tensor, n: int) -> Tensor:
 
 def chance_error(labels: NDArray[Any]) -> float:
     """Error of a net that always names the most common class."""
-    return 1 - int(np.bincount(labels).max()) / len(labels)
+    return (len(labels) - int(np.bincount(labels).max())) / len(labels)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -197,10 +199,19 @@ def test_the_numbers_are_written_before_they_are_shown_and_shown_in_any_case(
         patch.setattr(evaluation, "show", lambda text: there.append(path.exists()))
         assert evaluate(capsys, runs["nine"], f"--json={path}")[0] == 0
     assert there == [True, True]
-    code, out, err = evaluate(capsys, runs["nine"], f"--json={tmp_path / 'nowhere' / 'x.json'}")
+    with monkeypatch.context() as patch:
+
+        def full(path: Path, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        patch.setattr(evaluation, "write_atomically", full)
+        code, out, err = evaluate(capsys, runs["nine"], f"--json={path}")
     assert code == 2
     assert "top-1 error" in out
-    assert "choose another place with --json" in err
+    assert "(No space left on device): choose another place with --json" in err
+    code, out, err = evaluate(capsys, runs["nine"], f"--json={tmp_path / 'nowhere' / 'x.json'}")
+    assert (code, out) == (2, "")  # a place that is not there is told before the work
+    assert f"there is no folder {tmp_path / 'nowhere'}" in err
 
 
 def test_the_best_checkpoint_and_another_split(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.analysis.options import CROPS
+from dist_train.analysis.options import CROPS, check_place
 from dist_train.analysis.predict import predict, summarise
 from dist_train.analysis.trained import RunError, Trained, device_option, open_run
 from dist_train.data import difference
@@ -38,6 +38,8 @@ def start(args: Namespace) -> int:
 
 def _evaluate(args: Namespace, world: World) -> int:
     try:
+        if args.json:
+            world.together(lambda: check_place(args.json, "--json"), on=[0], failure=UserError, catch=(UserError,))
         runs = open_runs(args.runs, world, args.checkpoint, args.split, trusting=args.trust)
         views = CROPS[args.crops]
         table = predict(runs, world, views=views, batch=args.batch)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from dist_train import __version__
 from dist_train.analysis import commands, gpu_tables
-from dist_train.analysis.options import GPU_MINUTES, GPU_PARTS
+from dist_train.analysis.options import GPU_MINUTES, GPU_PARTS, check_place
 from pipelines.cli import INTERRUPTED, interrupted
 from pipelines.errors import UsageError
 from pipelines.files import read_json, write_atomically
@@ -60,10 +60,9 @@ def start(args: Namespace) -> int:
     if args.data:
         ShardSet(args.data)
     from dist_train import driver
-    from dist_train.analysis.speed import check_place
 
     for file in files:
-        check_place(file)
+        check_place(file, "--out")
     count, why = usable(ANSWER)
     broken = bool(driver.device_files()) and not count and not driver.hidden()
     hopeless = f"torch cannot use the GPUs of this machine: {why}" if broken else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +23,17 @@ from pipelines.speech import bar
 
 # Columns of `predict`'s table. Those from BEFORE_OF_RUNS on belong to the single runs.
 LEFT_OUT, PREDICTED, BEFORE, BEFORE_OF_RUNS = range(4)
+BATCHES = 64  # after which `predict` shows what it has seen
 
 
-def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) -> Ints:
+def predict(
+    runs: Sequence[Trained],
+    world: World,
+    *,
+    views: int,
+    batch: int,
+    seen: Callable[[Probabilities], None] | None = None,
+) -> Ints:
     """Predictions of each run, and of their average, for every image.
 
     Each rank keeps the float32 probabilities of its own images only; ranks exchange integers, which are summed once.
@@ -33,6 +42,7 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
     Args:
         views: number of fixed views to average, in order.
         batch: images of a forward pass.
+        seen: called with the mean probabilities of this rank's images, of some thousands at a time.
 
     Returns:
         int64 [images, 3 + runs], the same on all ranks. LEFT_OUT: 1 if it is in quarantine, or some run could
@@ -44,7 +54,7 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
     """
     batch = min(batch, len(runs[0].val))
     caught = (ShardError, OSError)
-    table = world.together(lambda: _own_rows(runs, world, views, batch), failure=ShardError, catch=caught)
+    table = world.together(lambda: _own_rows(runs, world, views, batch, seen), failure=ShardError, catch=caught)
     assert table is not None  # all ranks work
     world.sum(torch.from_numpy(table))  # which shares the memory of the table
     table[runs[0].val.quarantined, LEFT_OUT] = 1
@@ -53,24 +63,37 @@ def predict(runs: Sequence[Trained], world: World, *, views: int, batch: int) ->
     return table
 
 
-def _own_rows(runs: Sequence[Trained], world: World, views: int, batch: int) -> Ints:
+def _own_rows(
+    runs: Sequence[Trained], world: World, views: int, batch: int, seen: Callable[[Probabilities], None] | None
+) -> Ints:
     """`predict`'s table with the rows of this rank's images; the others are 0."""
-    table = np.zeros((len(runs[0].val), BEFORE_OF_RUNS + len(runs)), np.int64)
-    steps = ceil_div(len(runs[0].val.good), batch * world.size)
-    mean: Tensor | None = None
-    total = steps * views * len(runs)
-    with bar(total, "evaluate", "batch", speaks=world.rank == 0) as done:
-        for i, run in enumerate(runs):
-            own = probabilities(run, world, views, batch, done.update)
-            labels = run.val.labels(own.samples)
-            table[own.samples, LEFT_OUT] |= own.bad
-            table[own.samples, BEFORE_OF_RUNS + i] = more_probable(own.probabilities, labels)
-            share = own.probabilities / len(runs)
-            mean = share if mean is None else _add(mean, share)
-    assert mean is not None  # there is a run
-    table[own.samples, PREDICTED] = mean.numpy().argmax(axis=1)  # numpy's takes the first of equals
-    table[own.samples, BEFORE] = more_probable(mean, labels)
+    val = runs[0].val
+    table = np.zeros((len(val), BEFORE_OF_RUNS + len(runs)), np.int64)
+    steps = ceil_div(len(val.good), batch * world.size)
+    at_once = (BATCHES if seen else steps) * batch * world.size  # all, unless somebody wants to see some before
+    with bar(steps * views * len(runs), "evaluate", "batch", speaks=world.rank == 0) as done:
+        for first in range(0, len(val.good), at_once):
+            shown = val.good[first : first + at_once]
+            found = (probabilities(run, world, views, batch, each=done.update, samples=shown) for run in runs)
+            mean = _entered(table, found, runs)
+            if seen:
+                seen(mean)
     return table
+
+
+def _entered(table: Ints, found: Iterator[Probabilities], runs: Sequence[Trained]) -> Probabilities:
+    """Enters what the runs make of the same images into their rows of the table. Returns the mean over the runs."""
+    mean: Tensor | None = None
+    for i, one in enumerate(found):
+        own, labels = one.samples, runs[i].val.labels(one.samples)
+        table[own, LEFT_OUT] |= one.bad
+        table[own, BEFORE_OF_RUNS + i] = more_probable(one.probabilities, labels)
+        share = one.probabilities / len(runs)
+        mean = share if mean is None else _add(mean, share)
+    assert mean is not None  # there is a run
+    table[own, PREDICTED] = mean.numpy().argmax(axis=1)  # numpy's takes the first of equals
+    table[own, BEFORE] = more_probable(mean, labels)
+    return Probabilities(own, mean, table[own, LEFT_OUT] == 1)
 
 
 class Probabilities(NamedTuple):
@@ -88,18 +111,34 @@ class Probabilities(NamedTuple):
 
 
 def probabilities(
-    run: Trained, world: World, views: int, batch: int, each: Callable[[], Any] = lambda: None
+    run: Trained,
+    world: World,
+    views: int,
+    batch: int,
+    *,
+    each: Callable[[], Any] = lambda: None,
+    samples: Ints | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Probabilities:
-    """The probabilities of this rank's images by one run; `each` is called after every batch."""
-    loader = build.fixed_loader(run.config, world, run.val, run.train, batch=batch * world.size)
+    """The probabilities of this rank's images by one run.
+
+    Args:
+        each: called after every batch.
+        samples: numbers of the images, over all ranks, int64 [n]; None: all of the validation set.
+        told: called with a message about each image that cannot be decoded; None: it is printed.
+    """
+    of_view = partial(
+        build.fixed_loader, run.config, world, run.val, run.train, batch=batch * world.size, samples=samples
+    )
+    loader = of_view()
     own = np.concatenate([loader.samples(0, step)[0] for step in range(loader.steps)])
     bad = np.zeros(len(own), np.bool_)
     total = torch.zeros(len(own), 1)
     for view in range(views):
-        if view:
-            known = loader.bad  # is not met, and told, once more in every view
-            loader = build.fixed_loader(run.config, world, run.val, run.train, batch=loader.batch, view=view)
-            loader.bad |= known
+        known = loader.bad  # is not met, and told, once more in every view
+        loader = of_view(view=view) if view else loader
+        loader.bad |= known
+        loader.told = told or loader.told
         shown, outputs = _softmax(run, world, loader, batch, each)
         if len(own):
             total = total + outputs
@@ -171,7 +210,7 @@ def summarise(table: Ints, runs: Sequence[Trained]) -> dict[str, Any]:
             for i, run in enumerate(runs)
         ],
         "classes": [
-            {"class": name, "samples": int(n), "top1_hits": int(h), "top1_error": float(1 - h / n) if n else None}
+            {"class": name, "samples": int(n), "top1_hits": int(h), "top1_error": float((n - h) / n) if n else None}
             for name, n, h in zip(first.classes, samples, hits, strict=True)
         ],
         "confusions": [
@@ -188,4 +227,5 @@ def summarise(table: Ints, runs: Sequence[Trained]) -> dict[str, Any]:
 def _errors(before: Ints) -> dict[str, Any]:
     """Hits and errors, from the number of outputs per image that are more probable than the right one."""
     top1, top5, images = int((before < 1).sum()), int((before < 5).sum()), len(before)
-    return {"top1_hits": top1, "top5_hits": top5, "top1_error": 1 - top1 / images, "top5_error": 1 - top5 / images}
+    errors = {"top1_error": (images - top1) / images, "top5_error": (images - top5) / images}
+    return {"top1_hits": top1, "top5_hits": top5} | errors

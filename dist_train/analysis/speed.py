@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from dist_train import data
+from dist_train.analysis.options import check_place
 from dist_train.analysis.pace import Pace, Stretch, without_data
 from dist_train.config import Config
 from dist_train.flat import as_dict
@@ -62,17 +63,9 @@ def start(args: Namespace, config: Config) -> int:
     return code
 
 
-def check_place(path: Path) -> None:
-    """Raises UserError if no file can be written there, before anything is measured."""
-    special = path.exists() and not path.is_file()
-    if special or not path.parent.is_dir():
-        why = "it is no file" if special else f"there is no folder {path.parent}"
-        raise UserError(f"{path} cannot be written ({why}): choose another place with --out")
-
-
 def _speed(args: Namespace, config: Config, world: World, watch: Watch) -> None:
     """Raises Ended on all ranks alike."""
-    world.together(lambda: check_place(args.out), on=[0])
+    world.together(lambda: check_place(args.out, "--out"), on=[0])
     shards = _opened(config, world)
     built = world.in_pairs() if config.train.tower_parallel else world
     with tempfile.TemporaryDirectory(prefix="dist_train-speed-") as scratch:

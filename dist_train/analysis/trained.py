@@ -182,7 +182,7 @@ def _checkpoint(directory: Path, which: str) -> Checkpoint:
             remedy = "put a good one back" if which == "last" else "choose last"
             raise RunError(f"{directory} has no good checkpoint ({reasons}): {remedy}")
         if newest_name(directory):
-            raise RunError(f"{directory} has no checkpoint {which}: choose last")
+            raise RunError(f"{directory} has no checkpoint {which or 'of an empty name'}: choose last")
         raise RunError(f"{directory} has no checkpoint yet: train on, the first comes after an epoch at the latest")
     if bad:
         say(f"{directory}: bad checkpoints are passed over ({reasons})")
