@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_train.flat import OPTIONS
 from dist_train.rundir.named import RUNS
-from pipelines.cli import Parser, Verb, as_module, positive, run_verb
+from pipelines.cli import Parser, Verb, as_module, run_verb, watch_option
 from pipelines.speech import begin, say, show
 from slurm import options, submissions
 from slurm.submissions import SlurmError, Submission, SubmittedRun
@@ -68,14 +68,7 @@ def _submit_pack(args: Namespace) -> int:
 
 def _status_options(parser: Parser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="directory, or name in runs/ (default: all there)")
-    parser.add_argument(
-        "--watch",
-        type=positive,
-        nargs="?",
-        const=10,
-        metavar="SECONDS",
-        help="repeat every so many seconds (10 if none are given) until Ctrl-C, and report runs that fall silent",
-    )
+    watch_option(parser, ", and report runs that fall silent")
 
 
 def _status(args: Namespace) -> int:
@@ -95,7 +88,7 @@ def _status(args: Namespace) -> int:
     from slurm.table import in_queue, status_table
 
     runs = find()
-    show(status_table(runs, in_queue(runs)) if runs else none)
+    show(status_table(runs, in_queue(runs)) if runs else none, drawn=True)
     return 0
 
 

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from dist_train.rundir import lines, status
 from dist_train.rundir.ledger import Seconds
-from dist_train.rundir.named import RUNS, run_named
+from dist_train.rundir.named import RUNS, relative_name, run_named
 from pipelines import yamls
 from pipelines.errors import UserError
 from pipelines.files import appended, read_file, write_atomically
@@ -146,10 +146,7 @@ class SubmittedRun:
     @property
     def name(self) -> str:
         """Name that `find_runs` accepts: relative to `runs/` if the run lies there."""
-        try:
-            return str(self.directory.relative_to(RUNS.absolute()))
-        except ValueError:
-            return str(self.directory)
+        return relative_name(self.directory)
 
     @property
     def folder(self) -> Path:

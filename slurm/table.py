@@ -1,46 +1,28 @@
-"""Table of `status` and text of `logs`."""
+"""What Slurm adds to the table of runs, and the text of `logs`."""
 
 from __future__ import annotations
 
 import codecs
-import os
 import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from dist_train.rundir import record, status
-from dist_train.rundir.ledger import spent
+from dist_train.rundir import listing, status
+from dist_train.rundir.listing import RUN, SETTINGS, STATE, cells, drawn_table, duration, shown_state
+from dist_train.rundir.overview import Overview, damage, looked_at
 from pipelines.errors import UserError
 from pipelines.files import as_text, regular
-from pipelines.speech import in_line, show, show_bytes, unheard
-from pipelines.valid import Torn, objects_of
+from pipelines.speech import show, show_bytes, unheard
 from slurm.cluster import Entry, current, entry, look
 from slurm.submissions import SlurmError, Submission, SubmittedRun
 
-HEAD = (
-    "RUN",
-    "JOB",
-    "SLURM",
-    "STATE",
-    "EPOCH",
-    "STEP",
-    "IMAGES/S",
-    "TOP-1 ERROR",
-    "HEARTBEAT",
-    "RESTARTS",
-    "ELAPSED",
-    "GOODPUT",
-    "TIME LEFT",
-)
-STATE = HEAD.index("STATE")
+HEADS = (RUN, "JOB", "SLURM", *listing.HEADS[1:-1], "HEARTBEAT", "RESTARTS", "JOB LEFT", SETTINGS)
 ENDED = ("done", "diverged", "failed")  # states that say more than that the run was cancelled
-TAIL = 1 << 16  # bytes read from the end of the record
 PIECE = 1 << 20  # bytes of a log
-WIDEST = 80  # characters of a cell, the name's aside: reasons may be long
 COLOURS = re.compile("\033\\[[0-9;]*m")  # ECMA-48, SGR
 
 
@@ -56,80 +38,48 @@ def in_queue(runs: list[SubmittedRun]) -> dict[str, Entry]:
 
 
 def status_table(runs: list[SubmittedRun], queue: Mapping[str, Entry]) -> str:
-    """Table of a header line and one line per run, with long cells cut; of a single run its whole state follows, if
-    that was cut.
+    """The table of these runs, see `listing`, with what Slurm knows of them.
 
     Args:
         queue: from `in_queue`.
     """
-    cells = [_guarded_row(run, queue.get(run.name), time.time()) for run in runs]
-    rows = [HEAD, *((in_line(as_text(name)), *map(_cut, others)) for name, *others in cells)]
-    widths = [max(len(line[i]) for line in rows) for i in range(len(HEAD))]
-    lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in rows]
-    if len(cells) == 1 and rows[1][STATE] != (whole := in_line(cells[0][STATE])):
-        lines.append(whole)
-    return "\n".join(lines)
+    return drawn_table([_guarded_row(run, queue.get(run.name), time.time()) for run in runs], HEADS)
 
 
-def _cut(text: str) -> str:
-    """A text in one line, cut before it is escaped."""
-    return in_line(text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}...")
-
-
-def _guarded_row(run: SubmittedRun, place: Entry | None, now: float) -> tuple[str, ...]:
+def _guarded_row(run: SubmittedRun, place: Entry | None, now: float) -> dict[str, str]:
     """Like `row`; of a damaged run, which must not hide the others, the state says which file is at fault."""
     try:
         return row(run, place, now)
     except (UserError, OSError) as error:
-        job, why = "", str(error)
+        job = ""
         with suppress(UserError, OSError):
             job = run.last.job
-        if isinstance(error, OSError) and error.filename and not isinstance(error, UserError):
-            why = f"{os.fsdecode(error.filename)} ({error.strerror})"
-        why = why.removeprefix(f"{run.directory}/").replace(" is damaged (", " (", 1)
-        return (run.name, job, "", f"damaged: {why}", *[""] * (len(HEAD) - 4))
+        return {RUN: as_text(run.name), "JOB": job, STATE: f"damaged: {damage(run.directory, error)}"}
 
 
-def row(run: SubmittedRun, place: Entry | None, now: float) -> tuple[str, ...]:
-    """Cells of one run, in the columns of HEAD. Raises UserError and OSError if one of its files is damaged."""
-    now_at = status.read(run.directory)
-    if crash := run.crash(now_at):
-        now_at |= {"state": "failed", "reason": crash}
-    history = run.history()
-    state, heartbeat = _state(now_at, place, now)
-    if place and place.active and not crash and now_at.get("state") in ("failed", "diverged"):
+def row(run: SubmittedRun, place: Entry | None, now: float) -> dict[str, str]:
+    """Cells of one run, by the heads of their columns. Raises UserError and OSError if one of its files is damaged."""
+    found, history = looked_at(run.directory, now), run.history()
+    found = replace(found, name=as_text(run.name), epochs=run.config()["train"]["epochs"])
+    if crash := run.crash(status.read(run.directory)):
+        found = replace(found, state="failed", reason=crash)
+    state = _state(found, place, now)
+    if place and place.active and not crash and found.state in ("failed", "diverged"):
         submitted = history[-1].get("time", 0.0) if history and "submitted" in history[-1] else 0.0
-        if submitted > now_at.get("heartbeat", 0.0):  # the reason is that of the submission before
-            state = f"{now_at['state']}, then submitted again"
-    if run.last.cancelled and not (place and place.active) and now_at.get("state") not in ENDED:
+        if submitted > (found.heartbeat or 0.0):  # the reason is that of the submission before
+            state = f"{found.state}, then submitted again"
+    if run.last.cancelled and not (place and place.active) and found.state not in ENDED:
         state = "cancelled"
-    rate, error = _newest_numbers(run.directory / record.FILE)
     starts = sum("start" in line for line in history)
-    seconds = spent(now_at)
-    whole = sum(seconds.values())
-    return (
-        run.name,
-        _job(run, place),
-        _slurms(place),
-        state,
-        f"{now_at['epoch']}/{run.config()['train']['epochs']}" if "epoch" in now_at else "-",
-        str(now_at.get("step", "-")),
-        rate,
-        error,
-        heartbeat,
-        str(max(0, starts - 1)),
-        duration(whole) if whole else "-",
-        f"{seconds['training'] / whole:.0%}" if whole and "training" in seconds else "-",
-        place.left if place and place.state == "RUNNING" and place.left else "-",
-    )
-
-
-def duration(seconds: float) -> str:
-    """A duration as text: `8 s`, `12 min`, `5 h`, `3 d`."""
-    for unit, size, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
-        if seconds < most * size:
-            return f"{max(0, int(seconds / size))} {unit}"
-    return f"{int(seconds / 86400)} d"
+    alive = found.heartbeat is not None and not state.startswith("silent")
+    return cells(found, now) | {
+        "JOB": _job(run, place),
+        "SLURM": _slurms(place),
+        STATE: state,
+        "HEARTBEAT": f"{duration(now - (found.heartbeat or now))} ago" if alive else "-",
+        "RESTARTS": str(max(0, starts - 1)),
+        "JOB LEFT": place.left if place and place.state == "RUNNING" and place.left else "-",
+    }
 
 
 def read_log(run: SubmittedRun, rank: int, follow: bool) -> Iterator[bytes]:
@@ -171,21 +121,14 @@ def show_log(run: SubmittedRun, rank: int, follow: bool, raw: bool) -> None:
             return
 
 
-def _state(found: dict[str, Any], place: Entry | None, now: float) -> tuple[str, str]:
-    """Cells of state and heartbeat, from status.json and the queue. A run that died has left "running" behind."""
-    if not found:
-        return "not started", "-"
-    state, age = str(found["state"]), now - found.get("heartbeat", now)
-    heartbeat = f"{duration(age)} ago"
-    told = f"{state}: {found['reason']}" if found.get("reason") else state
-    if state in ("starting", "running"):
+def _state(found: Overview, place: Entry | None, now: float) -> str:
+    """The state, from status.json and the queue. A run that died has left "running" behind."""
+    if found.state in ("starting", "running", "silent"):
         if place and place.state == "PENDING":
-            return "interrupted", heartbeat  # it wrote no reason: a lost node
-        if age > status.SILENT:
-            return f"silent for {duration(age)}" + (f" ({told})" if state == "starting" else ""), "-"
-        if not (place and place.active):
-            return f"{state}, but not in the queue", heartbeat
-    return (state if state in ("running", "stopped") else told), heartbeat
+            return "interrupted"  # it wrote no reason: a lost node
+        if found.state != "silent" and not (place and place.active):
+            return f"{found.state}, but not in the queue"
+    return shown_state(found, now)
 
 
 def _started(run: SubmittedRun) -> str:
@@ -207,24 +150,3 @@ def _slurms(place: Entry | None) -> str:
     if place is None:
         return "not in the queue"
     return f"{place.state} ({place.reason})" if place.reason else place.state
-
-
-def _newest_numbers(path: Path) -> tuple[str, str]:
-    """Latest speed and validation error of a record, as cells."""
-    try:
-        with open(path, "rb", opener=regular) as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - TAIL))
-            text = file.read(TAIL)
-    except FileNotFoundError:
-        return "-", "-"
-    if size > TAIL:
-        text = text.partition(b"\n")[2]  # the start of the first line is cut off
-    lines, wrong = objects_of(record.RecordLine, text)
-    for error in wrong.values():
-        if not isinstance(error, Torn):
-            raise UserError(f"{path} is damaged (a line at its end: {error}): restore it, or move it away")
-    newest = {line["kind"]: line for line in lines}
-    rate = f"{record.rate(newest['step']) or 0:.0f}" if "step" in newest else "-"
-    errors = newest.get("validation", {})
-    return rate, f"{errors['top1_error']:.1%}" if "top1_error" in errors else "-"

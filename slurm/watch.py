@@ -10,8 +10,9 @@ from typing import Any
 from dist_train.monitor.notify import Outbox, silence
 from dist_train.monitor.webhook import Message, Webhook
 from dist_train.rundir import status
+from dist_train.rundir.listing import repeat
 from pipelines.errors import UserError
-from pipelines.speech import say, show_anew, unheard
+from pipelines.speech import say
 from slurm.cluster import Entry
 from slurm.submissions import SubmittedRun
 from slurm.table import in_queue, status_table
@@ -27,17 +28,16 @@ def watch(find: Callable[[], list[SubmittedRun]], seconds: float, otherwise: str
     """
     webhook, silences = Webhook.wanted(), Silences()
     outbox = Outbox(webhook, say) if webhook else None
-    try:
-        while not unheard():
-            runs = find()
-            queue = in_queue(runs)
-            show_anew(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{status_table(runs, queue) if runs else otherwise}")
-            for message in silences.found(runs, queue, time.time()):
-                if outbox:
-                    outbox.put(message)
-            time.sleep(seconds)
-    except KeyboardInterrupt:
-        pass
+
+    def draw() -> str:
+        runs = find()
+        queue = in_queue(runs)
+        for message in silences.found(runs, queue, time.time()):
+            if outbox:
+                outbox.put(message)
+        return status_table(runs, queue) if runs else otherwise
+
+    repeat(draw, seconds)
     if outbox:
         outbox.close()
 

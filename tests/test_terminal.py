@@ -22,11 +22,15 @@ from dist_train.rundir.state import Progress
 from pipelines import speech
 
 LINE: dict[str, Any] = {"kind": "step", "epoch": 0, "step": 60, "progress": 60 / 468, "images": 60 * 128}
-LINE |= {"loss": 1.2344, "train_error": 0.45, "lr": 0.01, "machine": {"images_per_s": 509.2, "data_wait": 0.03}}
+LINE |= {"loss": 1.2344, "train_error": 0.45, "lr": 0.01}
+WAITS: dict[str, Any] = {"data_wait": 0.03, "data_wait_worst": 0.07, "worst_rank": 3, "worst_node": "gpu-07"}
+LINE["machine"] = {"images_per_s": 509.2, **WAITS}
+BEHIND = {**LINE, "machine": {**LINE["machine"], "data_wait_worst": 0.31}}  # a rank holds the others up
 ALL = ("loss 1.234", "error 45%", "lr 0.01", "509 images/s", "data wait 3%", "0:01:42 left")
+WORST = "rank 3 on gpu-07 31%"
 
 
-def frames(columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def frames(columns: int, monkeypatch: pytest.MonkeyPatch, line: dict[str, Any] = LINE) -> list[str]:
     """What stands on a terminal of so many columns, one after the other."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -35,7 +39,7 @@ def frames(columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         shown = terminal.Terminal(is_first=True)
         shown.begin_epoch(Progress(step=59, step_in_epoch=59), TrainConfig(epochs=1), 468)
         shown.tick()
-        shown.take(LINE)
+        shown.take(line)
         shown.begin_validation(Progress(), 79)
         shown.validated()
         shown.end_epoch()
@@ -60,6 +64,25 @@ def test_the_bar_keeps_its_room(columns: int, numbers: tuple[str, ...], monkeypa
     assert shown[-1].startswith("0 of 79 batches of validation 1/1 |")
 
 
+@pytest.mark.parametrize(
+    ("columns", "numbers"),
+    [
+        (140, (*ALL[:5], WORST, ALL[5])),
+        (130, (*ALL[:2], *ALL[3:5], WORST, ALL[5])),
+        (120, ALL),  # what is shorter keeps the room that a rank's name lacks
+        (110, (*ALL[:2], *ALL[3:])),
+        (95, (ALL[0], ALL[1], ALL[3], ALL[5])),
+    ],
+)
+def test_a_rank_that_waits_much_longer_is_named(
+    columns: int, numbers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the mean, and before the learning rate where there is no room for both."""
+    shown = frames(columns, monkeypatch, BEHIND)
+    assert max(map(len, shown)) <= columns
+    assert next(frame for frame in shown if "left" in frame).split("|")[2].strip() == ", ".join(numbers)
+
+
 def test_plain_lines_count_the_steps_that_are_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,13 +90,13 @@ def test_plain_lines_count_the_steps_that_are_left(
     clock = iter((100.0, 110.0, 131.0))
     monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     shown = terminal.Terminal(is_first=True)
-    for last in (0, 500, 100):
+    for last, line in ((0, LINE), (500, LINE), (100, BEHIND)):
         shown.begin_epoch(Progress(step=59, step_in_epoch=59), TrainConfig(epochs=3, max_steps=last), 468)
         shown.tick()
-        shown.take(LINE)
+        shown.take(line)
     assert capsys.readouterr().err.splitlines() == [
         "60 of 468 steps of epoch 1/3: " + ", ".join((*ALL[:5], "0:05:37 left")),
-        "60 of 100 steps of epoch 1/3: " + ", ".join((*ALL[:5], "0:00:10 left")),
+        "60 of 100 steps of epoch 1/3: " + ", ".join((*ALL[:5], WORST, "0:00:10 left")),
     ]
 
 

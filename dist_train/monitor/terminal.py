@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 LINES = 30.0  # seconds between two plain lines, at least
 ROOM = 12  # columns that the bar keeps, with its borders
-DROPPED = (2, 4, 3, 1, 0)  # numbers of `_parts` left out of a narrow line, one after the other
+# Numbers of `_parts`, the most important first: in a narrow line each that still has room. The learning rate, which the
+# schedule knows, is the last.
+FIRST = ("left", "loss", "error", "rate", "wait", "worst", "lr")
+BEHIND = 0.05  # how much more of its time than the mean a rank waits for data if it is named
 
 
 class Terminal:
@@ -82,7 +85,7 @@ class Terminal:
     def _step(self, line: dict[str, Any]) -> None:
         parts = self._parts(line)
         self._draw(parts)
-        self._plain(": " + ", ".join(parts))
+        self._plain(": " + ", ".join(parts.values()))
 
     def _plain(self, text: str) -> None:
         """A line without a terminal, if the last one is old enough."""
@@ -90,32 +93,36 @@ class Terminal:
             self.say(f"{self._done} of {self._total} {self._of}{text}")
             self._shown = now
 
-    def _draw(self, parts: list[str]) -> None:
+    def _draw(self, parts: dict[str, str]) -> None:
         """The live line with as many of the numbers as leave the bar its room."""
         if self._bar is None:
             return
         width = self._bar.format_dict["ncols"] or COLUMNS  # a terminal that is gone has none
         free = width - ROOM - len(f" {self._total} of {self._total} {self._of} ")
-        kept, dropped = dict(enumerate(parts)), iter(DROPPED)
-        while len(text := ", ".join(kept.values())) > free and (i := next(dropped, None)) is not None:
-            del kept[i]
-        self._bar.bar_format = self._format(text)
+        kept = list[str]()
+        for name in (name for name in FIRST if name in parts):
+            if not kept or len(", ".join(parts[n] for n in (*kept, name))) <= free:
+                kept.append(name)
+        self._bar.bar_format = self._format(", ".join(text for name, text in parts.items() if name in kept))
         self._bar.refresh()
 
     def _format(self, text: str) -> str:
         return f"{{n_fmt}} of {{total_fmt}} {self._of} |{{bar}}| {text}"
 
-    def _parts(self, line: dict[str, Any]) -> list[str]:
-        """The numbers of a step's line, and the time to the last step."""
+    def _parts(self, line: dict[str, Any]) -> dict[str, str]:
+        """The numbers of a step's line, the rank that waits for data much longer than the others, if there is one, and
+        the time to the last step."""
         machine, steps = line[MACHINE], (self._epochs - line["progress"]) * self._steps
         if self._last:
             steps = min(steps, self._last - line["step"])
         seconds = steps * line["images"] / line["step"] / max(1e-9, machine["images_per_s"])
-        return [
-            f"loss {line['loss']:.3f}",
-            f"error {line['train_error']:.0%}",
-            f"lr {line['lr']:g}",
-            f"{machine['images_per_s']:.0f} images/s",
-            f"data wait {machine['data_wait']:.0%}",
-            f"{clock(seconds)} left",
-        ]
+        parts = {
+            "loss": f"loss {line['loss']:.3f}",
+            "error": f"error {line['train_error']:.0%}",
+            "lr": f"lr {line['lr']:g}",
+            "rate": f"{machine['images_per_s']:.0f} images/s",
+            "wait": f"data wait {machine['data_wait']:.0%}",
+        }
+        if (worst := machine["data_wait_worst"]) >= machine["data_wait"] + BEHIND:
+            parts["worst"] = f"rank {machine['worst_rank']} on {machine['worst_node']} {worst:.0%}"
+        return parts | {"left": f"{clock(seconds)} left"}

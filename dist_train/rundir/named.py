@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from dist_train.rundir import checkpoint, events, lease, record, status
+from pipelines.files import as_text
 from pipelines.words import nearest
 
 RUNS = Path("runs")
@@ -25,6 +26,19 @@ def run_named(text: str, root: Path = RUNS) -> Path:
     return next(runs, None) or next((p for p in places if os.path.exists(p)), path)  # not Path.exists: it may raise
 
 
+def relative_name(run: Path) -> str:
+    """The name of a run: relative to `runs/` if it lies there, else its path."""
+    try:
+        return str(run.absolute().relative_to(RUNS.absolute()))
+    except ValueError:
+        return str(run)
+
+
+def shown_name(run: Path) -> str:
+    """The same as text."""
+    return as_text(relative_name(run))
+
+
 def is_of_run(file: Path) -> bool:
     """Whether a file, as named or where links lead, lies somewhere in the directory of a run: somebody else may have
     chosen what it says."""
@@ -41,7 +55,7 @@ def no_run(path: Path, root: Path = RUNS) -> str:
     """Sentence for a run found neither at `path` nor in `root`; names the closest runs in `root`."""
     places = " or ".join(map(str, dict.fromkeys((path, root / path))))
     found = sorted((*root.glob("*/config.yaml"), *root.glob("*/*/config.yaml")), key=os.path.getmtime, reverse=True)
-    names = [str(file.parent.relative_to(root)) for file in found]
+    names = [str(file.parent.relative_to(root)) for file in found if file.parent.name != "slurm"]
     if meant := nearest(path.name, names):
         return f"there is no run {places}: did you mean {meant}?"
     known = f" (the newest in {root}/: {', '.join(names[:LISTED])})" if names else ""

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
@@ -64,6 +65,9 @@ def missing() -> str:
     absent = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
     packages = "slurmctld slurmd slurm-client munge"
     return f"no {', '.join(absent)}: install Debian's {packages}" if absent else ""
+
+
+CLUSTERS = count()
 
 
 class Cluster:
@@ -158,7 +162,9 @@ class Cluster:
         return [number for number, variables in _processes() if mine in variables or tasks <= variables]
 
     def _start(self, name: str, *words: str) -> None:
+        """Start a process that ends with this one, however that ends."""
         environment = self.environment | {"PRIVATE_NODE": f"{self.root}/{name}"}
+        words = ("setpriv", "--pdeathsig", "KILL", *words)
         with open(self.root / f"{name}.console", "ab") as log:
             self._processes[name] = subprocess.Popen(
                 words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -180,7 +186,8 @@ class Cluster:
         host, *ports = socket.gethostname().split(".")[0], *_free_ports(1 + len(self.nodes))
         user = "root" if ROOT else subprocess.check_output(["id", "-un"], text=True).strip()
         plugin = "task/affinity" if self._bound else "task/none"
-        first = 1 + os.getpid() % 10000  # a job's port follows from its number: two clusters at once need others
+        # A job's port follows from its number: clusters of other workers, or of this one, need others at the same time.
+        first = 1 + 500 * ((os.getpid() + 12 * next(CLUSTERS)) % 24)
         text = CONF.format(host=host, port=ports[0], user=user, root=self.root, task_plugin=plugin, first_job=first)
         hosts = Path("/etc/hosts").read_text()
         for i, (node, port) in enumerate(zip(self.nodes, ports[1:], strict=True), 1):
@@ -197,18 +204,26 @@ class Cluster:
 
 
 def process_with(variables: set[str]) -> int:
-    """Number of the process with these in its environment, unlike its parent; 0 if there is none."""
+    """Number of the process with these in its environment, unlike its parent; 0 if there is none. Of several the
+    oldest: a rank has git and others beside it for a moment, whose parents may be gone."""
     found = [number for number, its in _processes() if variables <= its]
-    parents = {number: parent(number) for number in found}
-    return next((number for number in found if parents[number] not in found), 0)
+    kin = {number: _kin(number) for number in found}
+    first = [(began, number) for number, (parent, began) in kin.items() if parent and parent not in found]
+    return min(first, default=(0, 0))[1]
 
 
 def parent(process: int) -> int:
     """Parent of a process; 0 if that process is gone."""
+    return _kin(process)[0]
+
+
+def _kin(process: int) -> tuple[int, int]:
+    """Parent of a process, and when it began, in ticks since the machine did; zeros if it is gone."""
     try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
+        return 0, 0
+    return int(fields[1]), int(fields[19])
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str, every: float = 0.1) -> None:

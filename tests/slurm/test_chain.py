@@ -29,6 +29,7 @@ def shown(user: User, name: str) -> list[str]:
     return re.split(" {2,}", user.slurm("status", name).splitlines()[1])
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_after_a_stop_and_leaves_nothing(user: User, uninterrupted: Path) -> None:
     jobs = submit(user, "chained", 3)
     process = user.freeze("chained", jobs[0], rank=3)

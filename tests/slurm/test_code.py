@@ -96,6 +96,8 @@ def test_what_is_copied(here: Path, tmp_path: Path) -> None:
     copy = taken(tmp_path / "run")
     files = {str(path.relative_to(REPOSITORY)) for name in code.PACKAGES for path in (REPOSITORY / name).rglob("*.py")}
     files |= {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "slurm").rglob("*.*") if path.suffix in DATA}
+    page = (path for path in (REPOSITORY / "dist_train" / "page").rglob("*.*") if path.suffix != ".pyc")
+    files |= {str(path.relative_to(REPOSITORY)) for path in page}
     files |= {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "configs").rglob("*") if path.is_file()}
     assert names(copy) - files == {"my_nets.py", "my_layers.py", "slurm/new.py", "copied.json", "changes.diff"}
     assert not files - names(copy)

@@ -29,6 +29,7 @@ def bound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster.close()
 
 
+@pytest.mark.slow
 def test_each_task_uses_its_own_cpus(bound: Cluster, tmp_path: Path, shard_sets: Path) -> None:
     user = User(tmp_path, bound, shard_sets)
     done = user.start(

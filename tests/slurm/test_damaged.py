@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.rundir.listing import WIDEST
 from pipelines.speech import UNPRINTED
 from slurm.__main__ import main
 from slurm.cluster import Entry
 from slurm.submissions import SubmittedRun
-from slurm.table import WIDEST, row
+from slurm.table import row
 from slurm.watch import Silences
 
 NOW = time.time() + 3600  # however long the tests take
@@ -139,8 +140,8 @@ def table(capsys: pytest.CaptureFixture[str], *runs: str) -> list[str]:
     lines = out.splitlines()[1:]
     if not runs:
         (right,) = (line for line in lines if line.startswith("right "))
-        assert [cell.strip() for cell in right.split("  ") if cell.strip()][:8] == [
-            *("right", "12", "not in the queue", "running, but not in the queue", "3/90", "17", "812", "40.7%"),
+        assert [cell.strip() for cell in right.split("  ") if cell.strip()][:7] == [
+            *("right", "12", "not in the queue", "running, but not in the queue", "3/90", "812", "40.7%"),
         ]
     return lines
 
@@ -248,12 +249,12 @@ def test_a_torn_line_is_left_out(here: Path, capsys: pytest.CaptureFixture[str],
 def test_a_run_that_is_submitted_again_has_no_reason_yet(here: Path) -> None:
     run = SubmittedRun(here / "right")
     (run.directory / "status.json").write_text(body(state="failed", reason="no GPU", heartbeat=time.time() - 5))
-    assert row(run, Entry("PENDING"), NOW)[3] == "failed: no GPU"
+    assert row(run, Entry("PENDING"), NOW)["STATE"] == "failed: no GPU"
     run.append(submitted="12")
-    assert row(run, Entry("PENDING"), NOW)[3] == "failed, then submitted again"
-    assert row(run, None, NOW)[3] == "failed: no GPU"
+    assert row(run, Entry("PENDING"), NOW)["STATE"] == "failed, then submitted again"
+    assert row(run, None, NOW)["STATE"] == "failed: no GPU"
     run.append(start="12")
-    assert row(run, Entry("RUNNING"), NOW)[3] == "failed: no GPU"
+    assert row(run, Entry("RUNNING"), NOW)["STATE"] == "failed: no GPU"
 
 
 LOG = b"\033[31mred\033[0m \xc3\xa9\r\n 10%|#  |\r 20%|## |\r\n\033]0;title\a\xff\0end\n"

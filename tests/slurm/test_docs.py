@@ -17,8 +17,11 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 # Of each page the name of its run, and, in the order of its commands, a regular expression for what `status` says by
 # the time that a reader would type the next one.
 SESSIONS = {
-    "cluster.md": ("fashion", ("", "", "1/3", "", "BeginTime", "", "COMPLETED")),
-    "imagenet.md": ("imagenet", ("", "", "[3-5]/12", "BeginTime", "([7-9]|10)/12", "BeginTime", "COMPLETED")),
+    "cluster.md": ("fashion", ("", "", r" 1(\.\d)?/3", "", "BeginTime", "", "COMPLETED")),
+    "imagenet.md": (
+        "imagenet",
+        ("", "", r" [3-5](\.\d)?/12", "BeginTime", r" ([7-9]|10)(\.\d)?/12", "BeginTime", "COMPLETED"),
+    ),
 }
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

@@ -57,6 +57,7 @@ def test_the_time_limit_loses_nothing(user: User, uninterrupted: Path) -> None:
     assert status(user.run("limited"))["seconds"]["queue"] > 0
 
 
+@pytest.mark.slow
 def test_preemption_by_either_signal_loses_nothing(user: User, uninterrupted: Path) -> None:
     stops = [""]
     user.cluster.preempt_with(user_signal=False)
@@ -135,6 +136,7 @@ def test_cancel_saves_and_requeue_goes_on(user: User, uninterrupted: Path) -> No
     assert user.cluster.nodes[0] not in story[-1]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_array_and_its_jobs_share_a_node(user: User, uninterrupted: Path) -> None:
     (user.home / "sweep.txt").write_text(
         "--optim.lr 0.01  # as it is\n\n--optim.lr 0.02 --train.seed 7\n--train.epochs 1\n"
@@ -167,6 +169,7 @@ def site(user: User, text: str) -> Path:
     return user.home / "site"
 
 
+@pytest.mark.slow
 def test_nobody_outlives_the_step(user: User) -> None:
     """The step's daemon is killed before the program has begun, while ranks are waited for, and in training."""
     size = ("--nodes=1", "--gpus-per-node=2")
@@ -231,6 +234,7 @@ def test_the_rank_that_failed_is_named_and_all_come_back(user: User, uninterrupt
     ],
     ids=["slurm", "jsonargparse"],
 )
+@pytest.mark.slow
 def test_a_node_that_lost_a_module(user: User, rank: int, module: str, told: str) -> None:
     """The other ranks, some of which are signalled before the trainer is there to hear it, do not wait for it."""
     condition = f"os.environ.get('SLURM_STEP_ID') == '0' and os.environ['SLURM_PROCID'] == '{rank}'"
