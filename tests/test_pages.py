@@ -24,7 +24,7 @@ MODULES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-SUFFIXES = {"py", "md", "json", "jsonl", "yaml", "npy", "npz", "png", "pt"}
+SUFFIXES = {"py", "md", "json", "jsonl", "yaml", "npy", "npz", "png", "pt", "html"}
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # Python 3.10 has no tomllib
 
 
@@ -97,7 +97,7 @@ def test_the_citation_is_one() -> None:
 def bounds() -> list[str]:
     """What the project needs, of those that it takes at run time and to be tested."""
     blocks = re.findall(
-        r"(?ms)^(?:dependencies|dev|cuda1\d|tensorboard|gpu-stats|parquet|remote) = \[(.*?)\]$",
+        r"(?ms)^(?:dependencies|dev|cuda1\d|tensorboard|gpu-stats|parquet|onnx|remote) = \[(.*?)\]$",
         re.sub("#.*", "", PROJECT),
     )
     return re.findall(r'"([^"]+)"', "".join(blocks))

@@ -17,17 +17,17 @@ from PIL import Image
 
 from dist_train.__main__ import main
 from dist_train.analysis.trained import VanishedError, open_run
-from dist_train.monitor.portraits import Drawing, What, classes
+from dist_train.monitor.portraits import Drawing, What
 from dist_train.ranks import beside
 from dist_train.rundir import checkpoint, stored
 from dist_train.rundir.checkpoint import CheckpointError
-from dist_train.rundir.confusion import MOST, Confusion, ConfusionError, ConfusionFile
+from dist_train.rundir.confusion import MOST, Confusion, ConfusionError, ConfusionFile, classes
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.writer import Writer
 from tests.helpers.drills import until
 from tests.helpers.launch import alive, children, launch
 
-pytestmark = [pytest.mark.integration, pytest.mark.shown]
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[1]
 LONG = 120.0  # seconds, far more than a drawing takes
@@ -99,7 +99,8 @@ def test_pictures_are_drawn_beside_the_run(run: Path, monkeypatch: pytest.Monkey
             assert min(picture.size) > 250
         drawing.end()
         assert (drawing.poll(), drawing.failed) == (run / "pictures" / f"{what}.png", "")
-    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["inputs.png", "kernels.png", "wrong.png"]
+    written = sorted(path.name for path in (run / "pictures").iterdir())
+    assert written == ["inputs.png", "kernels.json", "kernels.png", "wrong.png"]
     assert contents(run) == before
 
 
@@ -145,6 +146,7 @@ def test_a_drawing_ends_with_its_run(run: Path, when: str) -> None:
     assert not (run / "pictures").exists()
 
 
+@pytest.mark.slow
 def test_why_there_is_no_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sentence: without a checkpoint; of a net that has no such kernels; if no process can be started."""
     (run / "checkpoints").rename(run / "elsewhere")

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from dist_train.config import Config, MonitorConfig, RunConfig
-from dist_train.monitor import portraits, wandb_about, wandb_extras
+from dist_train.monitor import drawings, wandb_about, wandb_extras
 from dist_train.monitor.reader import Shown
 from dist_train.monitor.readers import Readers
-from dist_train.rundir import events, record
+from dist_train.rundir import confusion, events, record
 from dist_train.rundir.checkpoint import Checkpoint
 from tests.helpers.compare import records
 from tests.helpers.drills import EVERY, until
@@ -27,7 +27,7 @@ from tests.helpers.launch import Run, at, finish, start
 from tests.helpers.wandb_file import files, logged
 from tests.helpers.wandb_server import WandbServer
 
-pytestmark = [pytest.mark.shown, pytest.mark.usefixtures("wandb_alone")]
+pytestmark = [pytest.mark.usefixtures("wandb_alone")]
 
 EXACT = {
     "loss/training": "loss",
@@ -65,7 +65,7 @@ class Drawn:
 
 @pytest.fixture
 def _drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_extras, "Drawing", Drawn)
+    monkeypatch.setattr(drawings, "Drawing", Drawn)
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
@@ -86,7 +86,9 @@ class Showing:
         run.mkdir(exist_ok=True)
         self.run, self.said = run, list[str]()
         sizes = [(run / name).stat().st_size if (run / name).exists() else 0 for name in (record.FILE, events.FILE)]
-        config = replace(Config(), run=RunConfig(name=run.name, dir=str(run)), monitor=MonitorConfig(**monitor))
+        config = replace(
+            Config(), run=RunConfig(name=run.name, dir=str(run)), monitor=MonitorConfig(**({"page": False} | monitor))
+        )
         self.readers = Readers(Shown(run, config, self.said.append, *sizes))
         self.readers.open()
 
@@ -109,6 +111,7 @@ def sends(begun: Run, run: Path) -> bool:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_five_starts_of_which_two_are_killed(shard_sets: Path, tmp_path: Path) -> None:
     """The files of all starts together have each step; what is there twice is the same twice."""
     run = tmp_path / "run"
@@ -151,7 +154,9 @@ def test_wandbs_process_is_killed(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("--monitor.wandb=offline", "--run.stop_timeout=20")
     begun = start(shard_sets, run, *words, ranks=0, fault={}, env={"STEP_SECONDS": "0.3"})
-    until(lambda: files(run) and len(records(run, "step")) > 2)
+    # wandb's process is there, and has its file, before wandb.init returns.
+    logs = "wandb/offline-run-*/logs/debug.log"
+    until(lambda: any("run started" in log.read_text() for log in run.glob(logs)) and len(records(run, "step")) > 2)
     (core,) = [pid for pid in begun.processes() if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(core, signal.SIGKILL)
     result = finish(begun)
@@ -187,8 +192,8 @@ def test_pictures_tables_and_the_best_checkpoint(tmp_path: Path, monkeypatch: py
     """In the rows of lines that come, and in the last one; inputs once in the life of a run."""
     run = tmp_path / "run"
     names, counts = ["a", "b"], np.array([30, 33])
-    counted = portraits.ClassCounts(names, counts, np.array([15, 11]), counts, [(1, 0, 22), (0, 1, 15)])
-    monkeypatch.setattr(portraits, "classes", lambda _: counted)
+    counted = confusion.ClassCounts(names, counts, np.array([15, 11]), counts, [(1, 0, 22), (0, 1, 15)])
+    monkeypatch.setattr(confusion, "classes", lambda _: counted)
     best = run / "checkpoints" / "step-00000010-validated"
     best.mkdir(parents=True)
     (best / "state.pt").write_bytes(b"weights")
@@ -222,8 +227,8 @@ def test_pictures_tables_and_the_best_checkpoint(tmp_path: Path, monkeypatch: py
 
 def test_of_many_classes_the_most_confused_pairs_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     n, ones = wandb_extras.MOST + 1, np.ones(wandb_extras.MOST + 1, np.int64)
-    counted = portraits.ClassCounts([f"class {i}" for i in range(n)], ones, 0 * ones, ones, [(2, 1, 7), (1, 2, 3)])
-    monkeypatch.setattr(portraits, "classes", lambda _: counted)
+    counted = confusion.ClassCounts([f"class {i}" for i in range(n)], ones, 0 * ones, ones, [(2, 1, 7), (1, 2, 3)])
+    monkeypatch.setattr(confusion, "classes", lambda _: counted)
     found = wandb_extras.tables(tmp_path)
     assert sorted(found) == ["tables/classes", "tables/confused"]
     assert found["tables/confused"].data == [["class 2", "class 1", 7], ["class 1", "class 2", 3]]

@@ -19,7 +19,7 @@ from tests.helpers.drills import until
 from tests.helpers.launch import STEPS, Run, finish, start
 from tests.helpers.wandb_server import Part, WandbServer, cores
 
-pytestmark = [pytest.mark.integration, pytest.mark.shown]
+pytestmark = pytest.mark.integration
 
 ALL = list(range(1, 2 * STEPS + 1))
 STOP = 8  # seconds that a run may take to stop: a server that does not answer is waited for no longer
@@ -78,6 +78,7 @@ def type_it(said: str, server: WandbServer, run: Path) -> None:
 
 
 @pytest.mark.parametrize("part", one_of("hang", *PARTS))
+@pytest.mark.slow
 def test_a_fault_that_passes(server: WandbServer, shard_sets: Path, tmp_path: Path, part: Part) -> None:
     """What was missed is sent when the server is back, and nobody needs to be told."""
     run = tmp_path / "run"

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.drills import until
 from tests.helpers.wandb_server import Part, WandbServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.shown]
+pytestmark = pytest.mark.integration
 
 BEGIN = """
 import numpy, wandb

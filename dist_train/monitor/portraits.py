@@ -1,4 +1,4 @@
-"""Pictures of a run while it trains, drawn by a separate process, and per-class counts of its last validation."""
+"""Pictures of a run while it trains, drawn by a separate process."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ import subprocess
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dist_train.ranks import beside
-from dist_train.rundir import confusion
 from pipelines.resolve import FLAG
 
 What = Literal["inputs", "wrong", "kernels"]
@@ -110,46 +105,3 @@ class Drawing:
             found = self._path.stat()
             return found.st_ino, found.st_mtime_ns
         return None
-
-
-@dataclass(frozen=True)
-class ClassCounts:
-    """Per-class counts of a run's last validation.
-
-    Attributes:
-        names: class names.
-        samples: images per class, int64 [classes].
-        top1, top5: images per class whose label was the most probable, and among the five most probable; int64
-            [classes].
-        pairs: (class, predicted class, count), the most frequent first, ties in the order of the classes. Excludes
-            correct predictions and outputs that stand for no class. Empty with more than `confusion.MOST` classes.
-    """
-
-    names: list[str]
-    samples: NDArray[np.int64]
-    top1: NDArray[np.int64]
-    top5: NDArray[np.int64]
-    pairs: list[tuple[int, int, int]]
-
-    def matrix(self) -> NDArray[np.int64]:
-        """Confusion matrix, int64 [classes, classes]: labels by row, predictions by column. Only the diagonal if
-        `pairs` were not counted."""
-        found = np.diag(self.top1)
-        for label, predicted, count in self.pairs:
-            found[label, predicted] = count
-        return found
-
-
-def classes(run: Path) -> ClassCounts:
-    """Per-class counts of a run's last validation. Raises ConfusionError, a UserError, if there was none."""
-    counts, names = confusion.read(run)
-    pairs = [
-        (label, predicted, count)
-        for label, predicted, count in zip(
-            counts.label.tolist(), counts.predicted.tolist(), counts.count.tolist(), strict=True
-        )
-        if label != predicted < len(names)
-    ]
-    return ClassCounts(
-        names, counts.samples, counts.top1, counts.top5, sorted(pairs, key=lambda pair: (-pair[2], *pair[:2]))
-    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from dist_train.config import Config
+from dist_train.monitor.drawings import Pictures
 from pipelines.files import regular
 from pipelines.valid import Invalid, object_of
 
@@ -25,6 +26,8 @@ class Shown:
         record_bytes: size of the record when this start began; it appends behind.
         events_bytes: the same of the events.
         step: the step that this start resumes from.
+        token: name of this start, which the run's lease holds as long as it is the start's.
+        pictures: of the run, for all readers.
     """
 
     run: Path
@@ -33,6 +36,11 @@ class Shown:
     record_bytes: int = 0
     events_bytes: int = 0
     step: int = 0
+    token: str = ""
+    pictures: Pictures = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pictures", Pictures(self.run, self.say))
 
 
 class Anew(Exception):

@@ -15,6 +15,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from dist_train.monitor.notify import Notifier
+from dist_train.monitor.page import PageRun
 from dist_train.monitor.reader import Anew, Hurried, RecordReader, Shown, lines, one_line
 from dist_train.monitor.tensorboard import TensorBoardRun
 from dist_train.monitor.wandb import WandbRun
@@ -30,6 +31,7 @@ READERS: dict[str, Callable[[Shown], RecordReader | None]] = {
     "wandb": WandbRun.wanted,
     "tensorboard": TensorBoardRun.wanted,
     "notify": Notifier.wanted,
+    "page": PageRun.wanted,
 }
 
 
@@ -74,10 +76,12 @@ class Readers:
             took = time.monotonic() - began
             self._shown.say(f"{follower.name} has not ended within {took:.0f} s: the run ends without it")
         self._hurry(last=True)
+        self._shown.pictures.end()
 
     def abandon(self) -> None:
         """Ends the readers at once: another start has taken over the run, and shows it."""
         self._hurry(last=True)
+        self._shown.pictures.end()
 
     def _hurry(self, *, last: bool) -> None:
         for follower in self._slow():

@@ -11,10 +11,9 @@ from shlex import quote
 from typing import Any
 
 from dist_train.flat import as_dict
-from dist_train.monitor import names, wandb_about, wandb_extras, wandb_files, wandb_process, wandb_variables
+from dist_train.monitor import drawings, names, wandb_about, wandb_extras, wandb_files, wandb_process, wandb_variables
 from dist_train.monitor.reader import Anew, Shown, lines, one_line
 from dist_train.monitor.wandb_about import EPOCH, LONGEST, Mode, X
-from dist_train.monitor.wandb_extras import Pictures
 from dist_train.monitor.wandb_files import Kept
 from dist_train.outcomes import FAILED, Done
 from dist_train.rundir import record
@@ -43,7 +42,6 @@ class WandbRun:
         self._had = set[str]()  # kinds of lines already sent of the step before it
         self._taken, self._begun, self._lost = 0, 0, False
         self._hurried, self._abandoned, self._closing, self._said_how = False, False, False, False
-        self._pictures: Pictures | None = None
         self._shows_inputs, self._missed = False, ""  # in this start
         self._end: dict[str, Any] = UNTOLD
 
@@ -68,8 +66,8 @@ class WandbRun:
                 self._bury()
         if self._run is None:
             return self._shown.record_bytes
-        if self._pictures is None:
-            self._pictures = Pictures(self._shown.run, self._shown.say, inputs=not self._kept.has_inputs)
+        if not self._kept.has_inputs:
+            self._shown.pictures.draw_inputs()
         online, mark = self._mode == "online", self._kept.mark()
         sent = [line for end, line in self._lines() if end <= mark]
         self._first = self._row = self._run.starting_step if online else _step(sent) + 1
@@ -112,8 +110,6 @@ class WandbRun:
 
     def hurry(self, *, last: bool) -> None:
         self._hurried, self._abandoned = True, last
-        if last and self._pictures:
-            self._pictures.end()
         if last or self._mode == "online":
             wandb_process.kill()  # which waits for a server; without it, the run goes into a file
         if last and self._closing and self._home.name:
@@ -131,7 +127,7 @@ class WandbRun:
                 # shown at the end of a run: a row of its own would be in the place of the next step, if epochs follow.
                 ends = kind == "step" and line["progress"] % 1 > 0
                 where = {X: line[X]} | ({EPOCH: line["progress"]} if kind == "step" else {})
-                self._log(where | values | self._pictured(kind), step, ends=ends)
+                self._log(where | values | self._pictured(kind, step), step, ends=ends)
         self._taken += 1
 
     def _hear(self, line: dict[str, Any]) -> None:
@@ -192,25 +188,27 @@ class WandbRun:
         if end.get("requeued"):
             self._run.mark_preempting()
 
-    def _pictured(self, kind: str) -> dict[str, Any]:
+    def _pictured(self, kind: str, step: int) -> dict[str, Any]:
         """Pictures drawn meanwhile, to be sent with a line of this kind."""
-        assert self._pictures is not None
         if kind == "validation":
-            self._pictures.validated()
-        return self._images(self._pictures.look()) if kind == "step" else {}
+            self._shown.pictures.validated(step)
+        return self._images() if kind == "step" else {}
 
-    def _images(self, pictures: dict[str, Path]) -> dict[str, Any]:
+    def _images(self, *, last: float = 0) -> dict[str, Any]:
+        """What was drawn since this was last asked. `last`: as for `Pictures.draw`, waited for so many seconds."""
+        self._shown.pictures.draw(last=last > 0)
+        self._shown.pictures.wait(last)
+        pictures = self._shown.pictures.taken()
         self._shows_inputs |= "pictures/inputs" in pictures
         return wandb_extras.images(pictures)
 
     def _show_last(self) -> None:
         """Sends pictures, tables and checkpoint of a run that is done; after another end there is no time."""
-        assert self._pictures is not None
-        run, row, pictures = self._shown.run, self._row, self._pictures
+        run, row = self._shown.run, self._row
         works: list[Callable[[], Any]] = []
-        patience = wandb_extras.patience(self._shown.config.run.stop_timeout) if self._begun == 1 else 0.0
+        patience = drawings.patience(self._shown.config.run.stop_timeout) if self._begun == 1 else 0.0
         if self._end["state"] == Done.state:
-            works = [lambda: self._run.log(self._images(pictures.look(last=patience)), step=row)]
+            works = [lambda: self._run.log(self._images(last=patience), step=row)]
             works += [lambda: self._run.log(wandb_extras.tables(run), step=row)]
             if self._shown.config.monitor.wandb_checkpoint:
                 works += [lambda: self._run.log_artifact(wandb_extras.checkpoint(run, f"checkpoint-{self._run.id}"))]
@@ -219,7 +217,6 @@ class WandbRun:
                 work()
             except Exception as error:
                 self._missed = one_line(error)
-        pictures.end()
 
     def _say_how(self) -> None:
         """Prints how to see the run; once, by the thread that comes first."""

@@ -93,6 +93,61 @@ def read(run: Path) -> tuple[Confusion, list[str]]:
                 raise ValueError(f"it unpacks to more than {LARGEST} bytes")
             names = [str(name) for name in json.loads(file["names"].tobytes())]
             counts = Confusion(**{k: file[k].astype(np.int64) for k in Confusion.__dataclass_fields__})
+        _check(counts, len(names))
     except Exception as error:  # whatever numpy makes of garbage
         raise ConfusionError(f"{path} is damaged ({error}): the next validation rewrites it") from error
     return counts, names
+
+
+def _check(counts: Confusion, classes: int) -> None:
+    """Raises ValueError for counts that are not those of so many classes."""
+    each, pairs = (counts.samples, counts.top1, counts.top5), (counts.label, counts.predicted, counts.count)
+    if any(a.shape != (classes,) for a in each) or len({a.shape for a in pairs}) > 1 or counts.label.ndim != 1:
+        raise ValueError(f"its counts are not those of its {classes} classes")
+    if any(a.min(initial=0) < 0 for a in (*each, *pairs)):
+        raise ValueError("it has a negative count")
+    if counts.label.max(initial=0) >= max(1, classes) or counts.predicted.max(initial=0) > classes:
+        raise ValueError("it names a class that is none of its own")
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Per-class counts of a run's last validation.
+
+    Attributes:
+        names: class names.
+        samples: images per class, int64 [classes].
+        top1, top5: images per class whose label was the most probable, and among the five most probable; int64
+            [classes].
+        pairs: (class, predicted class, count), the most frequent first, ties in the order of the classes. Excludes
+            correct predictions and outputs that stand for no class. Empty with more than `MOST` classes.
+    """
+
+    names: list[str]
+    samples: Counted
+    top1: Counted
+    top5: Counted
+    pairs: list[tuple[int, int, int]]
+
+    def matrix(self) -> Counted:
+        """Confusion matrix, int64 [classes, classes]: labels by row, predictions by column. Only the diagonal if
+        `pairs` were not counted."""
+        found = np.diag(self.top1)
+        for label, predicted, count in self.pairs:
+            found[label, predicted] = count
+        return found
+
+
+def classes(run: Path) -> ClassCounts:
+    """Per-class counts of a run's last validation. Raises ConfusionError, a UserError, if there was none."""
+    counts, names = read(run)
+    pairs = [
+        (label, predicted, count)
+        for label, predicted, count in zip(
+            counts.label.tolist(), counts.predicted.tolist(), counts.count.tolist(), strict=True
+        )
+        if label != predicted < len(names)
+    ]
+    return ClassCounts(
+        names, counts.samples, counts.top1, counts.top5, sorted(pairs, key=lambda pair: (-pair[2], *pair[:2]))
+    )

@@ -13,6 +13,7 @@ changed      settings or code differ from the previous start's: step, settings {
 division     of the learning rate: step, epoch, lr (the new one), error
 bad_samples  samples that could not be decoded: step, epoch, samples (in all)
 alert        a sentence for the user: step, epoch, sentence
+profile      steps were recorded: first, step (the last one), seconds, host and gpu, shares of the time; see `trace.py`
 end          how this start ended: state, reason, code, step, epoch, requeued (Slurm requeues the job), and the
              ledger's entries; for a failure also rank, node and error
 given_up     no further start is made: reason
@@ -36,6 +37,7 @@ from dist_train.rundir.writer import Writer
 from pipelines.valid import Count
 
 FILE = "events.jsonl"
+MOST = 1 << 24  # bytes of the file
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Event:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """Returns all events of a run, without damaged lines."""
-    return lines.readable(run / FILE, Event, 1 << 24)[0]
+    return lines.readable(run / FILE, Event, MOST)[0]
 
 
 def tell(run: Path, event: str, **values: Any) -> None:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -17,6 +17,8 @@ from dist_train.rundir.writer import Writer
 from pipelines.errors import UserError
 from pipelines.files import MOST, HeldFile, appended, read_file, regular
 from pipelines.valid import Invalid, Torn, objects_of
+
+LONGEST = 1 << 20  # bytes of a line that is read by itself
 
 
 def readable(path: Path, kind: type[Any], most: int = MOST) -> tuple[list[dict[str, Any]], dict[int, Invalid]]:
@@ -36,6 +38,21 @@ def read(path: Path, kind: type[Any], most: int = MOST) -> list[dict[str, Any]]:
         if not isinstance(error, Torn):
             raise UserError(f"{path} is damaged (line {number}: {error}): restore it, or move it away")
     return found
+
+
+def streamed(path: Path) -> Iterator[bytes]:
+    """The lines of a file one after the other, whatever they hold; none if there is no such file. Ends with the
+    first LONGEST bytes of a line that is longer, as which a hole in the file reads. Raises OSError."""
+    try:
+        file = open(path, "rb", opener=regular)  # noqa: SIM115, closed below
+    except FileNotFoundError:
+        return
+    with file:
+        while line := file.readline(LONGEST):
+            if line != b"\n":
+                yield line
+            if len(line) == LONGEST:
+                return
 
 
 def append(path: Path, values: dict[str, Any]) -> None:

@@ -6,28 +6,32 @@ same, bit for bit, however often a run was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from dist_train.rundir import lines
 from dist_train.rundir.lease import Lease
 from dist_train.rundir.lines import Lines
 from dist_train.rundir.writer import Writer
 from pipelines.files import regular, replacing
-from pipelines.valid import Count, Finite, Invalid
+from pipelines.valid import MOST, Count, Finite, Invalid
 
 FILE = "metrics.jsonl"
 PIECE = 1 << 20  # bytes that are copied at once
 MACHINE = "machine"
+Amount = Annotated[float, Field(ge=0, lt=MOST, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 @dataclass
 class Rates:
     """The format of "machine": what is read of it."""
 
-    images_per_s: Finite = 0.0
+    images_per_s: Amount = 0.0
 
 
 @dataclass
@@ -37,13 +41,14 @@ class RecordLine:
     kind: str
     step: Count = 0
     epoch: Count = 0
-    progress: Finite = 0.0
+    progress: Amount = 0.0
+    images: Count = 0
     loss: float = 0.0
     lr: Finite = 0.0
     train_error: Finite = 0.0
-    top1_error: Finite = 0.0
-    top5_error: Finite = 0.0
-    images_per_s: Finite = 0.0  # of older versions
+    top1_error: Share = 0.0
+    top5_error: Share = 0.0
+    images_per_s: Amount = 0.0  # of older versions
     machine: Rates = field(default_factory=Rates)
 
 
@@ -56,6 +61,11 @@ def read(run: Path) -> list[dict[str, Any]]:
 def readable(run: Path) -> tuple[list[dict[str, Any]], dict[int, Invalid]]:
     """Returns the lines of a run's record, and what is wrong with others, by their number."""
     return lines.readable(run / FILE, RecordLine)
+
+
+def streamed(run: Path) -> Iterator[bytes]:
+    """The lines of a run's record one by one, unchecked; see `lines.streamed`. Raises OSError."""
+    return lines.streamed(run / FILE)
 
 
 def rate(line: dict[str, Any]) -> float | None:
