@@ -59,6 +59,27 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert torch.load(best / "state.pt", weights_only=True)["w"][0] == 2
 
 
+def test_a_save_that_was_killed_after_its_rename_is_finished_by_the_next_start(tmp_path: Path) -> None:
+    """A run that was done by then saves no more, so nothing else would ever link or remove anything."""
+    checkpoints = store(tmp_path)
+    for step in (1, 2, 3):
+        save(checkpoints, step, best=1)
+
+    def killed(moment: str) -> None:
+        if moment == "renamed":
+            raise SystemExit
+
+    dying = Store(checkpoints._lease, 2, moment=killed)
+    dying.save({"w": torch.zeros(1)}, {"step": 4, "epoch": 4, "validated": True, "best_epoch": 3})
+    dying.join()
+    best = checkpoints.directory / "best"
+    assert best.readlink().name == "step-00000001-validated"
+    assert [int(name.split("-")[1]) for name in names(checkpoints)] == [1, 2, 3, 4]
+    store(tmp_path).clean([])
+    assert best.readlink().name == "step-00000004-validated"
+    assert [int(name.split("-")[1]) for name in names(checkpoints)] == [3, 4]
+
+
 def test_a_state_after_validation_is_newer_than_before_it(tmp_path: Path) -> None:
     checkpoints = store(tmp_path, keep=5)
     save(checkpoints, 7)

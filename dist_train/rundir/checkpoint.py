@@ -42,6 +42,7 @@ class About:
     epoch: Count
     step: Count
     validated: bool = False
+    best_error: Annotated[float, Field(ge=0, le=1)] = 1.0
     best_epoch: Annotated[int, Field(ge=-1, lt=MOST)] = -1
     config: dict[str, Any] | None = None
     process: dict[str, Any] | None = None
@@ -83,7 +84,7 @@ def find(run: Path, which: str = "last", bad: Callable[[str, str], None] = lambd
         if not still:
             raise CheckpointError(f"the best checkpoint was not saved, or is not in {folder} any more: choose last")
     else:
-        candidates = [folder / which] if (folder / which).is_dir() else []
+        candidates = [folder / which] if which and (folder / which).is_dir() else []
     for path in candidates:
         try:
             return verified(path)
@@ -108,6 +109,14 @@ def best_of(folder: Path) -> tuple[str, bool]:
             if is_best(meta):
                 name, its = path.name, newest
     return name, its == newest
+
+
+def newest_about(run: Path) -> About | None:
+    """What the newest checkpoint whose meta.json is whole says; None if there is none. Raises OSError."""
+    for path in reversed(listed(run / FOLDER)):
+        with suppress(Invalid, FileNotFoundError):
+            return parsed(About, read_file(path / META, LARGEST))
+    return None
 
 
 def _meta(path: Path) -> dict[str, Any]:

@@ -81,7 +81,8 @@ class Store:
         return took
 
     def clean(self, bad: list[str]) -> None:
-        """Remove leftovers of killed saves, and rename the checkpoints known to be bad to `bad-*`."""
+        """Remove leftovers of killed saves, rename the checkpoints known to be bad to `bad-*`, and do what a save that
+        was killed after its rename did not come to: link the best one, remove those beyond `keep`."""
         folder(self.directory)
         for stale in (*self.directory.glob(".step-*.tmp"), self.directory / LINKING):
             _remove(stale)
@@ -89,6 +90,8 @@ class Store:
             aside = self.directory / f"bad-{name}"
             _remove(aside)
             (self.directory / name).rename(aside)
+        self._link()
+        self._prune()
 
     def _write(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         began = time.monotonic()
