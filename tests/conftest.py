@@ -37,8 +37,11 @@ def photograph(rng: np.random.Generator, width: int, height: int, tint: NDArray[
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Receipts of submissions do not go into the home of whoever runs the tests."""
+    """Receipts of submissions do not go into the home of whoever runs the tests; what `make` was called with, as
+    ARGS, does not reach those that tests call."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    for name in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS", "MARK", "WORKERS", "RUN"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

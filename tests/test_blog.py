@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_train import models, schedules
+from dist_train.analysis.recorded import of_file
 from dist_train.config import Config, ModelConfig, ScheduleConfig
 from dist_train.models.alexnet import AlexNet
 from dist_train.models.blog import BlogAlexNet, BlogTwoTowers
 from dist_train.models.two_tower import TwoTowers
 
 pytestmark = pytest.mark.integration
+RECORDS = Path(__file__).parent.parent / "docs" / "experiments"
 
 # The settings with which AlexNet is his net.
 HIS = ModelConfig(
@@ -253,3 +256,14 @@ def test_his_rule_after_a_loss_that_is_not_a_number() -> None:
     """No comparison with it is true: the minimum is not a number either, and nothing is ever divided."""
     assert rates([5, *[6] * 9, *[math.nan] * 30])[-1] == 1
     assert rates([5, math.nan, 8, *[9] * 11])[-2:] == pytest.approx([1, 0.1]), "the next number is the new minimum"
+
+
+def test_his_rule_on_the_recorded_losses() -> None:
+    """What docs/blog.md tells of the runs on 640 photographs, 20 steps an epoch: the epochs after which it divides."""
+    divided = {}
+    for run in of_file(RECORDS / "blog-rule.jsonl"):
+        assert [step.step for step in run.steps] == list(range(10, 1201, 10))
+        losses = [step.loss for step in run.steps]  # means over ten steps
+        found = [1.0, *rates([one + other for one, other in zip(losses[::2], losses[1::2], strict=True)])]
+        divided[run.arm] = [epoch for epoch in range(1, 61) if found[epoch] < found[epoch - 1]]
+    assert divided == {"single, SGD 0.01": [36, 37, 50, 51, 52], "single, Adam 0.0001": [58]}

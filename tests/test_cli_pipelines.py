@@ -243,7 +243,9 @@ def test_preview_shows_originals_beside_their_versions(
     monkeypatch.setattr(preview, "Figure", Kept)
     preview.draw(shard_sets / "train", tmp_path / "x.png", resize=72, crop=70, rows=3, seed=0)
     cells = np.array(figures[0].axes).reshape(3, 6)
-    assert [cell.get_title() for cell in cells[0]] == ["original", *(f"epoch {i}" for i in range(1, 6))]
+    drawn: dict[int, list[list[float]]] = {1: [], 10: []}
+    titles = ["original", "epoch 1\nno lighting", "epoch 1", "epoch 1\nlighting x 10", "epoch 2", "epoch 3"]
+    assert [cell.get_title() for cell in cells[0]] == titles
     assert {row[0].get_ylabel().split("\n")[0] for row in cells} == {"amber", "blue", "green"}
     for row in cells:
         original, *versions = (np.asarray(cell.get_images()[0].get_array(), np.int64) for cell in row)
@@ -255,6 +257,16 @@ def test_preview_shows_originals_beside_their_versions(
             spread = [np.ptp(shift[..., k][..., inside[..., k]], axis=-1) for k in range(3)]
             assert np.max(spread, axis=0).min() <= 1
         assert len({version.tobytes() for version in versions}) == 5
+        plain, lit, strong = versions[:3]  # of one crop, which lighting shifts by what stands below
+        assert [cell.get_xlabel() for cell in row[[0, 1, 4, 5]]] == [""] * 4
+        for version, cell, times in ((lit, row[2], 1), (strong, row[3], 10)):
+            inside = (plain > 0) & (plain < 255) & (version > 0) & (version < 255)
+            shift = [(version - plain)[..., k][inside[..., k]].mean() for k in range(3)]
+            told = [float(level) for level in cell.get_xlabel().split()]
+            np.testing.assert_allclose(told, shift, atol=0.6)
+            drawn[times].append(told)
+    np.testing.assert_allclose(drawn[10], 10 * np.array(drawn[1]), atol=0.6)
+    assert np.abs(drawn[10]).min(1).max() > 10, "it can be seen"
 
 
 def test_preview_looks_at_a_part_of_a_large_set(

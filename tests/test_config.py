@@ -20,30 +20,6 @@ from pipelines.errors import UserError
 from pipelines.manifest import Manifest, ShardError
 
 
-def test_the_defaults_are_the_paper() -> None:
-    """Sections 3.5 to 5."""
-    flat = as_dict(Config())
-    paper = {
-        "data.resize": 256,
-        "data.crop": 227,
-        "data.lighting": 0.1,
-        "data.inputs": "mean_subtracted",
-        "model.name": "alexnet",
-        "model.hidden": 4096,
-        "model.dropout": 0.5,
-        "optim.name": "sgd",
-        "optim.lr": 0.01,
-        "optim.momentum": 0.9,
-        "optim.weight_decay": 0.0005,
-        "schedule.name": "plateau",
-        "schedule.factor": 10,
-        "schedule.max_divisions": 3,
-        "train.epochs": 90,
-        "train.global_batch": 128,
-    }
-    assert {k: flat[k] for k in paper} == paper
-
-
 def test_precedence(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: 0.5, momentum: 0.8}\nschedule: {milestones: [3, 4]}\n")

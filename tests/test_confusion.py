@@ -11,6 +11,7 @@ import os
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_a_run_keeps_what_its_net_takes_for_what(finished: Path) -> None:
 
     (line,) = records(finished, "validation")
     assert line["loss"] == float(total) / 63
-    assert line["top1_error"] == 1 - int((order[:, 0] == label).sum()) / 63
+    assert line["top1_error"] == (63 - int((order[:, 0] == label).sum())) / 63
     assert (line["top5_error"], line["samples"]) == (0, 63)
 
 
@@ -156,6 +157,28 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / FILE).write_bytes(damage)
         with pytest.raises(ConfusionError, match="is damaged"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"label": [2]},
+        {"label": [-1]},
+        {"predicted": [3]},
+        {"top1": [1]},
+        {"count": [1, 2]},
+        {"label": [[1]], "predicted": [[1]], "count": [[1]]},
+    ],
+)
+def test_counts_that_are_not_those_of_their_classes(wrong: dict[str, Any], tmp_path: Path) -> None:
+    """Two classes; 2 as a prediction stands for an output that is no class."""
+    good = {"samples": [1, 1], "top1": [1, 0], "top5": [1, 1], "label": [1], "predicted": [2], "count": [1]}
+    names = np.frombuffer(b'["a", "b"]', np.uint8)
+    np.savez(tmp_path / FILE, names=names, **{key: np.array(value) for key, value in good.items()})
+    assert read(tmp_path)[1] == ["a", "b"]
+    np.savez(tmp_path / FILE, names=names, **{key: np.array(value) for key, value in (good | wrong).items()})
+    with pytest.raises(ConfusionError, match="is damaged"):
+        read(tmp_path)
 
 
 def main() -> None:

@@ -256,6 +256,7 @@ def test_only_some_are_resized_with_the_pixels_of_all_resized(mixed: Path, batch
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_what_dali_reads_lives_until_its_batch_is_out(mixed: Path) -> None:
     """On the CPU the feeds are not copied. They are freed soon after, too."""
     loader, steps = make(mixed, batch=7), 8
@@ -506,6 +507,22 @@ def test_a_reader_that_fails_reaches_the_consumer(shard_sets: Path) -> None:
     del seen
     gc.collect()
     assert no_threads()
+
+
+def test_the_next_images_are_read_while_a_batch_is_used(shard_sets: Path) -> None:
+    """Section 4.1, "while the GPU is training on the previous batch": nobody asks, and still they come."""
+    shards, reads = ShardSet(shard_sets / "train"), list[int]()
+
+    def read(sample: int) -> NDArray[np.uint8]:
+        reads.append(sample)
+        return shards.read(sample)
+
+    epoch = make(shard_sets / "train", reading=Read(read=read, ahead=1)).epoch()
+    next(epoch)
+    wait_for = time.monotonic() + 20
+    while len(reads) < 33 and time.monotonic() < wait_for:
+        time.sleep(0.01)
+    assert len(reads) >= 33, "of three batches of 11, of which one was asked for"
 
 
 def test_slow_reads_overlap(shard_sets: Path) -> None:

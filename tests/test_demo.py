@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.launch import SMALL, python, spawn
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.shown]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def demo(cwd: Path, *, interrupt: bool = False, **variables: object) -> tuple[int, str]:
@@ -65,8 +65,10 @@ def test_make_demo(shard_sets: Path, tmp_path: Path) -> None:
         assert "OMP_NUM_THREADS" not in shown
         assert (tmp_path / "runs" / "demo" / "figures" / "top5.png").exists()
         lines = shown.split("\r\n")
-        assert lines[-2] == "Your own photographs: docs/first-run.md"
-        assert last in lines[-3]
+        assert lines[-2] == "the page of the run, for a browser: runs/demo/report.html"
+        assert lines[-3] == "Your own photographs: docs/first-run.md"
+        assert last in lines[-4]
+        assert "top5" in (tmp_path / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
     assert "learning rate divided by 10, to 0.001" in shown
 
 

@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 from dist_train import __main__, build, data, models, numbers, optim, process
 from dist_train.choices import PAPER_NETS, TORCHVISION
-from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from dist_train.config import Config, ConfigError, ModelConfig, OptimConfig, TrainConfig
+from dist_train.data_config import DataConfig
 from dist_train.models.dropout import Dropout, mask_keys
 from dist_train.ranks import vote
 from dist_train.ranks.logged import Logged

@@ -204,6 +204,7 @@ def test_a_vanished_directory(shard_sets: Path, tmp_path: Path) -> None:
     TABLE.append(("a vanished directory", "failed, says why", "-"))
 
 
+@pytest.mark.slow
 def test_no_endless_restarts(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fault = at("step", 2, "kill", 1, always=True)

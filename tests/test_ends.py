@@ -14,7 +14,7 @@ from tests.helpers.compare import status
 from tests.helpers.drills import until_status
 from tests.helpers.launch import at, finish, launch, start
 
-pytestmark = [pytest.mark.integration, pytest.mark.shown]
+pytestmark = pytest.mark.integration
 STOPPED = 75
 SHORT = ("--train.max_steps=6", "--train.epochs=1", "--run.step_timeout=3", "--run.stop_timeout=3")
 AFTER = "the run had ended before: "

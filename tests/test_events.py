@@ -23,8 +23,6 @@ from dist_train.rundir.directory import RunDirectory
 from tests.helpers.drills import EVERY
 from tests.helpers.launch import at, launch
 
-pytestmark = pytest.mark.shown
-
 ROOT = Path(__file__).parents[1]
 CODE = {"version": "1", "sources": "a"}
 

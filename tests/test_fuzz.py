@@ -17,7 +17,7 @@ from pipelines.sources import ImageFolder
 from tests.conftest import CLASSES, SIZES, TINTS, photograph
 from tests.helpers.launch import launch
 
-EXAMPLES = 1000
+EXAMPLES = 500
 SUBJECTS = {"manifest": "fuzzed_sets", "index": "fuzzed_sets", "tar": "fuzzed_sets", "state": "fuzzed_states"}
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers.launch import SMALL
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.shown]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).parent.parent
 PROJECT = ("pyproject.toml", "README.md", "LICENSE", "dist_train", "pipelines", "slurm", "configs")
@@ -104,6 +104,9 @@ def test_a_wheel(shard_sets: Path, tmp_path: Path) -> None:
     assert "Traceback" not in said
     assert (cwd / "runs" / "mine" / "status.json").exists()
     started([*trainer, "evaluate", "mine", "--device=cpu", "--trust"], cwd)
+    started([*trainer, "report", "mine", "--out", "page.html"], cwd)
+    assert b"uPlot" in (cwd / "page.html").read_bytes(), "it came with the wheel"
+    assert (package / "page" / "vendor" / "uPlot.LICENSE").exists()
 
 
 def test_an_editable_install(tmp_path: Path) -> None:

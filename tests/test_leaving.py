@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from dist_train import data
-from dist_train.config import Config, DataConfig
+from dist_train.config import Config
+from dist_train.data_config import DataConfig
 from dist_train.ranks import watch
 from dist_train.run import _pack
 from pipelines.manifest import ShardError
@@ -84,6 +85,7 @@ def test_orphans_that_another_has_taken_in(shard_sets: Path, tmp_path: Path) -> 
     TABLE.append(("torchrun killed, ranks not yet bound", f"gone in {took:.1f} s", "-"))
 
 
+@pytest.mark.slow
 def test_orphans_in_the_rendezvous(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """torchrun is killed while a rank waits for one that does not come, as `python -m dist_train` is typed."""
     run = tmp_path / "run"
@@ -137,6 +139,7 @@ def test_orphans_of_libraries(
     TABLE.append((f"torchrun killed, {extra}", f"gone in {took:.1f} s, continued, same bits", "-"))
 
 
+@pytest.mark.slow
 def test_a_rank_behind_a_script(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The launcher is no parent of the rank: a script is between them."""
     run, script = tmp_path / "run", tmp_path / "rank.sh"
@@ -153,6 +156,7 @@ def test_a_rank_behind_a_script(shard_sets: Path, undisturbed: Path, tmp_path: P
     TABLE.append(("torchrun killed, a script before the rank", f"gone in {took:.1f} s, continued, same bits", "-"))
 
 
+@pytest.mark.slow
 def test_a_bare_run_outlives_its_shell(shard_sets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     line = " ".join(command(shard_sets, run, "--train.epochs=1", ranks=0))
@@ -165,6 +169,7 @@ def test_a_bare_run_outlives_its_shell(shard_sets: Path, tmp_path: Path) -> None
 # Stop signals
 
 
+@pytest.mark.slow
 def test_a_stop_while_torch_is_imported(shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The run is as it was, and the sentence names the newest checkpoint."""
     run = tmp_path / "run"
@@ -184,7 +189,7 @@ def test_a_stop_while_torch_is_imported(shard_sets: Path, undisturbed: Path, tmp
     TABLE.append(("a stop while torch is imported", f"gone in {took:.1f} s, continued, same bits", "-"))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("moment", "state"), [("meeting", ""), ("step", "stopped")], ids=["rendezvous", "first step"])
 def test_an_early_stop(moment: str, state: str, rank: int, shard_sets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Of one rank, or of all: before the run is claimed it is left as it was, and then it is `stopped`."""

@@ -64,14 +64,16 @@ def test_a_run_directory_of_a_stranger(shard_sets: Path, tmp_path: Path, victim:
     """Each file that a start writes, and each that its predecessor had beside it while it wrote, is a link to a file of
     the user's; so is each that an end writes."""
     run = tmp_path / "run"
-    assert launch(shard_sets, run, "--train.epochs=1", ranks=0).returncode == 0
+    page = "--monitor.page=true"
+    assert launch(shard_sets, run, "--train.epochs=1", page, ranks=0).returncode == 0
     names = [path.name for path in run.iterdir() if path.is_file() and path.name not in GROWS]
     names += [f".{name}.tmp" for name in (*names, *GROWS)] + [".status.json.0.tmp", "diverged.json", "starts.json"]
     shutil.rmtree(run / "pictures", ignore_errors=True)
     for name in names:
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(victim)
-    assert launch(shard_sets, run, "--train.epochs=2", ranks=0).returncode == 0
+    assert "report.html" in names
+    assert launch(shard_sets, run, "--train.epochs=2", page, ranks=0).returncode == 0
     assert victim.read_bytes() == MINE
     assert status(run)["state"] == "done"
 
@@ -106,6 +108,7 @@ def test_checkpoints_elsewhere_are_not_cleaned(shard_sets: Path, tmp_path: Path)
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["figures", "pictures"])
+@pytest.mark.slow
 def test_pictures_elsewhere_are_not_replaced(shard_sets: Path, tmp_path: Path, name: str) -> None:
     """The folders that `figures` writes into a run, by itself and for wandb, as links to one of the user's."""
     run, photos = tmp_path / "run", tmp_path / "photos"
@@ -221,10 +224,11 @@ def test_whatever_is_written_is_written_in_one_place(shard_sets: Path, image_fol
         ["pipelines", "index", f"{tmp_path}/set", "--to", f"{tmp_path}/linked"],
         ["pipelines", "verify", f"{tmp_path}/set"],
         ["pipelines", "preview", f"{tmp_path}/set", f"{tmp_path}/preview.png"],
-        ["dist_train", *small, "--train.epochs=1", "--monitor.tensorboard=true"],
+        ["dist_train", *small, "--train.epochs=1", "--monitor.tensorboard=true", "--monitor.page=true"],
         ["dist_train", *small, "--train.epochs=2"],
         ["dist_train", "evaluate", f"{tmp_path}/run"],
         ["dist_train", "figures", f"{tmp_path}/run"],
+        ["dist_train", "report", f"{tmp_path}/run"],
     ]
     found, untold = written(tmp_path, commands)
     assert untold == []

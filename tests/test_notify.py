@@ -38,8 +38,6 @@ from tests.helpers.compare import status as told_status
 from tests.helpers.drills import EVERY, all_gone, until, until_status
 from tests.helpers.launch import at, finish, launch, start
 
-pytestmark = pytest.mark.shown
-
 ROOT = Path(__file__).parents[1]
 SECRET = "T0SECRET"
 LONG = Message("a/b", "failed", "<b> has & failed_x", "why " * 2000, [("best", "top-1 *20%*"), ("time", "1:02:03")])

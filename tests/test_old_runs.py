@@ -96,6 +96,7 @@ def test_a_run_past_a_quarantine(old: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_run_of_a_program_that_knew_fewer_keys(old: Path) -> None:
     """A key that a checkpoint does not know counts as its default; one with another value than that is refused."""
     meta = old / "run" / "checkpoints" / f"step-{STEP:08d}" / "meta.json"
@@ -115,6 +116,7 @@ def test_a_run_of_a_program_that_knew_fewer_keys(old: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_job(old: Path) -> None:
     """The pickle that waits in the queue, in a directory of another name."""
     folder = old / "run" / "slurm"

@@ -434,6 +434,7 @@ def test_a_killed_pack_continues_with_the_same_bytes(large_images: Path, unharme
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_an_interrupted_pack_says_that_the_same_command_continues(
     large_images: Path, unharmed: Path, tmp_path: Path
 ) -> None:

@@ -214,6 +214,7 @@ def test_the_summary(
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_what_an_earlier_start_has_done(mixed: Path, tmp_path: Path) -> None:
     """Counts in the summary, and in the bar, but not in its rate."""
     out, options = tmp_path / "x", Options(shorter_side=64, shard_mb=0.05)

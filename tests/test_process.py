@@ -19,6 +19,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
@@ -92,6 +93,7 @@ print(faults[-1] - faults[1])
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_freed_memory_is_kept() -> None:
     """Blocks of 28 MB, freed and taken again: the kernel gives their 6,836 pages a few times, not each time."""
     if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
@@ -152,6 +154,7 @@ def _try(why: str, device: torch.device) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_compiler_that_is_missing_is_named() -> None:
     code = "import torch; from dist_train.process import try_compiler; try_compiler(torch.device('cpu'))"
     env = {**os.environ, "CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
@@ -170,6 +173,7 @@ def watched_step(shard_sets: Path, run: Path, *extra: str, **options: Any) -> li
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_the_collectives_of_a_step(shard_sets: Path, tmp_path: Path) -> None:
     """Gradients and the vote are summed, once for all pieces, and nothing is broadcast; the statistics of BatchNorm
     still are."""
@@ -181,11 +185,19 @@ def test_the_collectives_of_a_step(shard_sets: Path, tmp_path: Path) -> None:
         assert step["collectives"]["broadcast"] > 0
 
 
+def normed(classes: int, crop: int) -> nn.Module:
+    """The least net with statistics: torchvision's compile for minutes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        nn.Linear(128, classes),
+    )  # fmt: skip
+
+
 @pytest.mark.integration
 @pytest.mark.slow
 def test_a_net_with_statistics_compiles(shard_sets: Path, tmp_path: Path) -> None:
     """The rank that compiles first must not wait for the broadcast of them."""
-    extra = ("--model.name=torchvision:shufflenet_v2_x0_5", *PLAIN, "--optim.lr=1e-6", "--train.compile=on")
+    extra = ("--model.name=tests.test_process:normed", *PLAIN, "--train.compile=on")
     for step in watched_step(shard_sets, tmp_path / "run", *extra, how="exec", timeout=600):
         assert step["collectives"]["broadcast"] > 0
 

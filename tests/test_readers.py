@@ -19,8 +19,6 @@ from tests.helpers.compare import status
 from tests.helpers.drills import until
 from tests.helpers.launch import STEPS, at, finish, launch, start
 
-pytestmark = pytest.mark.shown
-
 ROOT = Path(__file__).parents[1]
 Take = Callable[[dict[str, Any]], None]
 
@@ -98,6 +96,7 @@ def notes(tmp_path: Path, name: str) -> list[Any]:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_readers_of_ones_own(shard_sets: Path, tmp_path: Path, outside: dict[str, Any]) -> None:
     """One is given everything, in order and once. Others fail or hang in every way: each is told of once, and the run
     is done."""
@@ -128,6 +127,7 @@ def test_readers_of_ones_own(shard_sets: Path, tmp_path: Path, outside: dict[str
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_record_that_is_cut_back(shard_sets: Path, tmp_path: Path, outside: dict[str, Any]) -> None:
     """A run that is killed goes on from its last checkpoint: what was recorded behind that comes again, what was
     recorded before does not, and neither do the events of the start before."""

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_train.config import Config, DataConfig, RunConfig, TrainConfig
+from dist_train.config import Config, RunConfig, TrainConfig
 from dist_train.data import open_sets
+from dist_train.data_config import DataConfig
 from pipelines import opened
 from pipelines.augment import Augment
 from pipelines.cli import Verb, run_verb

@@ -19,8 +19,6 @@ from dist_train.rundir.state import Window
 from tests.helpers.compare import assert_same_run, records, status
 from tests.helpers.launch import STEPS, at, launch
 
-pytestmark = pytest.mark.shown
-
 WINDOW = ("--monitor.log_every=4", "--checkpoint.steps=3", "--checkpoint.keep=9")
 
 

@@ -151,11 +151,10 @@ def test_batches_are_those_of_the_local_sets(shard_sets: Path, server: WebServer
 
     def watch() -> None:
         while not over:
-            sizes = []
-            for path in Path(cache).iterdir():
-                with_size = path.lstat().st_size if path.is_file() else 0
-                sizes.append(with_size)
-            held.append(sum(sizes))
+            before = Path(cache).stat().st_mtime_ns
+            size = sum(path.lstat().st_size for path in Path(cache).iterdir() if path.is_file())
+            if Path(cache).stat().st_mtime_ns == before:  # else a file that has gone and its successor were counted
+                held.append(size)
             time.sleep(0.005)
 
     watcher = Thread(target=lambda: _quietly(watch), daemon=True)

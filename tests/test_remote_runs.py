@@ -15,7 +15,8 @@ from unittest.mock import Mock
 import pytest
 
 from dist_train import data
-from dist_train.config import Config, ConfigError, DataConfig, RunConfig, TrainConfig
+from dist_train.config import Config, ConfigError, RunConfig, TrainConfig
+from dist_train.data_config import DataConfig
 from dist_train.monitor.wandb_about import about
 from dist_train.ranks.watch import Watch
 from dist_train.rundir.lease import Lease

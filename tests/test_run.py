@@ -62,6 +62,7 @@ def test_two_ranks_from_start_to_done(shard_sets: Path, tmp_path: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing_but_rounding(shard_sets: Path, tmp_path: Path) -> None:
     """One process without torchrun, with accumulation, and three ranks of unequal parts (25 = 8 + 8 + 9)."""
     runs = {"alone": (0, 1), "accumulating": (0, 4), "three": (3, 1)}
@@ -232,6 +233,7 @@ def test_wrong_command_lines_under_torchrun(shard_sets: Path, tmp_path: Path) ->
     assert 1 < again.stderr.count("train.global_batch 1 is smaller") <= 6, "4 attempts, and the report on 1 or 2 ranks"
 
 
+@pytest.mark.slow
 def test_what_one_rank_refuses_all_hear(shard_sets: Path, tmp_path: Path) -> None:
     """One that has no device, and one that finds no checkpoint: its sentence, and nobody waits for it."""
     script = tmp_path / "rank.sh"

@@ -25,8 +25,6 @@ from tests.helpers.compare import status
 from tests.helpers.drills import until
 from tests.helpers.launch import STEPS, at, finish, launch, start
 
-pytestmark = pytest.mark.shown
-
 STEP = {"kind": "step", "step": 40, "epoch": 0, "progress": 0.5, "images": 960, "loss": 1.5, "train_error": 0.5}
 NODE = {"gpu_use": 0.93, "gpu_memory_mb": 812.0, "watts": 600.5, "celsius": 61, "throttled": ["sw_power_cap"]}
 MACHINE = {"images_per_s": 500.0, "data_wait": 0.1, "data_wait_worst": 0.3, "worst_rank": 3, "worst_node": "gpu-07"}
@@ -113,6 +111,7 @@ def recorded(run: Path) -> Curves:
 
 @pytest.mark.integration
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # TensorBoard leaves it to Python to close them
+@pytest.mark.slow
 def test_a_run_that_is_killed(shard_sets: Path, tmp_path: Path) -> None:
     """Each start writes all of the record, also what the one before had no time for, or was not asked for. Whoever has
     looked on all the time sees each step once, too."""

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train import build, optim
-from dist_train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dist_train.config import Config, ConfigError, ModelConfig, TrainConfig
 from dist_train.data import check_batch
+from dist_train.data_config import DataConfig
 from dist_train.models.dropout import mask_keys
 from dist_train.models.two_tower import TwoTowers
 from dist_train.ranks.tower_parallel import told_of
@@ -164,6 +165,7 @@ def test_what_cannot_be_paired_is_one_sentence(shard_sets: Path, tmp_path: Path)
             Config(model=ModelConfig("alexnet_two_tower"), train=TrainConfig(tower_parallel=True, **setting))
 
 
+@pytest.mark.slow
 def test_every_gradient() -> None:
     """In float64, on two data-parallel ranks of two towers; see `compare`."""
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]

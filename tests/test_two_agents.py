@@ -15,7 +15,7 @@ from tests.helpers.compare import assert_same_run, status
 from tests.helpers.drills import EVERY, all_gone, ranks_of, until
 from tests.helpers.launch import Run, alive, command, finish, launch, spawn
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.shown]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ONE_EPOCH = (EVERY, "--train.epochs=1")
 

@@ -38,8 +38,8 @@ with open("done.json", "w") as file:
         ("slurm", ["submit", "submit pack", "status", "logs", "cancel", "requeue"], ["status"]),
         (
             "dist_train",
-            ["evaluate", "figures", "experiments", "speed", "gpu-report"],
-            ["--print_config", "speed --print_config"],
+            ["runs", "report", "evaluate", "predict", "figures", "export", "experiments", "speed", "gpu-report"],
+            ["runs", "runs . --json", "--print_config", "speed --print_config"],
         ),
     ],
 )
@@ -63,6 +63,9 @@ def test_who_only_asks_does_not_wait_for_torch(
     found = json.loads((tmp_path / "done.json").read_text())
     assert found["verbs"] == verbs
     assert found["codes"] == {**dict.fromkeys(fine, 0), **dict.fromkeys(misspelt, 2)}
+    if package == "dist_train":
+        described = "".join(done.stdout.partition("\noptions:")[0].split())
+        assert [verb for verb in verbs if f"`{verb}`" not in described] == []
     assert done.stdout.count("usage: ") == 1 + len(verbs)
     complaints = done.stderr.splitlines()
     assert len(complaints) == len(misspelt), "one sentence each"

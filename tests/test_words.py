@@ -117,16 +117,13 @@ def tell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
         ("test demo --crops 10", "type `python -m dist_train evaluate demo --crops 10`"),
         ("test --crops 10 demo", "type `python -m dist_train evaluate --crops 10 demo`"),
         ("--schedule.milestones+ 5", "unknown configuration key schedule.milestones: see"),
-        (
-            "predict a.jpg",
-            "`python -m dist_train figures RUN` draws the answers of a net, `python -m dist_train evaluate",
-        ),
-        ("classify", "`python -m dist_train figures RUN` draws the answers of a net"),
+        ("classify a.jpg", "type `python -m dist_train predict RUN IMAGE`"),
+        ("serve demo", "type `python -m dist_train report demo`"),
         ("plot demo", "type `python -m dist_train figures demo`"),
         ("pack imagefolder a b", "type `python -m pipelines pack imagefolder a b`"),
         ("status", "type `python -m slurm status`"),
         ("evalute demo", "did you mean evaluate?"),
-        ("foo", "unknown verb foo: the verbs are evaluate, figures, "),
+        ("foo", "unknown verb foo: the verbs are runs, report, evaluate, "),
     ],
 )
 def test_words_of_other_programs(line: str, answer: str, tell: Tell) -> None:
@@ -157,7 +154,7 @@ def test_words_of_other_programs_elsewhere(program: str, line: str, answer: str,
 @pytest.mark.parametrize(
     "word",
     [
-        *("zzz", "verbose", "debug", "save", "rate", "mode", "ratio", "loss", "best", "local", "x", "quiet", "profile"),
+        *("zzz", "verbose", "debug", "save", "rate", "mode", "ratio", "loss", "best", "local", "x", "quiet", "prof"),
         *("foo.bar", "model.foo", "checkpoint.x", "name.x"),
     ],
 )
@@ -262,6 +259,8 @@ def test_a_run_by_its_name(shard_sets: Path, tell: Tell, tmp_path: Path, capsys:
     capsys.readouterr()
     for line in ("evaluate dem", "figures dem"):
         assert tell(line) == "there is no run dem or runs/dem: did you mean demo?"
+    (tmp_path / "runs" / "demo" / "slurm").mkdir()
+    (tmp_path / "runs" / "demo" / "slurm" / "config.yaml").touch()  # of the run demo, no run itself
     known = "name the directory of a run, or its name in runs/ (the newest in runs/: sweep/one, demo)"
     assert tell("evaluate quite/other") == f"there is no run quite/other or runs/quite/other: {known}"
     assert tell("figures demo --only kernel,top5") == (

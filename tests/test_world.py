@@ -121,6 +121,7 @@ def test_a_slice_of_a_gpu_has_a_name_of_its_own() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_ranks_that_see_the_same_gpu_are_refused() -> None:
     """All of them, before any waits for another."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
@@ -140,6 +141,7 @@ def test_ranks_that_see_the_same_gpu_are_refused() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_two_launchers_on_one_node() -> None:
     """Their ranks share its CPUs; and a master of 127.0.0.1 is right, though there seem to be two nodes."""
     with socket.create_server(("127.0.0.1", 0)) as holder:

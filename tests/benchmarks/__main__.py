@@ -33,6 +33,7 @@ def main(names: list[str]) -> int:
             "towers": towers.table,
             "record": record.table,
             "monitoring": lambda: monitoring.table(photographs().packed),
+            "page": lambda: monitoring.page_table(photographs().packed),
             "waiting": lambda: waiting.table(photographs().packed),
         }
         if unknown := set(names) - set(tables):

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from dist_train import build, models
-from dist_train.config import Config, DataConfig, ModelConfig, TrainConfig
+from dist_train.config import Config, ModelConfig, TrainConfig
+from dist_train.data_config import DataConfig
 from dist_train.models.dropout import mask_keys
 from dist_train.ranks.world import World, join
 from pipelines.order import even_split

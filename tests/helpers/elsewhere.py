@@ -6,12 +6,14 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
+
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
 class WebServer(ThreadingHTTPServer):
@@ -88,8 +90,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(root: Path) -> Iterator[WebServer]:
-    with WebServer(root) as server:
+def answering(server: Server) -> Iterator[Server]:
+    """The server answers in a thread, until the block ends."""
+    with server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
@@ -97,3 +100,7 @@ def served(root: Path) -> Iterator[WebServer]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def served(root: Path) -> AbstractContextManager[WebServer]:
+    return answering(WebServer(root))

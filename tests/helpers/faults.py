@@ -8,7 +8,8 @@ the ranks leave together). What can be done: `Faults.do`. It is done once in the
 mark `fault-<rank>`; with "always" in every start, from the n-th occurrence on. With "destroy": "blocks",
 `destroy_process_group` waits for ever, as NCCL's does while others are in a collective that this rank never joins.
 With "hangs": moment, the process hangs there as well. With "beats", each step is a heartbeat. With "fsync": 2, the disk
-takes so many seconds to flush a file. With "late", rank 0 says nothing before another rank has failed.
+takes so many seconds to flush a file. With "late", rank 0 says nothing before another rank has failed. PAGE_SECONDS:
+between two rewrites of the page.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 from torch import distributed, nn
 
 from dist_train import __main__, run, train, validate
-from dist_train.monitor import readers
+from dist_train.monitor import page_process, readers
 from dist_train.monitor.reader import Shown
 from dist_train.ranks import launcher, peers, world
 from dist_train.rundir import announcement, directory, lease, status, store
@@ -189,6 +190,7 @@ def main() -> int:
     if seconds := faults.fault.get("fsync"):
         fsync = os.fsync
         os.fsync = lambda handle: (time.sleep(seconds), fsync(handle))[1]  # type: ignore[assignment]
+    page_process.PERIOD = float(os.environ.get("PAGE_SECONDS", page_process.PERIOD))
     if faults.fault.get("beats"):
         status.PERIOD = 0.0
     if faults.fault.get("destroy") == "blocks":

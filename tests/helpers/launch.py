@@ -26,6 +26,7 @@ SMALL = [
     "--train.epochs=2",
     "--monitor.log_every=1",
     "--checkpoint.minutes=0",
+    "--monitor.page=false",  # a tenth of a second of each run; see tests/test_page_live.py
 ]
 PLAIN = ("--model.hidden=4096", "--model.width=1")  # for torchvision's nets, which are not made smaller
 STEPS = 10  # an epoch: 240 images in batches of 24

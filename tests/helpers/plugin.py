@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,14 @@ def pytest_configure() -> None:
     """A shell's `make test &` has SIGINT ignored, by all that it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among several workers, a file being one worker's (`--dist loadfile`), Slurm's and what takes longest come first,
+    so that nobody begins with them last."""
+    waits = Counter(item.path for item in items if item.get_closest_marker("integration"))
+    items.sort(key=lambda item: (not item.get_closest_marker("slurm"), -waits[item.path]))
 
 
 @pytest.hookimpl(wrapper=True)
